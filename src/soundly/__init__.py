@@ -1,0 +1,1 @@
+"""soundly: guarantees about neural networks."""
