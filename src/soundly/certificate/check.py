@@ -1,0 +1,334 @@
+"""The checker: decides from the numbers in a certificate alone whether each row holds. This is the part to trust.
+
+It needs numpy and shares nothing with the code that searched for the edit. Every row is evaluated in float64 together
+with a bound on all rounding (derived in docs/certificates.md); a row counts as proven only where the two ends of that
+enclosure are finite and lie inside its bounds. What is not understood is refused, and a refusal says why.
+"""
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from soundly.certificate.format import (
+    DTYPES,
+    HEAD_EDIT,
+    REALS,
+    Array,
+    Certificate,
+    elements,
+    map_file,
+    parse_json,
+    raw_bytes,
+)
+from soundly.errors import CertificateError, ModelFileError
+
+# Each operation in float64 is exact up to a factor 1 + d, |d| <= U. FLOOR pays for all underflow in one row.
+U = 2.0**-53
+FLOOR = 2.0**-960
+LONGEST = 2**26
+CHUNK = 2**16
+MAX_MODEL_HEADER = 16 << 20
+SAFETENSORS = {"F32": 4, "F64": 8, "BF16": 2}
+
+
+@dataclass(frozen=True)
+class ClaimResult:
+    """One claim: how many of its rows are proven, and how far the worst stays from its bounds (negative: beyond)."""
+
+    name: str
+    rows: int
+    proven: int
+    worst_slack: float
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """What a certificate proves.
+
+    accepted: every row is proven, there is at least one, and there are no problems.
+    rows, proven: how many there are, how many hold.
+    claims: the same for each claim; empty where problems kept the rows from being evaluated.
+    problems: why the certificate is refused, besides rows that are not proven.
+    arithmetic: what "proven" means.
+    model_matches: whether the model file holds exactly the certificate's weights; None if no file was given.
+    """
+
+    accepted: bool
+    rows: int
+    proven: int
+    claims: tuple[ClaimResult, ...]
+    problems: tuple[str, ...]
+    arithmetic: str
+    model_matches: bool | None = None
+
+
+class Kind(Protocol):
+    """One kind of certificate: what it must contain, and how its rows are enclosed.
+
+    Every kind has the arrays "lower" and "upper" [m] and the header entry "claims"; the rest is its own.
+    """
+
+    arithmetic: str
+
+    def problems(self) -> Iterator[str]:
+        """Everything that keeps the rows from being evaluated. Runs first; may stop at the first that hides others."""
+
+    def enclose(self) -> tuple[Array, Array]:
+        """low, high [m] with low[i] <= row i <= high[i] in real arithmetic; NaN or infinite where nothing is known."""
+
+    def model_problems(self, model: str) -> Iterator[str]:
+        """How the model file differs from the certificate."""
+
+
+def check(
+    certificate: Certificate | str | os.PathLike[str], *, model: str | os.PathLike[str] | None = None
+) -> CheckResult:
+    """Prove every row of a certificate again, trusting nothing but its numbers.
+
+    Guarantee: a row counted as proven satisfies lower <= row <= upper in real arithmetic, for exactly the stored
+    numbers. The names of claims and whether the features belong to a network are the maker's words, not checked.
+
+    Args:
+        model: a .safetensors file to compare with the certificate's weights, bit by bit.
+
+    Raises:
+        CertificateError: the file cannot be read or is of an unknown kind.
+        ModelFileError: the model file cannot be read.
+    """
+    if not isinstance(certificate, Certificate):
+        certificate = Certificate.load(certificate)
+    make = KINDS.get(certificate.kind) if isinstance(certificate.kind, str) else None
+    if make is None:
+        raise CertificateError(f"kind {certificate.kind!r} is unknown; this soundly checks: {', '.join(KINDS)}.")
+    kind = make(certificate)
+    lower = certificate.arrays.get("lower", np.empty(0))
+    problems = [*_arithmetic_problems(), *kind.problems()]
+    if not problems:
+        problems += _claim_problems(certificate)
+    claims: tuple[ClaimResult, ...] = ()
+    if not problems:
+        low, high = kind.enclose()
+        claims = _claims(certificate, low, high)
+    matches = None
+    if model is not None and not problems:
+        differences = list(kind.model_problems(os.fspath(model)))
+        problems += differences
+        matches = not differences
+    proven = sum(claim.proven for claim in claims)
+    accepted = not problems and 0 < proven == lower.size
+    return CheckResult(accepted, lower.size, proven, claims, tuple(problems), kind.arithmetic, matches)
+
+
+def _claims(certificate: Certificate, low: Array, high: Array) -> tuple[ClaimResult, ...]:
+    lower, upper = certificate.arrays["lower"], certificate.arrays["upper"]
+    proven = np.isfinite(low) & np.isfinite(high) & (low >= lower) & (high <= upper)
+    with np.errstate(all="ignore"):
+        slack = np.minimum(low - lower, upper - high)
+    slack[~np.isfinite(low) | ~np.isfinite(high)] = -np.inf
+    spans = [(claim["name"], *claim["rows"]) for claim in certificate.header["claims"]]
+    return tuple(
+        ClaimResult(name, stop - start, int(proven[start:stop].sum()), float(slack[start:stop].min()))
+        for name, start, stop in spans
+    )
+
+
+def _claim_problems(certificate: Certificate) -> Iterator[str]:
+    """The claims must cover every row exactly once, in order, and none may be empty; bounds must be bounds."""
+    lower, upper = certificate.arrays["lower"], certificate.arrays["upper"]
+    claims, rows = certificate.header.get("claims"), len(lower)
+    if rows == 0:
+        yield "nothing is claimed: there are no rows"
+    yield from _first("lower or upper is NaN", np.isnan(lower) | np.isnan(upper))
+    yield from _first("no bound at all (-inf and +inf)", np.isneginf(lower) & np.isposinf(upper))
+    if not isinstance(claims, list):
+        yield "claims is not a list"
+        return
+    covered = 0
+    for index, claim in enumerate(claims):
+        match claim:
+            case {"name": str(), "rows": [start, stop]} if (
+                len(claim) == 2 and type(start) is type(stop) is int and start == covered < stop <= rows
+            ):
+                covered = stop
+            case _:
+                yield f"claim {index} must be a name and rows [start, stop] with {covered} = start < stop <= {rows}"
+                return
+    if covered != rows:
+        yield f"the claims cover {covered} of {rows} rows"
+
+
+def _arithmetic_problems() -> Iterator[str]:
+    """The error bound assumes IEEE float64; a library compiled for speed can switch that off for a whole process."""
+    one = np.ones(1)
+    with np.errstate(all="ignore"):
+        nearest = (one + 2.0**-54 == 1) & (one - 2.0**-55 == 1) & (-one - 2.0**-54 == -1)
+        subnormal = (np.full(1, 2.0**-1074) * one > 0) & (np.array([1], np.uint32).view(np.float32).astype(float) > 0)
+    if not (nearest & subnormal).all():
+        yield "this process does not compute in IEEE float64 (rounding mode or flush-to-zero); check in a fresh process"
+
+
+def _first(what: str, wrong: Array) -> Iterator[str]:
+    if wrong.any():
+        yield f"{what}: index {int(np.argmax(wrong))}, {int(wrong.sum())} in all"
+
+
+def _widen(array: Array) -> Array:
+    """float64, exactly. bfloat16 is the upper half of a float32."""
+    if array.dtype == np.uint16:
+        array = (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float64)
+
+
+def _chunks(rows: int, width: int) -> Iterator[slice]:
+    step = max(1, CHUNK // max(width, 1))
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+class HeadEdit:
+    """Rows that are linear in edited weights of the last layer: row = sum of c * (vector . weights[its class])."""
+
+    arithmetic = REALS
+    shapes: Mapping[str, tuple[str, str]] = {
+        "vectors": ("f4 f8", "vn"), "vector_class": ("i8", "v"),
+        "classes": ("i8", "c"), "weights": ("f4 f8 bf16", "cn"),
+        "row_start": ("i8", "s"), "row_vector": ("i8", "k"), "row_coefficient": ("f8", "k"),
+        "lower": ("f8", "m"), "upper": ("f8", "m"), "margin": ("f8", "m"), "error": ("f8", "m"),
+    }  # fmt: skip
+    entries = frozenset({"format", "version", "kind", "arithmetic", "claims", "model", "edit", "made_with"})
+    stored: Mapping[object, tuple[str, str]] = {  # what the header and a .safetensors file call the dtype of weights
+        DTYPES["f4"]: ("float32", "F32"), DTYPES["f8"]: ("float64", "F64"), DTYPES["bf16"]: ("bfloat16", "BF16"),
+    }  # fmt: skip
+
+    def __init__(self, certificate: Certificate) -> None:
+        self.header, self.arrays = certificate.header, certificate.arrays
+
+    def problems(self) -> Iterator[str]:
+        sizes: dict[str, int] = {}
+        shaped = list(self._shape_problems(sizes))
+        yield from shaped
+        if shaped:
+            return
+        start, a = self.arrays["row_start"], self.arrays
+        if sizes["s"] != sizes["m"] + 1 or start[0] != 0 or start[-1] != sizes["k"]:
+            yield f"row_start must have {sizes['m'] + 1} numbers, from 0 to {sizes['k']}"
+            return
+        if sizes["n"] == 0:
+            yield "vectors have no entries"
+        yield from _first("row_start decreases", start[1:] < start[:-1])
+        yield from _first("row_vector out of range", (a["row_vector"] < 0) | (a["row_vector"] >= sizes["v"]))
+        yield from _first("vector_class out of range", (a["vector_class"] < 0) | (a["vector_class"] >= sizes["c"]))
+        yield from _first("classes are negative", a["classes"] < 0)
+        if len(np.unique(a["classes"])) != sizes["c"]:
+            yield "classes contain the same output twice"
+        if not all(np.isfinite(_widen(a["weights"][rows])).all() for rows in _chunks(sizes["c"], sizes["n"])):
+            yield "weights are not finite"
+        if self.header["edit"] != hashlib.sha256(raw_bytes(a["weights"])).hexdigest():
+            yield "the header's hash 'edit' is not that of the weights"
+
+    def _shape_problems(self, sizes: dict[str, int]) -> Iterator[str]:
+        """Names, dtypes and shapes; fills in the sizes. What the checker would ignore, it refuses."""
+        if set(self.header) != self.entries or set(self.arrays) != set(self.shapes):
+            odd = sorted((set(self.header) ^ self.entries) | (set(self.arrays) ^ set(self.shapes)))
+            yield f"missing or unknown entries: {', '.join(map(repr, odd))}"
+            return
+        if self.header["arithmetic"] != REALS:
+            yield f"claimed {self.header['arithmetic']!r}; this checker proves {REALS!r}"
+        for name, (dtypes, letters) in self.shapes.items():
+            array = self.arrays[name]
+            if array.dtype not in [DTYPES[dtype] for dtype in dtypes.split()] or array.ndim != len(letters):
+                yield f"{name}: {array.dtype} with {array.ndim} dimensions; expected {dtypes}, [{', '.join(letters)}]"
+                continue
+            for letter, size in zip(letters, array.shape, strict=True):
+                if sizes.setdefault(letter, size) != size:
+                    yield f"{name}: shape {array.shape} disagrees with the other arrays on {letter}"
+        dtype = self.stored.get(self.arrays["weights"].dtype, ("",))[0]
+        match self.header["model"]:
+            case {"before": str(), "after": str(), "layer": str(), "dtype": str(said)}:
+                if said != dtype:
+                    yield f"the header says {said!r} where the weights are {dtype!r}"
+            case _:
+                yield "model needs the texts before, after, layer and dtype"
+
+    def enclose(self) -> tuple[Array, Array]:
+        a, (count, n) = self.arrays, self.arrays["vectors"].shape
+        value, magnitude = np.empty(count), np.empty(count)
+        rows, length = len(a["lower"]), np.diff(a["row_start"])
+        row = np.repeat(np.arange(rows), length)
+        with np.errstate(all="ignore"):
+            for some in _chunks(count, n):
+                product = _widen(a["vectors"][some])
+                product *= _widen(a["weights"][a["vector_class"][some]])
+                value[some] = product.sum(axis=1)
+                magnitude[some] = np.abs(product, out=product).sum(axis=1)
+            magnitude += FLOOR
+            coefficient, of = a["row_coefficient"], a["row_vector"]
+            total = np.bincount(row, coefficient * value[of], rows)
+            size = np.bincount(row, np.abs(coefficient) * magnitude[of], rows) + FLOOR
+            # The theorem of docs/certificates.md: n + length + 2 roundings, 6 more for computing the bound itself.
+            error = (n + length + 8) * U * size
+            error[n + length > LONGEST] = np.inf
+            return np.nextafter(total - error, -np.inf), np.nextafter(total + error, np.inf)
+
+    def model_problems(self, model: str) -> Iterator[str]:
+        layer, weights = self.header["model"]["layer"], self.arrays["weights"]
+        file, prefix = _Safetensors(model), f"{layer}." if layer else ""
+        yield from self._differences(file, f"{prefix}weight", weights[:, :-1])
+        if f"{prefix}bias" in file.entries:
+            yield from self._differences(file, f"{prefix}bias", weights[:, -1])
+        elif np.any(_widen(weights[:, -1])):
+            yield f"{model}: no tensor {prefix + 'bias'!r}, but the certificate's bias is not zero"
+
+    def _differences(self, file: "_Safetensors", name: str, ours: Array) -> Iterator[str]:
+        classes, bits = self.arrays["classes"], np.dtype(f"<u{ours.itemsize}")
+        if name not in file.entries:
+            yield f"{file.path}: no tensor {name!r}"
+            return
+        dtype, shape, begin = file.entry(name)
+        if dtype != self.stored[ours.dtype][1] or len(shape) != ours.ndim or shape[1:] != list(ours.shape[1:]):
+            yield f"{file.path}: {name} is {dtype} {shape}; the certificate has {self.stored[ours.dtype]} {ours.shape}"
+            return
+        if len(classes) and classes.max() >= shape[0]:
+            yield f"{file.path}: {name} has {shape[0]} rows; the certificate has weights of row {classes.max()}"
+            return
+        theirs: Array = np.ndarray(shape, bits, buffer=file.data, offset=begin)
+        for some in _chunks(len(classes), math.prod(shape[1:])):
+            same = theirs[classes[some]] == ours[some].view(bits)
+            if not same.all():
+                row = int(np.argmin(same.reshape(len(same), -1).all(axis=1)))
+                yield f"{file.path}: {name} differs from the certificate, first in row {classes[some][row]}"
+                return
+
+
+class _Safetensors:
+    """A .safetensors file: u64 header length, JSON table, data. Parsed here, because a checker trusts no loader."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        try:
+            self.data = map_file(path)
+            length = int.from_bytes(self.data[:8], "little")
+            if not 2 <= length <= min(MAX_MODEL_HEADER, len(self.data) - 8):
+                raise ValueError(f"a header of {length} bytes in {len(self.data)} bytes; truncated or not .safetensors")
+            self.entries = parse_json(self.data[8 : 8 + length])
+        except (OSError, ValueError) as problem:
+            raise ModelFileError(f"{path}: cannot be read as .safetensors: {problem}.") from problem
+        self.base = 8 + length
+
+    def entry(self, name: str) -> tuple[str, list[int], int]:
+        """dtype, shape and first byte in the file, in range for the dtypes that SAFETENSORS names."""
+        match self.entries[name]:
+            case {"dtype": str(dtype), "shape": shape, "data_offsets": [int(begin), int(end)]}:
+                size = SAFETENSORS.get(dtype)
+                count = elements(shape)
+                inside = 0 <= begin <= end <= len(self.data) - self.base
+                if count is not None and inside and (size is None or end - begin == count * size):
+                    return dtype, shape, self.base + begin
+        raise ModelFileError(f"{self.path}: the entry of tensor {name!r} does not fit the file; it is damaged.")
+
+
+KINDS: Mapping[str, Callable[[Certificate], Kind]] = {HEAD_EDIT: HeadEdit}
