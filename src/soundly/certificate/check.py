@@ -55,7 +55,7 @@ class CheckResult:
     claims: the same for each claim; empty where problems kept the rows from being evaluated.
     problems: why the certificate is refused, besides rows that are not proven.
     arithmetic: what "proven" means.
-    model_matches: whether the model file holds exactly the certificate's weights; None if no file was given.
+    model_matches: whether the model file holds exactly the certificate's weights; None if they were not compared.
     """
 
     accepted: bool
@@ -104,7 +104,7 @@ def check(
         certificate = Certificate.load(certificate)
     make = KINDS.get(certificate.kind) if isinstance(certificate.kind, str) else None
     if make is None:
-        raise CertificateError(f"kind {certificate.kind!r} is unknown; this soundly checks: {', '.join(KINDS)}.")
+        raise CertificateError(f"kind {certificate.kind!r:.80} is unknown; this soundly checks: {', '.join(KINDS)}.")
     kind = make(certificate)
     lower = certificate.arrays.get("lower", np.empty(0))
     problems = [*_arithmetic_problems(), *kind.problems()]
@@ -220,6 +220,7 @@ class HeadEdit:
         if sizes["n"] == 0:
             yield "vectors have no entries"
         yield from _first("row_start decreases", start[1:] < start[:-1])
+        yield from _first(f"more than {LONGEST} operations in a row", sizes["n"] + np.diff(start) > LONGEST)
         yield from _first("row_vector out of range", (a["row_vector"] < 0) | (a["row_vector"] >= sizes["v"]))
         yield from _first("vector_class out of range", (a["vector_class"] < 0) | (a["vector_class"] >= sizes["c"]))
         yield from _first("classes are negative", a["classes"] < 0)
@@ -234,10 +235,10 @@ class HeadEdit:
         """Names, dtypes and shapes; fills in the sizes. What the checker would ignore, it refuses."""
         if set(self.header) != self.entries or set(self.arrays) != set(self.shapes):
             odd = sorted((set(self.header) ^ self.entries) | (set(self.arrays) ^ set(self.shapes)))
-            yield f"missing or unknown entries: {', '.join(map(repr, odd))}"
+            yield f"missing or unknown entries: {odd!s:.200}"
             return
         if self.header["arithmetic"] != REALS:
-            yield f"claimed {self.header['arithmetic']!r}; this checker proves {REALS!r}"
+            yield f"claimed {self.header['arithmetic']!r:.80}; this checker proves {REALS!r}"
         for name, (dtypes, letters) in self.shapes.items():
             array = self.arrays[name]
             if array.dtype not in [DTYPES[dtype] for dtype in dtypes.split()] or array.ndim != len(letters):
@@ -250,28 +251,25 @@ class HeadEdit:
         match self.header["model"]:
             case {"before": str(), "after": str(), "layer": str(), "dtype": str(said)}:
                 if said != dtype:
-                    yield f"the header says {said!r} where the weights are {dtype!r}"
+                    yield f"the header says {said!r:.80} where the weights are {dtype!r}"
             case _:
                 yield "model needs the texts before, after, layer and dtype"
 
     def enclose(self) -> tuple[Array, Array]:
         a, (count, n) = self.arrays, self.arrays["vectors"].shape
         value, magnitude = np.empty(count), np.empty(count)
-        rows, length = len(a["lower"]), np.diff(a["row_start"])
-        row = np.repeat(np.arange(rows), length)
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"):  # overflow ends in inf or NaN, which proves nothing
             for some in _chunks(count, n):
                 product = _widen(a["vectors"][some])
                 product *= _widen(a["weights"][a["vector_class"][some]])
                 value[some] = product.sum(axis=1)
-                magnitude[some] = np.abs(product, out=product).sum(axis=1)
-            magnitude += FLOOR
-            coefficient, of = a["row_coefficient"], a["row_vector"]
-            total = np.bincount(row, coefficient * value[of], rows)
-            size = np.bincount(row, np.abs(coefficient) * magnitude[of], rows) + FLOOR
-            # The theorem of docs/certificates.md: n + length + 2 roundings, 6 more for computing the bound itself.
-            error = (n + length + 8) * U * size
-            error[n + length > LONGEST] = np.inf
+                magnitude[some] = np.abs(product, out=product).sum(axis=1) + FLOOR
+            rows, length = len(a["lower"]), np.diff(a["row_start"])
+            row, vector, coefficient = np.repeat(np.arange(rows), length), a["row_vector"], a["row_coefficient"]
+            total = np.bincount(row, coefficient * value[vector], rows)
+            total_magnitude = np.bincount(row, np.abs(coefficient) * magnitude[vector], rows) + FLOOR
+            # docs/certificates.md derives it: n + length roundings, 8 more for the roundings of the bound itself.
+            error = (n + length + 8) * U * total_magnitude
             return np.nextafter(total - error, -np.inf), np.nextafter(total + error, np.inf)
 
     def model_problems(self, model: str) -> Iterator[str]:
@@ -288,9 +286,9 @@ class HeadEdit:
         if name not in file.entries:
             yield f"{file.path}: no tensor {name!r}"
             return
-        dtype, shape, begin = file.entry(name)
-        if dtype != self.stored[ours.dtype][1] or len(shape) != ours.ndim or shape[1:] != list(ours.shape[1:]):
-            yield f"{file.path}: {name} is {dtype} {shape}; the certificate has {self.stored[ours.dtype]} {ours.shape}"
+        expected, (dtype, shape, begin) = self.stored[ours.dtype][1], file.entry(name)
+        if dtype != expected or len(shape) != ours.ndim or shape[1:] != list(ours.shape[1:]):
+            yield f"{file.path}: {name} is {dtype} {shape}; the certificate has rows of {expected} {ours.shape[1:]}"
             return
         if len(classes) and classes.max() >= shape[0]:
             yield f"{file.path}: {name} has {shape[0]} rows; the certificate has weights of row {classes.max()}"

@@ -252,7 +252,7 @@ def _require_plain(value: object, depth: int) -> None:
         case dict():
             for key, item in value.items():
                 if not isinstance(key, str):
-                    raise ValueError(f"the key {key!r} is not a string")
+                    raise ValueError(f"the key {key!r:.80} is not a string")
                 key.encode("utf-8")
                 _require_plain(item, depth - 1)
         case _:
@@ -312,7 +312,7 @@ def _parse(name: str, data: mmap.mmap) -> Certificate:
         dtype, shape, count = _entry(name, key, entry)
         begin = _aligned(end)
         if entry["offset"] != begin - base:
-            _refuse(name, f"array {key!r}: offset {entry['offset']} where the layout has {begin - base}")
+            _refuse(name, f"array {key!r:.80}: offset {entry['offset']} where the layout has {begin - base}")
         gaps.append((end, begin))
         found[key], end = (dtype, shape, begin), begin + count * dtype.itemsize
     if end + _DIGEST != size:
@@ -328,11 +328,11 @@ def _parse(name: str, data: mmap.mmap) -> Certificate:
 def _entry(name: str, key: str, entry: object) -> tuple[np.dtype[Any], list[int], int]:
     """dtype, shape and number of elements of one entry of the table; nothing is allocated."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "offset", "shape"}:
-        _refuse(name, f"array {key!r}: its entry needs exactly dtype, offset and shape")
+        _refuse(name, f"array {key!r:.80}: its entry needs exactly dtype, offset and shape")
     dtype, offset, shape = entry["dtype"], entry["offset"], entry["shape"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        _refuse(name, f"array {key!r}: dtype {dtype!r} is none of {', '.join(DTYPES)}")
+        _refuse(name, f"array {key!r:.80}: dtype {dtype!r:.80} is none of {', '.join(DTYPES)}")
     count = elements(shape)
     if type(offset) is not int or count is None:
-        _refuse(name, f"array {key!r}: offset {str(offset)[:40]} or shape {str(shape)[:80]} is impossible")
+        _refuse(name, f"array {key!r:.80}: offset {str(offset)[:40]} or shape {str(shape)[:80]} is impossible")
     return DTYPES[dtype], shape, count

@@ -32,7 +32,7 @@ class Maximum(Composite):
         a, b = inputs
         return add(b, elementwise.RELU(subtract(a, b)))
 
-    def enclose(self, *bounds: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | None:
+    def enclose(self, *bounds: tuple[Tensor, Tensor], unit: float) -> tuple[Tensor, Tensor] | None:
         (la, ua), (lb, ub) = bounds
         return torch.maximum(la, lb), torch.maximum(ua, ub)
 
@@ -85,7 +85,7 @@ class MaxPool(Composite):
                 x = Maximum()(x, other)
         return x
 
-    def enclose(self, *bounds: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | None:
+    def enclose(self, *bounds: tuple[Tensor, Tensor], unit: float) -> tuple[Tensor, Tensor] | None:
         ((lower, upper),) = bounds
         return self.apply(lower), self.apply(upper)
 
@@ -128,7 +128,7 @@ class Softmax(Composite):
         score = subtract(weighted, Multiply()(centre, node))
         return (score, *(Fill(0.0, mask.shape)() for mask in node.inputs[1:]))
 
-    def enclose(self, *bounds: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | None:
+    def enclose(self, *bounds: tuple[Tensor, Tensor], unit: float) -> tuple[Tensor, Tensor] | None:
         """p_i = 1 / (1 + sum_j exp(x_j - x_i)) is extreme with x_i at one end and all others at the other."""
         (lower, upper), *mask = bounds
         i, n = self.axis, lower.shape[self.axis]
@@ -140,7 +140,10 @@ class Softmax(Composite):
             growth = torch.exp(others.unsqueeze(i) - own.unsqueeze(i + 1))
             total = torch.where(counted, growth, torch.zeros_like(growth)).sum(i + 1)
             ends.append(torch.where(keep, 1 / (1 + total), torch.zeros_like(own)))
-        return ends[0], ends[1]
+        # Each exponential inherits the rounding of its exponent, the sum that of n terms; twice, for our value and theirs.
+        spread = upper.amax(i, keepdim=True) - lower.amin(i, keepdim=True)
+        slack = 4 * unit * (n + 8 + spread)
+        return ends[0] * (1 - slack).clamp(min=0), ends[1] * (1 + slack)
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,9 @@ class Elementwise(Op):
             if self.ring.period:
                 grid = torch.linspace(0, self.ring.period, 4097, dtype=torch.float64)
             excess = self.ring.evaluate(piece, grid) - slope
-            usable = torch.isfinite(excess) & (excess != 0)
+            # Where the value drowns in its own rounding error (saturated tails), its sign says nothing.
+            noise = 1e-14 * (self.ring.evaluate(piece, grid, absolute=True) + abs(slope))
+            usable = torch.isfinite(excess) & (excess.abs() > noise)
             grid, sign = grid[usable], torch.sign(excess[usable])
             change = (sign[1:] != sign[:-1]).nonzero()[:, 0]
             a, b, before = grid[change].clone(), grid[change + 1].clone(), sign[change]
@@ -126,7 +128,7 @@ class Elementwise(Op):
         return tuple(sorted(points))
 
     def enclose(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-        """The range on [lower, upper] up to rounding (see `magnitude`); at a jump both sides belong to it (Clarke).
+        """The range on [lower, upper] up to rounding (see `widen`); at a jump both sides belong to it (Clarke).
 
         Infinite where the interval meets a pole or where a bound is NaN; points outside the domain are left out.
         """
@@ -151,10 +153,7 @@ class Elementwise(Op):
         return torch.where(unknown, -infinite, least), torch.where(unknown, infinite, greatest)
 
     def magnitude(self, lower: Tensor, upper: Tensor) -> Tensor:
-        """A bound on the sum of the absolute values of the function's terms over [lower, upper].
-
-        Evaluating f anywhere there in floating point errs by at most `rounding_steps` units of roundoff times it.
-        """
+        """A bound on the sum of the absolute values of the function's terms over [lower, upper]."""
         sizes = [torch.maximum(lower.abs(), upper.abs())]
         for base in self._bases if any(any(e[1:]) for piece in self.pieces for e, _ in piece) else ():
             least, greatest = base.enclose(lower, upper)
@@ -176,10 +175,27 @@ class Elementwise(Op):
         unit = [polynomial({tuple(int(j == i) for j in range(n + 1)): 1}) for i in range(1, n + 1)]
         return tuple(Elementwise(f"base {i} of {self.ring.name}", (p,), self.ring) for i, p in enumerate(unit, 1))
 
+    def widen(self, lower: Tensor, upper: Tensor, least: Tensor, greatest: Tensor, unit: float) -> tuple[Tensor, Tensor]:
+        """The range [least, greatest] on [lower, upper], widened by what rounding may change.
+
+        Covers the error of the range's own computation and that of evaluating f at any point of the interval with
+        unit roundoff `unit`, where every base function errs by at most four units in its last place.
+        """
+        steps = max(8 + sum(4 + 2 * sum(e) for e, _ in piece) for piece in self.pieces)
+        if all(len(piece) <= 1 for piece in self.pieces):  # one term: the error is relative
+            return least - 2 * steps * unit * least.abs(), greatest + 2 * steps * unit * greatest.abs()
+        slack = 2 * steps * unit * self.magnitude(lower, upper)
+        return least - slack, greatest + slack
+
     @property
-    def rounding_steps(self) -> int:
-        """How many units of roundoff an evaluation may lose: four per base function and one per operation."""
-        return max((8 + sum(4 + 2 * sum(e) for e, _ in piece) for piece in self.pieces), default=8)
+    def exact(self) -> bool:
+        """Whether evaluation never rounds: pieces that are 0, x, -x or a small dyadic number."""
+
+        def plain(exponents: tuple[int, ...], c: float) -> bool:
+            dyadic = abs(c) < 128 and c * 256 == int(c * 256)
+            return dyadic if not any(exponents) else abs(c) == 1 and exponents[0] == sum(exponents) == 1
+
+        return all(len(piece) <= 1 and all(plain(*term) for term in piece) for piece in self.pieces)
 
 
 def _x(power: int, factor: float = 1.0, bases: int = 0) -> Polynomial:

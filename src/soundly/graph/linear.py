@@ -41,8 +41,12 @@ class Combine(Linear):
     def signs(self, arity: int) -> tuple[int, ...]:
         return tuple(-1 if c < 0 else 1 for c in self.coefficients)
 
+    @property
+    def absolute(self) -> Combine:
+        return Combine(tuple(abs(c) for c in self.coefficients))
+
     def terms(self, *shapes: Shape) -> int:
-        return len(self.coefficients)
+        return len(self.coefficients) + any(abs(c) != 1 for c in self.coefficients)
 
 
 @dataclass(frozen=True)

@@ -124,8 +124,13 @@ class Linear(Op):
         """+1 or -1 per input: the sign of its (otherwise non-negative) coefficients."""
         return (1,) * arity
 
+    @property
+    def absolute(self) -> Linear:
+        """The map with absolute coefficients; itself for all but sums with negative ones."""
+        return self
+
     def terms(self, *shapes: Shape) -> int:
-        """The largest number of input entries that are added up to one output entry (for rounding bounds)."""
+        """The largest number of floating-point operations behind one output entry, 1 meaning none: it is copied."""
         return 1
 
 
@@ -159,8 +164,9 @@ class Composite(Op):
 
         return differentiate(self.expand(*node.inputs), node.inputs, seed=cotangent)
 
-    def enclose(self, *bounds: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | None:
-        """Bounds in real arithmetic, before rounding, from bounds of the inputs; None where the expansion's are used."""
+    def enclose(self, *bounds: tuple[Tensor, Tensor], unit: float) -> tuple[Tensor, Tensor] | None:
+        """Bounds from bounds of the inputs, of the real value and of any evaluation with unit roundoff `unit`; None
+        where those of the expansion are used."""
         return None
 
 

@@ -71,11 +71,11 @@ class Ring:
                     total = _plus(total, _times(term, self.rules[i - 1]) if i else term)
         return total
 
-    def evaluate(self, p: Polynomial, x: Tensor) -> Tensor:
-        """The polynomial at x."""
+    def evaluate(self, p: Polynomial, x: Tensor, *, absolute: bool = False) -> Tensor:
+        """The polynomial at x; with `absolute` the sum of its terms' absolute values, which scales its rounding error."""
         needed = [any(e[i] for e, _ in p) for i in range(len(self.rules) + 1)]
         bases = self.bases(x) if any(needed[1:]) else (x,) * len(self.rules)
-        values = (x, *bases)
+        values = [v.abs() if absolute else v for v in (x, *bases)]
         total: Tensor | None = None
         for exponents, c in p:
             term: Tensor | None = None
@@ -83,7 +83,8 @@ class Ring:
                 if e:
                     power = value if e == 1 else value**e
                     term = power if term is None else term * power
-            term = torch.full_like(x, c) if term is None else term if c == 1 else term * c
+            factor = abs(c) if absolute else c
+            term = torch.full_like(x, factor) if term is None else term if factor == 1 else term * factor
             total = term if total is None else total + term
         return torch.zeros_like(x) if total is None else total
 
