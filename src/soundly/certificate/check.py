@@ -24,6 +24,7 @@ from soundly.certificate.format import (
     map_file,
     parse_json,
     raw_bytes,
+    reason,
 )
 from soundly.errors import CertificateError, ModelFileError
 
@@ -152,11 +153,11 @@ def _claim_problems(certificate: Certificate) -> Iterator[str]:
     for index, claim in enumerate(claims):
         match claim:
             case {"name": str(), "rows": [start, stop]} if (
-                len(claim) == 2 and type(start) is type(stop) is int and start == covered < stop <= rows
+                len(claim) == 2 and type(start) is type(stop) is int and start == covered < stop
             ):
                 covered = stop
             case _:
-                yield f"claim {index} must be a name and rows [start, stop] with {covered} = start < stop <= {rows}"
+                yield f"claim {index} must be a name and rows [start, stop] with {covered} = start < stop"
                 return
     if covered != rows:
         yield f"the claims cover {covered} of {rows} rows"
@@ -314,7 +315,7 @@ class _Safetensors:
                 raise ValueError(f"a header of {length} bytes in {len(self.data)} bytes; truncated or not .safetensors")
             self.entries = parse_json(self.data[8 : 8 + length])
         except (OSError, ValueError) as problem:
-            raise ModelFileError(f"{path}: cannot be read as .safetensors: {problem}.") from problem
+            raise ModelFileError(f"{path}: cannot be read as .safetensors: {reason(problem)}.") from problem
         self.base = 8 + length
 
     def entry(self, name: str) -> tuple[str, list[int], int]:

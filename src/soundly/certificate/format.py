@@ -134,7 +134,7 @@ class Certificate:
         try:
             data = map_file(path)
         except (OSError, ValueError) as problem:
-            raise CertificateError(f"{os.fspath(path)}: cannot be read: {problem}.") from problem
+            raise CertificateError(f"{os.fspath(path)}: cannot be read: {reason(problem)}.") from problem
         return _parse(os.fspath(path), data)
 
 
@@ -202,6 +202,11 @@ def map_file(path: str | os.PathLike[str]) -> mmap.mmap:
         raise ValueError("not a regular file")
     with open(path, "rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def reason(problem: OSError | ValueError) -> str:
+    """What the operating system or a parser objected to, without repeating the path."""
+    return (isinstance(problem, OSError) and problem.strerror) or str(problem)
 
 
 def raw_bytes(array: Array) -> memoryview:

@@ -22,7 +22,7 @@ FEASIBLE = 1e-12  # a row is violated when it is missed by more than this, relat
 ACCEPTED = 1e-9  # the largest relative violation with which a point may still be called optimal
 DEPENDENT = 1e-13  # a row this close to the span of others, relative to its coefficients there, counts as dependent on them
 EMPTY_RADIUS = 1e6  # "infeasible" excludes all points up to this many times the distance of the farthest single row
-PATIENCE = 8  # rounds of whole-set exchange without fewer wrong rows before the guess is left to `nearest_point`
+PATIENCE = 8  # rounds of whole-set exchange without fewer wrong rows before it is given up
 STALLED = 50  # single exchanges without progress above rounding before giving up
 
 
@@ -63,7 +63,8 @@ def nearest_point(rows: Tensor, lower: Tensor, upper: Tensor, *, side: Tensor | 
         side: rows to start from, as in `Nearest.side`.
         deadline: value of `time.monotonic()` after which to stop.
     """
-    start, rounds = guess_active(rows, lower, upper, side, deadline)
+    nothing = torch.zeros(len(rows), dtype=torch.int8, device=rows.device)
+    start, rounds = guess_active(rows, lower, upper, nothing if side is None else side, deadline)
     a, low, high = rows.cpu().numpy(), lower.cpu().numpy(), upper.cpu().numpy()
     m, n = a.shape
     free = low == high  # the multiplier of an equality has either sign
@@ -137,8 +138,9 @@ class _Active:
             normal = sign * self.a[row]
             inside = self.q.T @ normal
             outside = normal - self.q @ inside
-            again = self.q.T @ outside  # once more: cancellation leaves the first remainder inaccurate
-            inside, outside = inside + again, outside - self.q @ again
+            if np.linalg.norm(outside) < 0.7:  # cancellation: orthogonalise once more ("twice is enough")
+                again = self.q.T @ outside
+                inside, outside = inside + again, outside - self.q @ again
             distance = float(np.linalg.norm(outside))
             rate = solve_triangular(self.r, inside, check_finite=False)
             side = self.side[self.index]
@@ -188,53 +190,44 @@ def _excludes(y: Array, a: Array, low: Array, high: Array, radius: float) -> boo
     return bool(np.isfinite(gap) and gap > remainder * radius + rounding)
 
 
-def guess_active(rows: Tensor, lower: Tensor, upper: Tensor, side: Tensor | None, deadline: float) -> tuple[Tensor, int]:
-    """Guess the active rows by exchanging all wrong ones at once (primal-dual active set); any guess is a legal start.
+def guess_active(rows: Tensor, lower: Tensor, upper: Tensor, side: Tensor, deadline: float) -> tuple[Tensor, int]:
+    """Guess the active rows by exchanging all wrong ones at once (primal-dual active set).
 
     Each round solves for the multipliers of the present set, lets go of those with the wrong sign and takes in all violated
-    rows. Once that stops improving, rows are only let go of. The matrix is regularised, so dependent rows are no obstacle.
+    rows. The matrix is regularised, so dependent rows are no obstacle, and the answer is only a guess.
 
     Returns:
-        side [m] as in `Nearest.side`, and the number of rounds.
+        side [m] as in `Nearest.side` (the argument itself if the rounds lead nowhere), and the number of rounds.
 
     Reference: Hintermueller, Ito, Kunisch, "The primal-dual active set strategy as a semismooth Newton method", SIAM J. Optim. 2002.
     """
-    gram = _Gram(rows)
-    side = torch.zeros(len(rows), dtype=torch.int8, device=rows.device) if side is None else side.to(torch.int8)
-    value = torch.zeros_like(lower)
-    missed = torch.maximum(lower, -upper)
-    small = 1e-11 * float(missed.clamp(min=0).max()) if len(rows) else 0.0
-    if not side.any():
-        side = (lower > small).to(torch.int8) - (upper < -small).to(torch.int8)
-    fewest, left, rounds = len(rows) + 1, PATIENCE, 0
-    while side.any() and time.monotonic() < deadline:
-        rounds += 1
+    gram, start, value = _Gram(rows), side, torch.zeros_like(lower)
+    small = 1e-11 * float(torch.maximum(lower, -upper).clamp(min=0).max()) if len(rows) else 0.0
+    fewest, patience, rounds = 2 * len(rows) + 1, PATIENCE, 0
+    index = side.nonzero().squeeze(1)
+    wrong = torch.zeros(len(index), dtype=torch.bool, device=rows.device)
+    while True:
+        entering = ((lower - value > small).to(torch.int8) - (value - upper > small).to(torch.int8)) * (side == 0)
+        count = int(wrong.sum()) + int(entering.count_nonzero())
+        if count == 0 and (rounds > 0 or len(index) == 0):
+            return side, rounds
+        patience = PATIENCE if count < fewest else patience - 1
+        fewest = min(fewest, count)
+        side = side + entering
+        side[index[wrong]] = 0
         index = side.nonzero().squeeze(1)
+        if patience == 0 or len(index) > rows.shape[1] or time.monotonic() > deadline:
+            return start, rounds
+        rounds += 1
         square = gram.block(index)
         square.diagonal().add_(1e-9)
         factor, failed = torch.linalg.cholesky_ex(square)
         if failed:
-            break
+            return start, rounds
         target = torch.where(side > 0, lower, upper)[index]
         multipliers = torch.cholesky_solve(target[:, None], factor).squeeze(1)
         wrong = (multipliers * side[index] < 0) & (lower != upper)[index]
-        if left == 0 and not wrong.any():
-            break
         value = rows @ (multipliers @ rows[index])
-        following = side.clone()
-        following[index[wrong]] = 0
-        if left > 0:
-            entering = ((lower - value > small).to(torch.int8) - (value - upper > small).to(torch.int8)) * (side == 0)
-            following += entering
-            count = int(wrong.sum()) + int(entering.count_nonzero())
-            if count == 0:
-                break
-            left = PATIENCE if count < fewest else left - 1
-            fewest = min(fewest, count)
-            if left == 0:
-                following -= entering
-        side = following
-    return side, rounds
 
 
 class _Gram:

@@ -34,7 +34,7 @@ def fold_constants(network: Network, *, parameters: bool = False) -> Network:
     for node in border:
         while isinstance(node.op, Expand):  # a repeated value stays repeated: folding it would only cost memory
             node = node.inputs[0]
-        if not isinstance(node.op, Leaf):
+        if not isinstance(node.op, Leaf) or (parameters and isinstance(node.op, Parameter)):
             wanted[node] = None
     if not wanted:
         return network

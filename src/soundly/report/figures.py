@@ -1,6 +1,6 @@
 """Pictures for a report: photographs, heat maps over photographs, and the legend that gives a heat map its scale.
 
-A heat map is laid over the *grey* photograph, so that every colour on the page means a value. Maps that are compared must
+A heat map is laid over the *grey* photograph, so that every colour in it means a value. Maps that are compared must
 share one scale: take it once with `heat_limits` and hand it to every overlay and to the legend.
 """
 
@@ -70,7 +70,7 @@ class Legend:
 
 
 def heat_limits(maps: Sequence[ArrayLike], colormap: Colormap = "viridis") -> tuple[float, float]:
-    """One scale for several maps: their smallest and largest value; if diverging -m and m, m their largest magnitude."""
+    """One scale for several maps: their smallest and largest value; if diverging, -m to m for the largest size m."""
     if not maps:
         raise InvalidInput("heat_limits needs at least one map")
     values = np.concatenate([_finite(one, "map").ravel() for one in maps])

@@ -1,8 +1,8 @@
 """One self-contained HTML page from a report's data.
 
-The page loads nothing: no script, no font, no image from outside; a content security policy in its head makes the browser
-enforce that. Every text is escaped as text, whatever its type. The page follows the reader's light or dark setting, prints
-in black on white, and fits a phone.
+The page loads nothing: no script, no font, no image from outside; a content security policy in its head makes the
+browser enforce that. Every text is escaped as text, whatever its type. The page follows the reader's light or dark
+setting, prints in black on white, and fits a phone.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def _plain(value: object) -> str:
 
 
 # Control characters, lone surrogates, and the marks that reorder the text around them.
-_INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
+_INVISIBLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 
 
 # Text colours reach 4.5 to 1 on both backgrounds (WCAG 2.2, criterion 1.4.3).
@@ -188,7 +188,8 @@ _CSS = """
 * { box-sizing: border-box; }
 html { font-size: 106.25%; -webkit-text-size-adjust: 100%; }
 body {
-  margin: 0; padding: 3.5rem 1.5rem 3rem; background: var(--paper); color: var(--ink); line-height: 1.55;
+  margin: 0; padding: 3.5rem 1.5rem 3rem; background: var(--paper); color: var(--ink);
+  line-height: 1.55; overflow-wrap: anywhere;
   font-family: "Iowan Old Style", "Palatino Linotype", Palatino, Charter, "Liberation Serif", Georgia, serif;
 }
 body > * { max-width: 64rem; margin-left: auto; margin-right: auto; }
@@ -196,7 +197,6 @@ body > * { max-width: 64rem; margin-left: auto; margin-right: auto; }
   font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", Arial, sans-serif;
 }
 .label { margin: 0 0 .6rem; font-size: .74rem; letter-spacing: .09em; text-transform: uppercase; color: var(--quiet); }
-h1, h2, h3, p, dd, figcaption, code { overflow-wrap: anywhere; }
 h1 {
   margin: 0 0 1.6rem; max-width: 24em; text-wrap: balance;
   font-size: 2.25rem; font-weight: 600; line-height: 1.16; letter-spacing: -.012em;
@@ -236,16 +236,19 @@ figcaption span { display: block; color: var(--quiet); }
 .scale { margin-top: 1.2rem; width: min(100%, 24rem); font-size: .76rem; color: var(--quiet); }
 .scale img { display: block; width: 100%; height: .6rem; margin: .35rem 0 .2rem; border-radius: .1rem; }
 .scale .ticks { display: flex; justify-content: space-between; font-variant-numeric: tabular-nums; }
-.table { margin-top: 1.7rem; overflow-x: auto; }
+.table { margin-top: 1.7rem; overflow-x: auto; overflow-wrap: normal; }
 table { border-collapse: collapse; min-width: 60%; font-size: .82rem; line-height: 1.4; }
 td { font-variant-numeric: lining-nums tabular-nums; }
 caption { padding-bottom: .6rem; text-align: left; color: var(--quiet); }
 th, td { padding: .44rem 1.5rem .44rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-th { color: var(--quiet); font-weight: 500; white-space: nowrap; border-bottom-color: var(--quiet); vertical-align: bottom; }
+th { color: var(--quiet); font-weight: 500; white-space: nowrap; vertical-align: bottom; }
+thead th { border-bottom-color: var(--quiet); }
 th:last-child, td:last-child { padding-right: 0; }
 .number { text-align: right; }
 td.verdict-word { color: var(--tone); font-weight: 600; }
-footer { margin-top: 4rem; padding-top: .9rem; border-top: 1px solid var(--line); font-size: .76rem; color: var(--quiet); }
+footer {
+  margin-top: 4rem; padding-top: .9rem; border-top: 1px solid var(--line); font-size: .76rem; color: var(--quiet);
+}
 @media (max-width: 44rem) {
   body { padding: 2rem 1.1rem; }
   h1 { font-size: 1.7rem; }
