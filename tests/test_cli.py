@@ -20,11 +20,12 @@ WEIGHTS = np.array([[2.0, 0.5]], np.float32)
 def save(path: Path, *, upper: list[float], names: list[str] | None = None, **changes: Any) -> str:
     """One claim per row; every row is the number 2.5."""
     m = len(upper)
+    names = names or [f"claim {i}" for i in range(m)]
     arguments: dict[str, Any] = {
         "vectors": np.ones((1, 2)), "vector_class": np.array([0]), "classes": np.array([1]), "weights": WEIGHTS,
         "row_start": np.arange(m + 1), "row_vector": np.zeros(m, int), "row_coefficient": np.ones(m),
         "lower": np.full(m, -np.inf), "upper": np.array(upper, float), "margin": np.zeros(m), "error": np.zeros(m),
-        "claims": [{"name": (names or [f"claim {i}" for i in range(m)])[i], "rows": [i, i + 1]} for i in range(m)],
+        "claims": [{"name": name, "rows": [i, i + 1]} for i, name in enumerate(names)],
         "model": {"before": "0", "after": "1", "layer": "fc", "dtype": "float32"}, "made_with": {},
     }  # fmt: skip
     head_edit(**{**arguments, **changes}).save(path)

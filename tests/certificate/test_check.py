@@ -7,6 +7,8 @@ import importlib
 import math
 import platform
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from itertools import pairwise
@@ -479,6 +481,23 @@ FAULTS = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_planted_faults_are_found(name):
     assert next(faults(broken(*FAULTS[name])), None) is not None
+
+
+DOCS = Path(__file__).parents[2] / "docs" / "certificates.md"
+
+
+@pytest.mark.skipif(not DOCS.exists(), reason="a source distribution has no docs")
+@pytest.mark.parametrize("dtype", ["float32", "float64", "uint16"])
+def test_the_checker_in_the_documentation_works(tmp_path, dtype):
+    bits = np.array([[0x3F80, 0x3F80], [0x4000, 0xBF80]], np.uint16)  # 1, 1 and 2, -1
+    weights = bits if dtype == "uint16" else np.array([[1, 1], [2, -1]], dtype)
+    c = certificate(np.eye(2), weights, of=[0, 1], rows=[[(1.0, 0)], [(2.0, 1)]], lower=[0, 0], upper=[1.5, 1])
+    c.save(tmp_path / "x.cert")
+    (code,) = [block for block in DOCS.read_text(encoding="utf-8").split("```") if "Fraction" in block]
+    (tmp_path / "own.py").write_text(code.removeprefix("python\n"), encoding="utf-8")
+    done = subprocess.run([sys.executable, tmp_path / "own.py", tmp_path / "x.cert"], capture_output=True, text=True)
+    assert done.stdout == "1 of 2 rows hold, ['row 0', 'row 1']\n", done.stderr
+    assert [claim.proven for claim in check(c).claims] == [1, 0]
 
 
 def test_results_are_frozen():
