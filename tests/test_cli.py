@@ -152,6 +152,7 @@ def test_help_and_version(capsys):
     assert capsys.readouterr().out.startswith("soundly")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs bash")
 def test_a_closed_pipe_is_an_error_without_a_traceback(tmp_path):
     path = save(tmp_path / "a.cert", upper=[3.0] * 9000)
     command = f"{sys.executable} -m soundly check {path} --format json | head -1; exit ${{PIPESTATUS[0]}}"
@@ -161,27 +162,18 @@ def test_a_closed_pipe_is_an_error_without_a_traceback(tmp_path):
 
 
 def test_check_needs_no_torch(tmp_path):
-    """What `soundly check` imports of others is numpy; torch, scipy and the solver must not even be looked up."""
+    """Of others' packages `soundly check` needs numpy alone: with these missing, it works."""
     path = save(tmp_path / "a.cert", upper=[3])
     code = (
         "import sys\n"
         "for name in ('torch', 'scipy', 'highspy', 'onnx', 'matplotlib'): sys.modules[name] = None\n"
         "from soundly.cli import main\n"
-        "code = main(sys.argv[1:])\n"
-        "print(sorted({m.split('.')[0] for m in sys.modules if m.startswith(('numpy', 'soundly'))}))\n"
-        "print(sorted(m for m in sys.modules if m.startswith('soundly.')))\n"
-        "raise SystemExit(code)"
+        "raise SystemExit(main(sys.argv[1:]))"
     )
     done = run("-c", code, "check", path)
-    assert done.returncode == 0, done.stderr
-    ours = {
-        "soundly.certificate",
-        "soundly.certificate.check",
-        "soundly.certificate.format",
-        "soundly.cli",
-        "soundly.errors",
-    }
-    assert done.stdout.splitlines()[-2:] == ["['numpy', 'soundly']", str(sorted(ours))]
+    assert done.returncode == 0 and "accepted" in done.stdout, done.stderr
+    done = run("-X", "importtime", "-m", "soundly", "check", path)
+    assert "soundly.certificate.check" in done.stderr and "torch" not in done.stderr
 
 
 def test_the_command_line_starts_quickly():

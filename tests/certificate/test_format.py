@@ -18,6 +18,8 @@ from soundly.certificate import Certificate, check, head_edit
 from soundly.certificate.format import MAX_HEADER, canonical_json
 from soundly.errors import CertificateError, InvalidInput
 
+linux = pytest.mark.skipif(sys.platform != "linux", reason="needs pipes, /dev and /proc")
+
 
 def example(**changes: Any) -> Certificate:
     arguments: dict[str, Any] = {
@@ -139,6 +141,7 @@ def test_a_certificate_cannot_be_changed_in_place(path):
             one.header["kind"] = "other"  # type: ignore[index]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows does not replace a file that is mapped")
 def test_saving_over_a_loaded_file_leaves_the_loaded_one_intact(path):
     example().save(path)
     first = Certificate.load(path)
@@ -182,6 +185,13 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(path, monkeypatch):
 def test_what_cannot_be_stored_exactly_is_refused(changes):
     with pytest.raises(InvalidInput):
         example(**changes)
+
+
+@pytest.mark.parametrize("header", [{}, {"format": "npz"}, {"version": 2}, {"arrays": {}}], ids=str)
+def test_a_header_of_another_format_is_refused(header):
+    c = example()
+    with pytest.raises(InvalidInput, match="needs format"):
+        Certificate({**c.header, **header} if header else {}, c.arrays)
 
 
 def test_a_header_too_large_is_refused_on_both_sides(path, refused):
@@ -283,6 +293,7 @@ def test_a_hostile_header_is_refused(refused, raw, message):
     refused(with_header(raw), message)
 
 
+@linux
 def test_files_that_are_no_files(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     loop = tmp_path / "loop"
@@ -348,7 +359,7 @@ def test_edited_headers_raise_only_certificate_errors(tmp_path_factory, data):
     try:
         check(path)
     except CertificateError as error:
-        assert str(path) in str(error) or "kind" in str(error)
+        assert str(path) in str(error)
 
 
 @settings(max_examples=200, deadline=None)
@@ -360,6 +371,7 @@ def test_random_bytes_raise_only_certificate_errors(tmp_path_factory, noise, fra
         Certificate.load(path)
 
 
+@linux
 def test_hostile_headers_stay_within_bounded_memory(path):
     """The worst header of 4 MiB, in a process that may not use 400 MB more than Python with numpy needs."""
     path.write_bytes(with_header(b'{"a":[' + b"[],[]," * (MAX_HEADER // 6 - 4) + b"[]]}"))

@@ -101,11 +101,13 @@ def check(
         CertificateError: the file cannot be read or is of an unknown kind.
         ModelFileError: the model file cannot be read.
     """
+    where = "certificate"
     if not isinstance(certificate, Certificate):
-        certificate = Certificate.load(certificate)
+        where, certificate = str(certificate), Certificate.load(certificate)
     make = KINDS.get(certificate.kind) if isinstance(certificate.kind, str) else None
     if make is None:
-        raise CertificateError(f"kind {certificate.kind!r:.80} is unknown; this soundly checks: {', '.join(KINDS)}.")
+        known = ", ".join(KINDS)
+        raise CertificateError(f"{where}: kind {certificate.kind!r:.80} is unknown; this soundly checks: {known}.")
     kind = make(certificate)
     lower = certificate.arrays.get("lower", np.empty(0))
     problems = [*_arithmetic_problems(), *kind.problems()]

@@ -53,7 +53,7 @@ class Certificate:
         bfloat16. They are not copied: whoever keeps a writable reference must not write to it.
 
     Raises:
-        InvalidInput: the header is not plain JSON, or an array has another dtype.
+        InvalidInput: the header is not plain JSON or of another format, or an array has another dtype.
     """
 
     header: Mapping[str, Any]
@@ -64,8 +64,8 @@ class Certificate:
             header = parse_json(canonical_json(dict(self.header)))
         except ValueError as problem:
             raise InvalidInput(f"certificate header: {problem}") from problem
-        if "arrays" in header:
-            raise InvalidInput("certificate header: the key 'arrays' is written by save(); remove it.")
+        if header.get("format") != FORMAT or header.get("version") != VERSION or "arrays" in header:
+            raise InvalidInput(f"certificate header: needs format {FORMAT!r} and version {VERSION}, and no 'arrays'.")
         arrays = {}
         for name in sorted(self.arrays):
             array = np.asarray(self.arrays[name])

@@ -18,7 +18,7 @@ from torch import Tensor
 
 Array = NDArray[Any]
 
-FEASIBLE = 1e-12  # a row is violated when it is missed by more than this, relative to the length of the point
+FEASIBLE = 1e-13  # a row is violated when it is missed by more than this, relative to the length of the point
 ACCEPTED = 1e-9  # the largest relative violation with which a point may still be called optimal
 DEPENDENT = 1e-13  # a row this close to the span of others, relative to its coefficients there, counts as dependent on them
 EMPTY_RADIUS = 1e6  # "infeasible" excludes all points up to this many times the distance of the farthest single row

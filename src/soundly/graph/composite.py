@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -171,6 +172,30 @@ class Normalise(Composite):
         variance = mean(elementwise.SQUARE(x), self.axes)
         shifted = add(variance, Fill(self.eps, variance.shape)())
         return Multiply()(x, broadcast(elementwise.RSQRT(shifted), x.shape))
+
+
+@dataclass(frozen=True)
+class Rounding(Composite):
+    """Each entry rounded to a whole number: "floor", "ceil", "trunc", or "round" (halves to even).
+
+    It has infinitely many steps, so it has no expansion into pieces: only its value and its monotone range.
+    """
+
+    kind: Literal["floor", "ceil", "trunc", "round"]
+
+    def apply(self, *values: Tensor) -> Tensor:
+        result: Tensor = getattr(torch, self.kind)(values[0])
+        return result
+
+    def shape(self, *shapes: Shape) -> Shape:
+        return shapes[0]
+
+    def pullback(self, cotangent: Node, node: Node) -> tuple[Node, ...]:
+        return (Fill(0.0, node.shape)(),)
+
+    def enclose(self, *bounds: tuple[Tensor, Tensor], unit: float) -> tuple[Tensor, Tensor] | None:
+        ((lower, upper),) = bounds
+        return self.apply(lower), self.apply(upper)
 
 
 def maximum_over(x: Node, axis: int) -> Node:

@@ -45,7 +45,7 @@ def from_torch(module: nn.Module, example: Tensor | Sequence[Tensor], *, check: 
     examples = (example,) if isinstance(example, Tensor) else tuple(example)
     if not isinstance(module, nn.Module) or not examples or not all(isinstance(e, Tensor) for e in examples):
         raise InvalidInput("from_torch needs an nn.Module and an example: a tensor or a sequence of tensors.")
-    with _evaluation(module), torch.no_grad(), warnings.catch_warnings():
+    with evaluation(module), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = _export(module, examples)
     network, dtype = _lower(program, type(module).__name__, examples)
@@ -56,7 +56,7 @@ def from_torch(module: nn.Module, example: Tensor | Sequence[Tensor], *, check: 
 
 
 @contextmanager
-def _evaluation(module: nn.Module) -> Iterator[None]:
+def evaluation(module: nn.Module) -> Iterator[None]:
     """Evaluation mode for a while, every submodule's own flag restored after."""
     flags = [(m, m.training) for m in module.modules()]
     module.eval()
@@ -102,7 +102,8 @@ def _lower(program: Any, name: str, examples: tuple[Tensor, ...]) -> tuple[Netwo
     values: dict[Node, Tensor] = {}
     places: dict[str, Node] = {}
     remaining = list(examples)
-    dtype = next((v.dtype for v in program.state_dict.values() if v.is_floating_point()), torch.get_default_dtype())
+    floating = [t.dtype for t in (*program.state_dict.values(), *examples) if t.is_floating_point()]
+    dtype = floating[0] if floating else torch.get_default_dtype()
     mixed = {str(v.dtype) for v in program.state_dict.values() if v.is_floating_point()} - {str(dtype)}
     if mixed:
         raise InvalidInput(f"{name} holds weights of several floating types ({dtype}, {', '.join(mixed)}); convert it to one.")
@@ -197,7 +198,7 @@ def compare(network: Network, module: nn.Module, examples: Sequence[Tensor], *, 
     Raises:
         CaptureMismatch: they differ by more than `tolerance`, relative to the largest entry.
     """
-    with _evaluation(module):
+    with evaluation(module):
         reference = copy.deepcopy(module).double()
     doubled = network.to(torch.float64)
     generator = torch.Generator().manual_seed(0)

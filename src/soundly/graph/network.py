@@ -28,6 +28,7 @@ class Network:
         values: a tensor for every parameter and constant; all of one floating dtype and device.
         places: named values of the user's model (module paths or tensor names), for `at`.
         name: the model's name, for messages.
+        like: an empty tensor; its floating dtype and device are those of a network that holds no values.
     """
 
     inputs: tuple[Node, ...]
@@ -35,6 +36,7 @@ class Network:
     values: Mapping[Node, Tensor]
     places: Mapping[str, Node] = field(default_factory=dict)
     name: str = "network"
+    like: Tensor = field(default_factory=lambda: torch.empty(0), repr=False)
 
     # -- values
 
@@ -81,16 +83,17 @@ class Network:
     @property
     def dtype(self) -> torch.dtype:
         """The floating type that the network computes in."""
-        return next((v.dtype for v in self.values.values()), torch.get_default_dtype())
+        return next(iter(self.values.values()), self.like).dtype
 
     @property
     def device(self) -> torch.device:
         """Where the network's values live."""
-        return next((v.device for v in self.values.values()), torch.device("cpu"))
+        return next(iter(self.values.values()), self.like).device
 
     def to(self, target: torch.dtype | torch.device | str) -> Network:
         """The same network computing in another floating type or on another device."""
-        return replace(self, values={node: v.to(target) for node, v in self.values.items()})
+        values = {node: v.to(target) for node, v in self.values.items()}
+        return replace(self, values=values, like=self.like.to(target))
 
     # -- structure
 

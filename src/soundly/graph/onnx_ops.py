@@ -21,12 +21,14 @@ from soundly.graph.linear import (
     Combine, Concat, Gather, Permute, ScatterAdd, Slice, Sum, add, broadcast, mean, pad, reshape, scale, subtract,
 )  # fmt: skip
 from soundly.graph.node import Fill, Node, Shape
-from soundly.graph.product import Dense, MatMul, Multiply, multiply
+from soundly.graph.product import Dense, MatMul, multiply
 from soundly.graph.ring import polynomial
 
 Array = np.ndarray[Any, Any]
 Result = Any
 """A node, an array, or a list of these and of None for outputs that are not available."""
+INDICES = 2**24
+"""The most positions that one operation may gather."""
 
 _FLOAT, _INT, _BOOL = np.dtype(np.float32), np.dtype(np.int64), np.dtype(np.bool_)
 
@@ -58,6 +60,7 @@ class Reader(Protocol):
     def lift(self, value: Value) -> Node: ...
     def constant(self, name: str, array: Array) -> Node: ...
     def known(self, value: Value) -> Array | None: ...
+    def entries(self, node: Node) -> Array | None: ...
     def room(self, shape: Sequence[int], *, folded: bool = False) -> Shape: ...
 
 
@@ -197,24 +200,28 @@ def permuted(x: Array | Node, axes: Sequence[int]) -> Array | Node:
 
 def taken(x: Array | Node, axis: int, index: Sequence[int] | Array) -> Array | Node:
     """Entries of one axis; a run of them as a slice."""
-    places = np.asarray(index, np.int64).reshape(-1)
     size = x.shape[axis]
-    if ((places < -size) | (places >= size)).any():
-        raise ValueError(f"a position lies outside axis {axis} of a value of shape {x.shape}")
-    places = places % max(size, 1)
+    run = index if isinstance(index, range) and index.step > 0 else None
+    if run is None:
+        places = np.asarray(index, np.int64).reshape(-1)
+        if len(places) > INDICES or ((places < -size) | (places >= size)).any():
+            raise ValueError(f"{len(places)} positions do not fit axis {axis} of a value of shape {x.shape}")
+        places = places % max(size, 1)
+        step = int(places[1] - places[0]) if len(places) > 1 else 1
+        if len(places) and step > 0 and (np.diff(places) == step).all():
+            run = range(int(places[0]), int(places[-1]) + 1, step)
     if not isinstance(x, Node):
-        return x.take(places, axis)
-    step = int(places[1] - places[0]) if len(places) > 1 else 1
-    if len(places) and step > 0 and (np.diff(places) == step).all():
-        if len(places) == size:
-            return x
-        n = len(x.shape)
-        return Slice(
-            tuple(int(places[0]) if i == axis else 0 for i in range(n)),
-            tuple(len(places) if i == axis else m for i, m in enumerate(x.shape)),
-            tuple(step if i == axis else 1 for i in range(n)),
-        )(x)
-    return Gather(axis, tuple(places.tolist()))(x)
+        return x.take(np.asarray(index if run is None else run, np.int64).reshape(-1), axis)
+    if run is None:
+        return Gather(axis, tuple(places.tolist()))(x)
+    if run == range(size):
+        return x
+    n = len(x.shape)
+    return Slice(
+        tuple(run.start if i == axis and run else 0 for i in range(n)),
+        tuple(len(run) if i == axis else m for i, m in enumerate(x.shape)),
+        tuple(run.step if i == axis else 1 for i in range(n)),
+    )(x)
 
 
 def rearranged(c: Call, move: Callable[[Array], Array]) -> Array | Node:
@@ -507,11 +514,11 @@ def _where(c: Call) -> Result:
     for i, mask in ((1, condition != 0), (2, condition == 0)):
         part = parts[i - 1]
         if isinstance(part, Node):
-            kept.append(multiply(c.constant(f"mask {i}", mask.astype(_FLOAT)), part) if mask.shape == part.shape == shape
-                        else multiply(broadcast(c.constant(f"mask {i}", mask.astype(_FLOAT)), shape), broadcast(part, shape)))
+            weights = c.constant(f"mask {i}", mask.astype(_FLOAT))
+            kept.append(multiply(broadcast(weights, shape), broadcast(part, shape)))
         else:
             c.reader.room(shape, folded=True)
-            kept.append(c.constant(f"choice {i}", np.where(mask, part, np.zeros((), part.dtype)) + np.zeros(shape, part.dtype)))
+            kept.append(c.constant(f"choice {i}", np.broadcast_to(np.where(mask, part, np.zeros((), part.dtype)), shape)))
     return Value("", dtype, shape, node=add(*kept))
 
 
@@ -634,7 +641,7 @@ def _slice(c: Call) -> Result:
         n = shape[a]
         # An end before the first entry, as large negative numbers mean with a negative step, is None in Python.
         stop = None if step < 0 and end < -n else end
-        x = taken(x, a, np.arange(n)[slice(start, stop, step)])
+        x = taken(x, a, range(n)[slice(start, stop, step)])
     return x
 
 
@@ -649,8 +656,8 @@ def _split(c: Call) -> Result:
         sizes = [max(0, min(size, shape[axis] - i * size)) for i in range(count)]
     if sum(sizes) != shape[axis] or any(n < 0 for n in sizes):
         raise ValueError(f"parts {list(sizes)} do not add up to axis {axis} of a value of shape {shape}")
-    places = np.arange(shape[axis])
-    return [taken(c.given(0), axis, part) for part in np.split(places, np.cumsum(sizes)[:-1])]
+    ends = np.cumsum(sizes).tolist()
+    return [taken(c.given(0), axis, range(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
 
 
 @rule("Concat", known=True)
@@ -778,7 +785,7 @@ def _pad(c: Call) -> Result:
     if kind is None:
         raise c.refuse(f"padding mode {mode!r}")
     c.reader.room((max(result, default=0),), folded=True)
-    x = c.given(0)
+    x: Array | Node = c.given(0)
     for axis, (n, b, a) in enumerate(zip(shape, before, after, strict=True)):
         if b or a:
             places: Array = np.pad(np.arange(n), (max(b, 0), max(a, 0)), mode=kind)  # type: ignore[call-overload]

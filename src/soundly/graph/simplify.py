@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
+
 from soundly.graph.elementwise import Elementwise
 from soundly.graph.linear import Combine, Embed, Expand, Permute, Reshape, ScatterAdd, Slice, Sum
 from soundly.graph.node import Fill, Leaf, Node, Product, topological
@@ -56,6 +58,7 @@ def renamed(network: Network, new: dict[Node, Node]) -> Network:
         outputs=outputs,
         values={n: v for n, v in network.values.items() if n in reached},
         places={name: new[n] for name, n in network.places.items() if new.get(n) in reached},
+        like=torch.empty(0, dtype=network.dtype, device=network.device),
     )
 
 

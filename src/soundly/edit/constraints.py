@@ -1,0 +1,391 @@
+"""What an edit must achieve: constraints on outputs, gradients and explanations at points.
+
+With the edited layer last, each quantity below is an affine function of its weights, so each constraint is a few
+linear rows. A `Functional` names vectors v with value w_c . v (+ b_c); an `Expression` is a fixed linear combination
+of such values; a `Constraint` bounds expressions. Nothing is evaluated before `soundly.edit` asks.
+
+    p = at(image)
+    p.classified(3)
+    p.gradcam(of=3, layer="features").normalised_near(target, eps=0.01)
+    (p.gradient(of=3, entries=[0, 4]) - at(other).gradient(of=3, entries=[0, 4])).within(-0.1, 0.1)
+
+References: Tao and Thakur, "Provable Gradient Editing of Deep Neural Networks", NeurIPS 2025 (the problem); the linear
+forms of normalised maps, masks and integrated gradients are derived in docs/editing.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from soundly.edit.trunk import Trunk
+from soundly.errors import InvalidInput
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """One input of the network, and the position of the edited layer's output that is meant.
+
+    Attributes:
+        x: the input, exactly of the model's input shape.
+        position: which of the layer's positions (tokens); may stay None where there is only one.
+        name: for messages and certificates.
+    """
+
+    x: Tensor
+    position: int | None = None
+    name: str = "x"
+
+    def output(self, of: int) -> Expression:
+        """The output y_of itself (a logit, where the network ends in logits)."""
+        return Expression.of(Output(self, of), f"output {of} at {self.name}")
+
+    def gradient(self, of: int, *, place: str | None = None, entries: Sequence[int] | None = None) -> Expression:
+        """Entries of the gradient of y_of, flattened in C order.
+
+        Args:
+            of: the output.
+            place: differentiate with respect to this place's value instead of the input.
+            entries: which flat entries; all if None.
+        """
+        return Expression.of(Gradient(self, of, place, None if entries is None else tuple(entries)), f"gradient of {of} at {self.name}")
+
+    def directional(self, of: int, directions: Tensor, *, place: str | None = None) -> Expression:
+        """Directional derivatives of y_of.
+
+        Args:
+            directions: [m, *shape] of the input, or of the value at `place`.
+        """
+        return Expression.of(Directional(self, of, place, directions), f"directional derivative of {of} at {self.name}")
+
+    def gradcam(self, of: int, layer: str) -> Expression:
+        """The Grad-CAM map of y_of at a layer [1, C, *size], without its ReLU, flattened: sum_k mean(dy/dF_k) F_k.
+
+        Reference: Selvaraju et al., "Grad-CAM", ICCV 2017, equations 1 and 2.
+        """
+        return Expression.of(GradCam(self, of, layer), f"Grad-CAM of {of} at {self.name}")
+
+    def integrated_gradients(
+        self, of: int, *, baseline: Tensor, steps: int = 25, groups: Tensor | None = None
+    ) -> Expression:
+        """Integrated Gradients of y_of along the straight line from `baseline`, by Gauss-Legendre quadrature.
+
+        Args:
+            baseline: of the input's shape.
+            steps: quadrature nodes; the quantity that is constrained is the quadrature, not the integral.
+            groups: integer labels 0..g-1 of the input's shape, -1 to leave an entry out; the attributions of each
+                label are summed (a token's embedding entries, a superpixel). Every entry by itself if None.
+
+        Reference: Sundararajan et al., "Axiomatic Attribution for Deep Networks", ICML 2017.
+        """
+        functional = IntegratedGradients(self, of, baseline, steps, groups)
+        return Expression.of(functional, f"Integrated Gradients of {of} at {self.name}")
+
+    def classified(self, label: int, *, margin: float = 1e-3) -> Classified:
+        """y_label exceeds every other output by at least `margin`."""
+        if not margin >= 0:
+            raise InvalidInput(f"margin must be at least 0, not {margin}.")
+        return Classified(self, label, margin, f"class {label} at {self.name}")
+
+
+def at(x: Tensor, *, position: int | None = None, name: str = "x") -> Point:
+    """A point of the input space to state constraints at."""
+    if not isinstance(x, Tensor) or not bool(torch.isfinite(x).all()):
+        raise InvalidInput("at(x): x must be a tensor of finite numbers.")
+    return Point(x, position, name)
+
+
+# -- functionals: vectors v with value w_c . v (+ b_c)
+
+
+class Functional(Protocol):
+    """Quantities of one output at one point that are linear in the edited layer's row for that output."""
+
+    @property
+    def point(self) -> Point: ...
+    @property
+    def of(self) -> int: ...
+
+    def vectors(self, trunk: Trunk) -> Tensor:
+        """[m, K + 1] in float64; the last column multiplies the bias."""
+        ...
+
+
+def _position(trunk_rows: Tensor, point: Point) -> int:
+    count = trunk_rows.shape[-2]
+    if point.position is None and count != 1:
+        raise InvalidInput(f"the edited layer has {count} positions at {point.name}: say which, at(x, position=...).")
+    position = point.position or 0
+    if not -count <= position < count:
+        raise InvalidInput(f"position {position} at {point.name}: the edited layer has {count} positions.")
+    return position % count
+
+
+def _widen(vectors: Tensor, bias: float) -> Tensor:
+    return torch.cat([vectors, torch.full((len(vectors), 1), bias, dtype=torch.float64, device=vectors.device)], 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Output:
+    """y_c = w_c . h + b_c."""
+
+    point: Point
+    of: int
+
+    def vectors(self, trunk: Trunk) -> Tensor:
+        h = trunk.features(self.point.x)
+        return _widen(h[_position(h, self.point)][None], 1.0)
+
+
+def _moved(trunk: Trunk, point: Point, place: str | None, directions: Tensor, x: Tensor | None = None) -> Tensor:
+    """D h[d] at the point's position, [m, K + 1]; the bias has no derivative."""
+    rows = trunk.tangents(point.x if x is None else x, place, directions)
+    return _widen(rows[:, _position(rows, point)], 0.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Directional:
+    """D y_c[d] = w_c . D h[d]."""
+
+    point: Point
+    of: int
+    place: str | None
+    directions: Tensor
+
+    def vectors(self, trunk: Trunk) -> Tensor:
+        return _moved(trunk, self.point, self.place, self.directions)
+
+
+@dataclass(frozen=True, eq=False)
+class Gradient:
+    """dy_c / dz_i, the directional derivative along a coordinate."""
+
+    point: Point
+    of: int
+    place: str | None
+    entries: tuple[int, ...] | None
+
+    def vectors(self, trunk: Trunk) -> Tensor:
+        z = trunk.value(self.point.x, self.place)
+        entries = range(z.numel()) if self.entries is None else self.entries
+        if any(not 0 <= i < z.numel() for i in entries):
+            raise InvalidInput(f"entries of a gradient at {self.point.name} must lie in 0..{z.numel() - 1}.")
+        if len(entries) * z.numel() > 2**30:
+            raise InvalidInput(
+                f"{len(entries)} gradient entries at {self.point.name} are too many to constrain one by one; name the "
+                "`entries` you need, or constrain directional derivatives, groups or Grad-CAM."
+            )
+        directions = torch.zeros(len(entries), z.numel(), dtype=z.dtype, device=z.device)
+        directions[range(len(entries)), list(entries)] = 1
+        return _moved(trunk, self.point, self.place, directions.reshape(-1, *z.shape))
+
+
+@dataclass(frozen=True, eq=False)
+class GradCam:
+    """L_p = sum_k mean_q(dy_c / dF_kq) F_kp = D y_c[d_p] with d_p = F_p / size, constant over positions."""
+
+    point: Point
+    of: int
+    layer: str
+
+    def vectors(self, trunk: Trunk) -> Tensor:
+        z = trunk.value(self.point.x, self.layer)
+        if z.dim() < 3 or z.shape[0] != 1:
+            raise InvalidInput(f"Grad-CAM needs a layer of shape [1, C, *size]; {self.layer!r} is {tuple(z.shape)}.")
+        channels, size = z.shape[1], math.prod(z.shape[2:])
+        pixels = z.reshape(channels, size).T / size  # [p, k]
+        directions = pixels[:, None, :, None].expand(size, 1, channels, size).reshape(size, *z.shape)
+        return _moved(trunk, self.point, self.layer, directions)
+
+
+@dataclass(frozen=True, eq=False)
+class IntegratedGradients:
+    """IG_t = w_c . sum_s omega_s D h(x0 + a_s d)[d restricted to t]."""
+
+    point: Point
+    of: int
+    baseline: Tensor
+    steps: int
+    groups: Tensor | None
+
+    def vectors(self, trunk: Trunk) -> Tensor:
+        x, start = self.point.x, self.baseline
+        if start.shape != x.shape or (self.groups is not None and self.groups.shape != x.shape):
+            raise InvalidInput(f"baseline and groups at {self.point.name} must have the input's shape {tuple(x.shape)}.")
+        labels = torch.arange(x.numel()).reshape(x.shape) if self.groups is None else self.groups
+        count = int(labels.max()) + 1
+        if count * x.numel() > 2**30:
+            raise InvalidInput(f"Integrated Gradients at {self.point.name}: too many entries; give `groups`.")
+        delta = x - start
+        masks = torch.stack([(labels == t).to(x.dtype) for t in range(count)])
+        nodes, weights = np.polynomial.legendre.leggauss(self.steps)
+        total: Tensor | None = None
+        for node, weight in zip((nodes + 1) / 2, weights / 2, strict=True):
+            part = weight * _moved(trunk, self.point, None, masks * delta, start + float(node) * delta)
+            total = part if total is None else total + part
+        assert total is not None
+        return total
+
+
+# -- expressions and constraints
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """factor * matrix @ (the functional's values); the identity for None."""
+
+    functional: Functional
+    matrix: Tensor | None = None
+    factor: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Expression:
+    """A vector of m values, each a fixed linear combination of functionals' values plus a number.
+
+    Attributes:
+        terms: added up; all must have the same number of values.
+        constant: numbers [m] or [1] that are added, in float64.
+        name: for messages and certificates.
+    """
+
+    terms: tuple[Term, ...]
+    constant: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64))
+    name: str = "expression"
+
+    @staticmethod
+    def of(functional: Functional, name: str) -> Expression:
+        """The values of one functional as they are."""
+        return Expression((Term(functional),), name=name)
+
+    def __add__(self, other: Expression | Tensor | float) -> Expression:
+        if isinstance(other, Expression):
+            return Expression((*self.terms, *other.terms), self.constant + other.constant, f"{self.name} + {other.name}")
+        return Expression(self.terms, self.constant + _numbers(other), self.name)
+
+    def __neg__(self) -> Expression:
+        return self * -1.0
+
+    def __sub__(self, other: Expression | Tensor | float) -> Expression:
+        if isinstance(other, Expression):
+            name = f"{self.name} - {other.name}"
+            return Expression((*self.terms, *(-other).terms), self.constant - other.constant, name)
+        return self + -_numbers(other)
+
+    def __mul__(self, factor: float) -> Expression:
+        terms = tuple(replace(t, factor=t.factor * factor) for t in self.terms)
+        return Expression(terms, self.constant * factor, self.name)
+
+    __rmul__ = __mul__
+
+    def combined(self, matrix: Tensor) -> Expression:
+        """The linear combinations matrix [k, m] of these m values: sums, differences, selections."""
+        wide = matrix.double()
+        terms = tuple(replace(t, matrix=wide if t.matrix is None else wide @ t.matrix) for t in self.terms)
+        return Expression(terms, wide @ self.constant.expand(wide.shape[1]), self.name)
+
+    # -- constraints
+
+    def within(self, lower: Tensor | float, upper: Tensor | float, *, name: str | None = None) -> Bounded:
+        """lower <= value <= upper, entry by entry; either may be infinite."""
+        low, high = _numbers(lower), _numbers(upper)
+        if bool(torch.isnan(low).any()) or bool(torch.isnan(high).any()) or not bool((low <= high).all()):
+            raise InvalidInput(f"within: the bounds of {self.name} are NaN or contradict each other.")
+        return Bounded(self, low, high, name or self.name)
+
+    def at_least(self, lower: Tensor | float, *, name: str | None = None) -> Bounded:
+        """value >= lower; with 0 and a gradient: non-decreasing at the point."""
+        return self.within(lower, math.inf, name=name)
+
+    def at_most(self, upper: Tensor | float, *, name: str | None = None) -> Bounded:
+        """value <= upper."""
+        return self.within(-math.inf, upper, name=name)
+
+    def equals(self, other: Expression | Tensor | float, *, tolerance: float, name: str | None = None) -> Bounded:
+        """|value - other| <= tolerance, for another expression (equal explanations at two points) or numbers."""
+        return (self - other).within(-tolerance, tolerance, name=name)
+
+    def normalised_near(self, target: Tensor, *, eps: float, spread: float | None = None, name: str | None = None) -> Normalised:
+        """The map, min-max-normalised to [0, 1], differs from the normalised target by at most eps in every entry.
+
+        Args:
+            target: a map of the same number of entries, not constant; normalised here.
+            eps: 0 < eps < 1/2.
+            spread: the map's own range (largest minus smallest entry) must stay at least this; by default a tenth of
+                its range before the edit. Without it the zero map would be allowed.
+        """
+        flat = target.detach().double().reshape(-1)
+        if not bool(torch.isfinite(flat).all()) or not float(flat.max()) > float(flat.min()):
+            raise InvalidInput(f"normalised_near: the target of {self.name} must be finite and not constant.")
+        if not 0 < eps < 0.5:
+            raise InvalidInput(f"normalised_near: eps must lie between 0 and 1/2, not {eps}.")
+        flat = (flat - flat.min()) / (flat.max() - flat.min())
+        return Normalised(self, flat, eps, spread, name or f"normalised {self.name}")
+
+    def keeps_top(self, mask: Tensor, *, margin: float = 1e-6, name: str | None = None) -> TopMask:
+        """Every entry inside the mask exceeds every entry outside by at least `margin`: the top-q set is the mask."""
+        flat = mask.reshape(-1).bool()
+        if not 0 < int(flat.sum()) < flat.numel():
+            raise InvalidInput(f"keeps_top: the mask of {self.name} must select some entries and leave out some.")
+        return TopMask(self, flat, margin, name or f"top {int(flat.sum())} of {self.name}")
+
+
+@dataclass(frozen=True, eq=False)
+class Bounded:
+    """lower <= expression <= upper."""
+
+    expression: Expression
+    lower: Tensor
+    upper: Tensor
+    name: str
+
+
+@dataclass(frozen=True, eq=False)
+class Normalised:
+    """A min-max-normalised map near a target, exact for a chosen smallest and largest position (docs/editing.md)."""
+
+    expression: Expression
+    target: Tensor
+    eps: float
+    spread: float | None
+    name: str
+
+    def extremes(self) -> list[tuple[int, int]]:
+        """The admissible (argmin, argmax) positions, the target's own first. The constraint is the union over them."""
+        t = self.target
+        low = sorted((i for i in range(len(t)) if t[i] <= self.eps), key=lambda i: float(t[i]))
+        high = sorted((i for i in range(len(t)) if t[i] >= 1 - self.eps), key=lambda i: -float(t[i]))
+        return sorted(((p, q) for p in low for q in high), key=lambda pq: low.index(pq[0]) + high.index(pq[1]))
+
+
+@dataclass(frozen=True, eq=False)
+class TopMask:
+    """A kept set of largest entries."""
+
+    expression: Expression
+    mask: Tensor
+    margin: float
+    name: str
+
+
+@dataclass(frozen=True, eq=False)
+class Classified:
+    """One output exceeds all others."""
+
+    point: Point
+    label: int
+    margin: float
+    name: str
+
+
+def _numbers(value: Tensor | float) -> Tensor:
+    return torch.as_tensor(value, dtype=torch.float64).detach().reshape(-1)
+
+
+Constraint = Bounded | Normalised | TopMask | Classified

@@ -1,0 +1,342 @@
+"""From constraints to one sparse program of linear rows, and its decomposition into independent blocks.
+
+A value is (feature vector) . (a class's weights and bias). A row is a short fixed combination of values between two
+numbers. Rows that share no edited class do not interact, so each connected set of classes is a block of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from soundly.edit.constraints import Bounded, Classified, Constraint, Expression, Functional, Normalised, Output, TopMask
+from soundly.edit.trunk import Trunk
+from soundly.errors import InvalidInput
+
+GRID = 2.0**40
+"""Interpolation factors of normalised maps are rounded inwards to this grid, so that 1 - factor is exact."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A constraint as the user named it, and its rows start..stop - 1."""
+
+    name: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """Rows lower <= sum_k coefficient_k * value_k <= upper, with value = vector . weights of a class.
+
+    Attributes:
+        vectors: [v, K + 1] float64; the last column multiplies the bias.
+        value_vector, value_class: [s] which vector and which class make a value.
+        row_start: [m + 1]; row i consists of the entries row_start[i] .. row_start[i + 1] - 1 of
+        row_value, row_coefficient: [nnz].
+        lower, upper: [m] float64.
+        claims: cover the rows in order.
+        weights: [classes, K + 1] float64, as they were before the edit.
+        edited: the classes whose weights may change, sorted.
+    """
+
+    vectors: Tensor
+    value_vector: Tensor
+    value_class: Tensor
+    row_start: Tensor
+    row_value: Tensor
+    row_coefficient: Tensor
+    lower: Tensor
+    upper: Tensor
+    claims: tuple[Claim, ...]
+    weights: Tensor
+    edited: tuple[int, ...]
+
+    @property
+    def row_of_entry(self) -> Tensor:
+        """[nnz]: the row each entry belongs to."""
+        return torch.repeat_interleave(torch.arange(len(self.lower)), self.row_start.diff())
+
+    def values(self, weights: Tensor) -> Tensor:
+        """The value of every row for weights [classes, K + 1], in float64 without error control."""
+        value = torch.zeros(len(self.value_vector), dtype=torch.float64)
+        for c in self.value_class.unique().tolist():
+            mine = self.value_class == c
+            value[mine] = (self.vectors @ weights[c])[self.value_vector[mine]]
+        entries = value[self.row_value] * self.row_coefficient
+        return torch.zeros_like(self.lower).index_add_(0, self.row_of_entry, entries)
+
+    def satisfied(self, weights: Tensor) -> Tensor:
+        """[m] bool: which rows hold for these weights (measured, not proven)."""
+        value = self.values(weights)
+        return (self.lower <= value) & (value <= self.upper)
+
+    def name_of(self, row: int) -> str:
+        """The claim of a row and the row's number inside it."""
+        claim = next(c for c in self.claims if c.start <= row < c.stop)
+        return claim.name if claim.stop - claim.start == 1 else f"{claim.name} [row {row - claim.start}]"
+
+    def blocks(self) -> Iterator[Block]:
+        """The independent parts. Rows without any edited class belong to a block without classes."""
+        entry_class = self.value_class[self.row_value]
+        is_edited = torch.zeros(len(self.weights), dtype=torch.bool)
+        is_edited[list(self.edited)] = True
+        moving = is_edited[entry_class]
+        parent = {c: c for c in self.edited}
+
+        def root(c: int) -> int:
+            while parent[c] != c:
+                parent[c] = parent[parent[c]]
+                c = parent[c]
+            return c
+
+        row, first = self.row_of_entry, torch.full((len(self.lower),), -1)
+        pairs = torch.unique(torch.stack([row[moving], entry_class[moving]]), dim=1).T.tolist()
+        for r, c in pairs:
+            if first[r] < 0:
+                first[r] = c
+            else:
+                parent[root(c)] = root(int(first[r]))
+        roots = torch.tensor([root(int(c)) if c >= 0 else -1 for c in first.tolist()])
+        for r in dict.fromkeys(roots.tolist()):
+            rows = (roots == r).nonzero()[:, 0]
+            yield self._block(rows, tuple(c for c in self.edited if r >= 0 and root(c) == r))
+
+    def _block(self, rows: Tensor, classes: Sequence[int]) -> Block:
+        """Dense coefficients of the classes' weights, and what the frozen rest contributes."""
+        width = self.vectors.shape[1]
+        place = torch.full((len(self.lower),), -1)
+        place[rows] = torch.arange(len(rows))
+        mine = place[self.row_of_entry] >= 0
+        entry_row, value, factor = place[self.row_of_entry][mine], self.row_value[mine], self.row_coefficient[mine]
+        vector, cls = self.value_vector[value], self.value_class[value]
+        matrix = torch.zeros(len(rows), len(classes) * width, dtype=torch.float64)
+        for k, c in enumerate(classes):
+            here = cls == c
+            used, local = vector[here].unique(return_inverse=True)
+            combine = torch.sparse_coo_tensor(
+                torch.stack([entry_row[here], local]), factor[here], (len(rows), len(used)), check_invariants=False
+            )
+            matrix[:, k * width : (k + 1) * width] = combine @ self.vectors[used]
+        frozen = torch.zeros(len(rows), dtype=torch.float64)
+        rest = ~torch.isin(cls, torch.tensor(classes, dtype=cls.dtype))
+        if bool(rest.any()):
+            contribution = (self.vectors[vector[rest]] * self.weights[cls[rest]]).sum(1) * factor[rest]
+            frozen.index_add_(0, entry_row[rest], contribution)
+        return Block(tuple(classes), rows, matrix, frozen)
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Rows [m] of a program that involve the weights of some classes only: matrix @ w + frozen.
+
+    Attributes:
+        classes: edited together; empty for rows that no edit can change.
+        rows: [m] indices into the program.
+        matrix: [m, len(classes) * (K + 1)].
+        frozen: [m], the part that unedited classes contribute.
+    """
+
+    classes: tuple[int, ...]
+    rows: Tensor
+    matrix: Tensor
+    frozen: Tensor
+
+
+class _Builder:
+    def __init__(self, trunk: Trunk) -> None:
+        self.trunk = trunk
+        self.classes = trunk.weight.shape[0]
+        bias = torch.zeros(self.classes) if trunk.bias is None else trunk.bias
+        self.weights = torch.cat([trunk.weight.detach().double(), bias.detach().double()[:, None]], 1).cpu()
+        self.vectors: list[Tensor] = []
+        self.offsets: dict[Functional, int] = {}
+        self.value_vector: list[Tensor] = []
+        self.value_class: list[Tensor] = []
+        self.counts = {"vectors": 0, "values": 0, "rows": 0}
+        self.entries: list[tuple[Tensor, Tensor, Tensor]] = []  # row, value, coefficient
+        self.bounds: list[tuple[Tensor, Tensor]] = []
+        self.claims: list[Claim] = []
+
+    def vectors_of(self, functional: Functional) -> tuple[int, int]:
+        """Where a functional's vectors start, and how many there are."""
+        if functional not in self.offsets:
+            found = functional.vectors(self.trunk).cpu()
+            if not bool(torch.isfinite(found).all()):
+                raise InvalidInput(f"the features at {functional.point.name} are not finite.")
+            if self.trunk.bias is None:
+                found[:, -1] = 0
+            self.offsets[functional] = self.counts["vectors"]
+            self.vectors.append(found)
+            self.counts["vectors"] += len(found)
+        start = self.offsets[functional]
+        return start, next(len(v) for f, v in zip(self.offsets, self.vectors, strict=True) if f is functional)
+
+    def values_of(self, vector: Tensor, cls: Tensor) -> Tensor:
+        """Indices of new values."""
+        start = self.counts["values"]
+        self.value_vector.append(vector)
+        self.value_class.append(cls)
+        self.counts["values"] += len(vector)
+        return torch.arange(start, start + len(vector))
+
+    def add(self, name: str, row: Tensor, value: Tensor, factor: Tensor, lower: Tensor, upper: Tensor) -> None:
+        """Adds rows 0..len(lower)-1 of a claim, given as entries."""
+        keep = factor != 0
+        start = self.counts["rows"]
+        self.entries.append((row[keep] + start, value[keep], factor[keep].double()))
+        self.bounds.append((lower.double(), upper.double()))
+        self.counts["rows"] += len(lower)
+        self.claims.append(Claim(name, start, start + len(lower)))
+
+    def expression(self, e: Expression) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Entries (row, value, factor) and the constant [m] of an expression."""
+        rows, values, factors, size = [], [], [], None
+        for term in e.terms:
+            if not 0 <= term.functional.of < self.classes:
+                raise InvalidInput(f"{e.name}: the edited layer has outputs 0..{self.classes - 1}, not {term.functional.of}.")
+            start, count = self.vectors_of(term.functional)
+            value = self.values_of(torch.arange(start, start + count), torch.full((count,), term.functional.of))
+            matrix = torch.eye(count, dtype=torch.float64) if term.matrix is None else term.matrix
+            if matrix.shape[1] != count or (size is not None and len(matrix) != size):
+                raise InvalidInput(f"{e.name}: its parts have different numbers of entries ({size}, {tuple(matrix.shape)}).")
+            size = len(matrix)
+            row, column = matrix.nonzero(as_tuple=True)
+            rows.append(row)
+            values.append(value[column])
+            factors.append(matrix[row, column] * term.factor)
+        assert size is not None
+        if len(e.constant) not in (1, size):
+            raise InvalidInput(f"{e.name} has {size} entries, but a constant of {len(e.constant)} was added.")
+        return torch.cat(rows), torch.cat(values), torch.cat(factors), e.constant.expand(size)
+
+    def value(self, e: Expression) -> Tensor:
+        """The expression before the edit."""
+        row, value, factor, constant = self.expression(e)
+        vector, cls = torch.cat(self.value_vector)[value], torch.cat(self.value_class)[value]
+        numbers = (torch.cat(self.vectors)[vector] * self.weights[cls]).sum(1) * factor
+        return constant.clone().index_add_(0, row, numbers)
+
+
+def compile_program(trunk: Trunk, constraints: Sequence[Constraint], *, extremes: dict[int, tuple[int, int]] | None = None) -> Program:
+    """Evaluates the frozen part at every point and writes the constraints as rows.
+
+    Args:
+        extremes: for the i-th constraint, if it is a normalised map, the (argmin, argmax) positions to impose instead
+            of the target's own.
+
+    Raises:
+        InvalidInput: a constraint does not fit the model.
+    """
+    if not constraints:
+        raise InvalidInput("constraints: give at least one.")
+    build = _Builder(trunk)
+    edited = {t.functional.of for c in constraints if not isinstance(c, Classified) for t in c.expression.terms}
+    edited |= {c.label for c in constraints if isinstance(c, Classified)}
+    if any(not 0 <= c < build.classes for c in edited):
+        raise InvalidInput(f"constraints name outputs {sorted(edited)}; layer {trunk.layer!r} has 0..{build.classes - 1}.")
+    features: dict[int, Output] = {}
+    for i, constraint in enumerate(constraints):
+        match constraint:
+            case Bounded():
+                _bounded(build, constraint)
+            case Normalised():
+                _normalised(build, constraint, (extremes or {}).get(i) or constraint.extremes()[0])
+            case TopMask():
+                _top(build, constraint)
+            case Classified():
+                shared = features.setdefault(id(constraint.point), Output(constraint.point, constraint.label))
+                _classified(build, constraint, shared)
+            case _:
+                raise InvalidInput(f"constraints[{i}] is a {type(constraint).__name__}; finish it with .within, .classified, ...")
+    row, value, factor = (torch.cat(parts) for parts in zip(*build.entries, strict=True))
+    order = torch.argsort(row, stable=True)
+    start = torch.zeros(build.counts["rows"] + 1, dtype=torch.long)
+    start[1:] = torch.bincount(row, minlength=build.counts["rows"]).cumsum(0)
+    lower, upper = (torch.cat(parts) for parts in zip(*build.bounds, strict=True))
+    return Program(
+        torch.cat(build.vectors), torch.cat(build.value_vector), torch.cat(build.value_class), start, value[order],
+        factor[order], lower, upper, tuple(build.claims), build.weights, tuple(sorted(edited)),
+    )  # fmt: skip
+
+
+def _bounded(build: _Builder, c: Bounded) -> None:
+    row, value, factor, constant = build.expression(c.expression)
+    if len(c.lower) not in (1, len(constant)) or len(c.upper) not in (1, len(constant)):
+        raise InvalidInput(f"{c.name}: {len(constant)} entries, but bounds of {len(c.lower)} and {len(c.upper)}.")
+    lower, upper = c.lower.expand(len(constant)), c.upper.expand(len(constant))
+    moved = constant != 0
+    # Where a constant is moved across, the bound is rounded inwards.
+    up, down = torch.tensor(math.inf, dtype=torch.float64), torch.tensor(-math.inf, dtype=torch.float64)
+    lower = torch.where(moved, torch.nextafter(lower - constant, up), lower)
+    upper = torch.where(moved, torch.nextafter(upper - constant, down), upper)
+    build.add(c.name, row, value, factor, lower, upper)
+
+
+def _normalised(build: _Builder, c: Normalised, extremes: tuple[int, int]) -> None:
+    """With p, q the places of the smallest and largest entry: lower_j (L_q - L_p) <= L_j - L_p <= upper_j (L_q - L_p)."""
+    base_row, base_value, base_factor, constant = build.expression(c.expression)
+    n, (p, q) = len(constant), extremes
+    if n != len(c.target):
+        raise InvalidInput(f"{c.name}: the map has {n} entries, its target {len(c.target)}.")
+    if bool((constant != 0).any()):
+        raise InvalidInput(f"{c.name}: a normalised map must not have a constant added.")
+    least = torch.ceil((c.target - c.eps).clamp(min=0) * GRID) / GRID
+    most = torch.floor((c.target + c.eps).clamp(max=1) * GRID) / GRID
+    others = [j for j in range(n) if j not in (p, q)]
+    matrix = torch.zeros(2 * len(others) + 1, n, dtype=torch.float64)
+    for k, j in enumerate(others):
+        for r, level in ((2 * k, float(least[j])), (2 * k + 1, float(most[j]))):
+            matrix[r, j] = 1.0
+            matrix[r, p] = level - 1.0
+            matrix[r, q] = -level
+    matrix[-1, q], matrix[-1, p] = 1.0, -1.0
+    before = build.value(c.expression)
+    spread = c.spread if c.spread is not None else 0.1 * float(before.max() - before.min())
+    if not spread > 0:
+        raise InvalidInput(f"{c.name}: the map is constant before the edit; give its least `spread` explicitly.")
+    infinite = torch.full((len(others), 2), math.inf, dtype=torch.float64)
+    lower, upper = -infinite, infinite.clone()
+    lower[:, 0], upper[:, 1] = 0.0, 0.0
+    end = torch.tensor([spread], dtype=torch.float64)
+    name = f"{c.name} within {c.eps:g} of its target (smallest entry {p}, largest {q}, range >= {spread:.3g})"
+    base = torch.sparse_coo_tensor(
+        torch.stack([base_row, torch.arange(len(base_row))]), base_factor, (n, len(base_row)), check_invariants=False
+    )
+    combined = (matrix @ base.to_dense()) if len(base_row) != n else matrix * base_factor[torch.argsort(base_row)]
+    columns = base_value if len(base_row) != n else base_value[torch.argsort(base_row)]
+    row, column = combined.nonzero(as_tuple=True)
+    build.add(
+        name, row, columns[column], combined[row, column],
+        torch.cat([lower.reshape(-1), end]), torch.cat([upper.reshape(-1), end * math.inf]),
+    )  # fmt: skip
+
+
+def _top(build: _Builder, c: TopMask) -> None:
+    n = len(c.mask)
+    inside, outside = c.mask.nonzero()[:, 0], (~c.mask).nonzero()[:, 0]
+    pairs = torch.cartesian_prod(inside, outside)
+    matrix = torch.zeros(len(pairs), n, dtype=torch.float64)
+    index = torch.arange(len(pairs))
+    matrix[index, pairs[:, 0]], matrix[index, pairs[:, 1]] = 1.0, -1.0
+    _bounded(build, c.expression.combined(matrix).at_least(c.margin, name=c.name))
+
+
+def _classified(build: _Builder, c: Classified, features: Output) -> None:
+    """y_label >= t + margin and y_k <= t for every other k, with one threshold t: rows of single classes."""
+    start, _ = build.vectors_of(features)
+    h = torch.cat(build.vectors)[start]
+    y = build.weights @ h
+    rival = float(torch.cat([y[: c.label], y[c.label + 1 :]]).max()) if len(y) > 1 else float(y[0])
+    # Room on both sides of the threshold where the point has it already, half the margin otherwise.
+    room = max(0.5 * (float(y[c.label]) - rival - c.margin), 0.5 * c.margin, 1e-6 * float(y.abs().max()))
+    threshold = rival + room
+    value = build.values_of(torch.full((len(y),), start), torch.arange(len(y)))
+    lower, upper = torch.full_like(y, -math.inf), torch.full_like(y, threshold)
+    lower[c.label], upper[c.label] = threshold + c.margin, math.inf
+    build.add(c.name, torch.arange(len(y)), value, torch.ones_like(y), lower, upper)
