@@ -22,8 +22,9 @@ def save(path: Path, *, upper: list[float], names: list[str] | None = None, **ch
     m = len(upper)
     names = names or [f"claim {i}" for i in range(m)]
     arguments: dict[str, Any] = {
-        "vectors": np.ones((1, 2)), "vector_class": np.array([0]), "classes": np.array([1]), "weights": WEIGHTS,
-        "row_start": np.arange(m + 1), "row_vector": np.zeros(m, int), "row_coefficient": np.ones(m),
+        "vectors": np.ones((1, 2)), "value_vector": np.array([0]), "value_class": np.array([0]),
+        "classes": np.array([1]), "weights": WEIGHTS,
+        "row_start": np.arange(m + 1), "row_value": np.zeros(m, int), "row_coefficient": np.ones(m),
         "lower": np.full(m, -np.inf), "upper": np.array(upper, float), "margin": np.zeros(m), "error": np.zeros(m),
         "claims": [{"name": name, "rows": [i, i + 1]} for i, name in enumerate(names)],
         "model": {"before": "0", "after": "1", "layer": "fc", "dtype": "float32"}, "made_with": {},

@@ -1,1 +1,74 @@
-"""soundly: guarantees about neural networks."""
+"""soundly: guarantees about neural networks.
+
+    import soundly
+
+    net = soundly.load("model.onnx")                       # or soundly.load(module, example)
+    map = soundly.gradcam(net, of=3, layer="features")     # an explanation is a network too
+    edit = soundly.edit(net, [soundly.at(x).classified(3), ...], layer="fc")
+    edit.certificate.save("edit.cert")                     # soundly check edit.cert
+
+Every public name is listed here, in reading order. Importing soundly does not import torch; the first use of a name does.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from soundly.bounds.interval import Interval as Interval
+    from soundly.bounds.interval import interval_bounds as interval_bounds
+    from soundly.certificate.check import check as check
+    from soundly.certificate.format import Certificate as Certificate
+    from soundly.edit.constraints import at as at
+    from soundly.edit.edit import Edit as Edit
+    from soundly.edit.edit import edit as edit
+    from soundly.explanation.attribution import gradcam as gradcam
+    from soundly.explanation.attribution import integrated_gradients as integrated_gradients
+    from soundly.graph.differentiate import differentiate as differentiate
+    from soundly.graph.fold import fold_affine as fold_affine
+    from soundly.graph.fold import fold_constants as fold_constants
+    from soundly.graph.load import load as load
+    from soundly.graph.network import Network as Network
+    from soundly.graph.simplify import simplify as simplify
+    from soundly.graph.to_onnx import to_onnx as to_onnx
+    from soundly.graph.to_torch import to_torch as to_torch
+
+_HOME = {
+    # networks
+    "load": "graph.load",
+    "Network": "graph.network",
+    "differentiate": "graph.differentiate",
+    "simplify": "graph.simplify",
+    "fold_constants": "graph.fold",
+    "fold_affine": "graph.fold",
+    "to_torch": "graph.to_torch",
+    "to_onnx": "graph.to_onnx",
+    # explanations
+    "gradcam": "explanation.attribution",
+    "integrated_gradients": "explanation.attribution",
+    # bounds
+    "Interval": "bounds.interval",
+    "interval_bounds": "bounds.interval",
+    # edits
+    "at": "edit.constraints",
+    "edit": "edit.edit",
+    "Edit": "edit.edit",
+    # proofs
+    "Certificate": "certificate.format",
+    "check": "certificate.check",
+}
+
+__all__ = list(_HOME)  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'soundly' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"soundly.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -29,19 +29,25 @@ Check = Callable[[Certificate], CheckResult]
 NAMES = {"float32": "float32", "float64": "float64", "uint16": "bfloat16"}
 
 
-def certificate(vectors, weights, *, of=None, rows=None, lower=None, upper=None, **changes) -> Certificate:
-    """A certificate with one claim per row; a row lists (coefficient, vector), by default one row for each vector."""
+def certificate(vectors, weights, *, values=None, rows=None, lower=None, upper=None, **changes) -> Certificate:
+    """A certificate with one claim per row.
+
+    `values` lists (vector, class), by default every vector with class 0; a row lists (coefficient, value), by default
+    there is one row for each value.
+    """
     vectors, weights = np.atleast_2d(vectors), np.atleast_2d(weights)
-    rows = [[(1.0, v)] for v in range(len(vectors))] if rows is None else rows
+    values = [(v, 0) for v in range(len(vectors))] if values is None else list(values)
+    rows = [[(1.0, t)] for t in range(len(values))] if rows is None else rows
     m = len(rows)
     return head_edit(**{
         "vectors": vectors,
-        "vector_class": np.zeros(len(vectors), int) if of is None else np.array(of, int),
+        "value_vector": np.array([v for v, _ in values], int),
+        "value_class": np.array([c for _, c in values], int),
         "classes": np.arange(len(weights)) * 3,
         "weights": weights,
         "bf16": weights.dtype == np.uint16,
         "row_start": np.cumsum([0, *map(len, rows)]),
-        "row_vector": np.array([v for row in rows for _, v in row], int),
+        "row_value": np.array([t for row in rows for _, t in row], int),
         "row_coefficient": np.array([c for row in rows for c, _ in row], float),
         "lower": np.full(m, -np.inf) if lower is None else np.array(lower, float),
         "upper": np.full(m, np.inf) if upper is None else np.array(upper, float),
@@ -76,9 +82,9 @@ def exact_rows(c: Certificate) -> tuple[list[Fraction], list[Fraction]]:
     for begin, end in pairwise(start):
         terms = []
         for k in range(begin, end):
-            v = int(c.arrays["row_vector"][k])
-            weight = weights[int(c.arrays["vector_class"][v])]
-            terms += [coefficients[k] * x * w for x, w in zip(vectors[v], weight, strict=True)]
+            t = int(c.arrays["row_value"][k])
+            vector, weight = vectors[int(c.arrays["value_vector"][t])], weights[int(c.arrays["value_class"][t])]
+            terms += [coefficients[k] * x * w for x, w in zip(vector, weight, strict=True)]
         values.append(sum(terms, Fraction(0)))
         sizes.append(sum(map(abs, terms), Fraction(0)))
     return values, sizes
@@ -132,40 +138,50 @@ def hard_certificate(seed: int) -> Certificate:
     weights = numbers(rng, kind, (c, n), str(rng.choice(["float32", "float64", "uint16"])))
     if kind == "stagnating":  # 1 + u + u + ... = 1 in float64: every rounding errs in the same direction
         vectors, weights = vectors.astype(float), np.ones((c, n), np.float32)
+    s = int(rng.integers(1, 9))
+    pairs = list(zip(rng.integers(0, v, s).tolist(), rng.integers(0, c, s).tolist(), strict=True))
     rows = []
     for _ in range(6):
         k = int(rng.integers(1, 60 if kind == "stagnating" else 4))
         coefficient = numbers(rng, "tiny" if kind == "huge" else "huge" if kind == "tiny" else kind, (k,), "float64")
-        rows.append(list(zip(coefficient.tolist(), rng.integers(0, v, k).tolist(), strict=True)))
-    blank = certificate(vectors, weights, of=rng.integers(0, c, v), rows=rows)
+        rows.append(list(zip(coefficient.tolist(), rng.integers(0, s, k).tolist(), strict=True)))
+    blank = certificate(vectors, weights, values=pairs, rows=rows)
     near = [nearest(value) for value in exact_rows(blank)[0]]
     side = rng.integers(0, 3, len(rows))
-    lower = [ulps(x, int(rng.integers(-4, 5))) if s != 0 else -np.inf for x, s in zip(near, side, strict=True)]
-    upper = [ulps(x, int(rng.integers(-4, 5))) if s != 1 else np.inf for x, s in zip(near, side, strict=True)]
+    lower = [ulps(x, int(rng.integers(-4, 5))) if b != 0 else -np.inf for x, b in zip(near, side, strict=True)]
+    upper = [ulps(x, int(rng.integers(-4, 5))) if b != 1 else np.inf for x, b in zip(near, side, strict=True)]
     return replaced(blank, lower=np.array(lower), upper=np.array(upper))
 
 
 def good() -> Certificate:
-    """Three rows over two classes, proven with room to spare."""
-    vectors = np.array([[1, 2, 1], [3, -1, 1], [0.5, 0.25, 0]], np.float32)
+    """Three rows, five values, four vectors (the last unused) and two classes; proven with room to spare."""
+    vectors = np.array([[1, 2, 1], [3, -1, 1], [0.5, 0.25, 0], [9, 9, 9]], np.float32)
     weights = np.array([[1, 1, 0.5], [2, -1, 0]], np.float32)
-    rows = [[(1.0, 0), (-1.0, 1)], [(2.0, 2)], [(1.0, 1)]]  # 3.5 - 7, 2 * 0.75, 7
-    return certificate(vectors, weights, of=[0, 1, 0], rows=rows, lower=[-4, 1, 6], upper=[-3, 2, np.inf])
+    values = [(1, 1), (0, 0), (2, 0), (1, 0), (0, 1)]  # 7, 3.5, 0.75, 2.5, 0
+    rows = [[(1.0, 1), (-1.0, 0)], [(2.0, 2)], [(1.0, 3), (1.0, 4)]]  # -3.5, 1.5, 2.5
+    return certificate(vectors, weights, values=values, rows=rows, lower=[-4, 1, 2], upper=[-3, 2, np.inf])
 
 
 def untrue() -> dict[str, Certificate]:
     """Well-formed certificates with rows that do not hold, or that float64 cannot decide."""
     c = good()
-    a = c.arrays
+
+    def times(factor: float) -> np.ndarray:
+        return c.arrays["vectors"] * np.where(np.arange(12).reshape(4, 3) == 4, factor, 1).astype("f4")
+
     return {
         "lower +inf": replaced(c, lower=np.array([-4, 1, np.inf])),
-        "last row violated": replaced(c, lower=np.array([-4, 1, 7.5])),
-        "first row violated": replaced(c, lower=np.array([-3.4, 1, 6])),
-        "NaN vector": replaced(c, vectors=a["vectors"] * np.array([[1, 1, 1], [1, np.nan, 1], [1, 1, 1]], "f4")),
-        "infinite vector": replaced(c, vectors=a["vectors"] * np.array([[1, 1, 1], [1, np.inf, 1], [1, 1, 1]], "f4")),
-        "NaN coefficient": replaced(c, row_coefficient=np.array([1, -1, np.nan, 1])),
-        "overflow": replaced(c, row_coefficient=np.array([1e308, -1e308, 1, 1e308])),
-        "class flipped": replaced(c, vector_class=np.array([0, 0, 0])),
+        "last row violated": replaced(c, lower=np.array([-4, 1, 2.75])),
+        "first row violated": replaced(c, lower=np.array([-3.4, 1, 2])),
+        "NaN vector": replaced(c, vectors=times(np.nan)),
+        "infinite vector": replaced(c, vectors=times(np.inf)),
+        "NaN coefficient": replaced(c, row_coefficient=np.array([1, -1, np.nan, 1, 1])),
+        "overflow": replaced(c, row_coefficient=np.array([1e308, -1e308, 1, 1e308, 1])),
+        "class flipped": replaced(c, value_class=np.array([0, 0, 0, 0, 1])),
+        "two classes swapped": replaced(c, value_class=np.array([0, 1, 0, 0, 1])),
+        "vector off by one": replaced(c, value_vector=np.array([2, 0, 2, 1, 0])),
+        "every vector off by one": replaced(c, value_vector=c.arrays["value_vector"] + 1),
+        "value off by one": replaced(c, row_value=np.array([1, 0, 3, 3, 4])),
     }  # fmt: skip
 
 
@@ -182,7 +198,7 @@ def malformed() -> dict[str, Certificate]:
 
     empty = {name: np.empty(0) for name in ("lower", "upper", "margin", "error")}
     return {
-        "no rows": replaced(c, {"claims": []}, **empty, row_start=np.zeros(1, int), row_vector=np.zeros(0, int),
+        "no rows": replaced(c, {"claims": []}, **empty, row_start=np.zeros(1, int), row_value=np.zeros(0, int),
                             row_coefficient=np.zeros(0)),
         "no bounds": replaced(c, lower=-infinite, upper=infinite),
         "one row without bounds": replaced(c, lower=np.array([-4, 1, -np.inf])),
@@ -191,17 +207,23 @@ def malformed() -> dict[str, Certificate]:
         "weights not those of the edit": replaced(c, weights=a["weights"] + np.float32(2**-20)),
         "weights not those of the edit, unused class": replaced(
             certificate([[1.0]], np.array([[1.0], [1.0]]), lower=[0.5]), weights=np.array([[1.0], [2.0]])),
-        "class out of range": replaced(c, vector_class=np.array([0, 2, 0])),
-        "class negative": replaced(c, vector_class=np.array([0, -1, 0])),
+        "class out of range": replaced(c, value_class=np.array([1, 0, 0, 0, 2])),
+        "class negative": replaced(c, value_class=np.array([-1, 0, 0, 0, 1])),
+        "class far negative": replaced(c, value_class=np.array([1, 0, 0, 0, -(2**63)])),
+        "vector out of range": replaced(c, value_vector=np.array([1, 0, 2, 1, 4])),
+        "vector negative": replaced(c, value_vector=np.array([1, 0, -2, 1, 0])),
+        "value out of range": replaced(c, row_value=np.array([1, 0, 2, 3, 5])),
+        "value negative": replaced(c, row_value=np.array([1, 0, 2, 3, -1])),
+        "an unused value out of range": replaced(
+            c, value_vector=np.array([1, 0, 2, 1, 0, 4]), value_class=np.array([1, 0, 0, 0, 1, 0])),
+        "vectors and classes of different values": replaced(c, value_class=np.array([1, 0, 0, 0, 1, 0])),
         "class index negative": replaced(c, classes=np.array([-3, 3])),
         "same class twice": replaced(c, classes=np.array([3, 3])),
-        "vector out of range": replaced(c, row_vector=np.array([0, 1, 2, 3])),
-        "vector negative": replaced(c, row_vector=np.array([0, 1, 2, -2])),
-        "row_start decreases": replaced(c, row_start=np.array([0, 3, 2, 4])),
-        "row_start overflows": replaced(c, row_start=np.array([0, 2**63 - 1, -(2**63), 4])),
-        "row_start begins late": replaced(c, row_start=np.array([1, 2, 3, 4])),
-        "row_start ends early": replaced(c, row_start=np.array([0, 2, 3, 3])),
-        "row_start too short": replaced(c, row_start=np.array([0, 2, 4])),
+        "row_start decreases": replaced(c, row_start=np.array([0, 3, 2, 5])),
+        "row_start overflows": replaced(c, row_start=np.array([0, 2**63 - 1, -(2**63), 5])),
+        "row_start begins late": replaced(c, row_start=np.array([1, 2, 3, 5])),
+        "row_start ends early": replaced(c, row_start=np.array([0, 2, 3, 4])),
+        "row_start too short": replaced(c, row_start=np.array([0, 2, 5])),
         "gap between claims": replaced(c, spans([0, 1], [2, 3])),
         "claims overlap": replaced(c, spans([0, 2], [1, 3])),
         "claims miss the last row": replaced(c, spans([0, 2])),
@@ -226,7 +248,7 @@ def malformed() -> dict[str, Certificate]:
         "weights too narrow": weights(np.ones((2, 2), np.float32)),
         "dropped row, claims kept": replaced(c, {"claims": claims}, lower=a["lower"][:2], upper=a["upper"][:2],
                                              margin=a["margin"][:2], error=a["error"][:2], row_start=a["row_start"][:3],
-                                             row_vector=a["row_vector"][:3], row_coefficient=a["row_coefficient"][:3]),
+                                             row_value=a["row_value"][:3], row_coefficient=a["row_coefficient"][:3]),
         "no columns": certificate(np.ones((3, 0)), np.ones((1, 0)), lower=[-1, -1, -1]),
     }  # fmt: skip
 
@@ -278,7 +300,8 @@ def test_rows_with_slack_are_proven(seed):
                 for s, k in zip(c.arrays["row_start"], length, strict=False)]  # fmt: skip
     room = [4 * (n + int(k) + 8) * (Fraction(2) ** -53 * size + Fraction(2) ** -1000 * (1 + total))
             for k, size, total in zip(length, sizes, absolute, strict=True)]  # fmt: skip
-    each = certificate(c.arrays["vectors"], c.arrays["weights"], of=c.arrays["vector_class"])
+    pairs = zip(c.arrays["value_vector"], c.arrays["value_class"], strict=True)
+    each = certificate(c.arrays["vectors"], c.arrays["weights"], values=pairs)
     if max(sizes + exact_rows(each)[1]) > Fraction(2) ** 1020:
         pytest.skip("overflows float64, which rightly proves nothing")
     lower = [ulps(nearest(x - r), -1) for x, r in zip(values, room, strict=True)]
@@ -325,7 +348,7 @@ def test_every_stored_dtype_is_read_exactly(dtype):
             "uint16": np.array([1, 0x7F, 0x80, 0x7F7F, 0x8001, 0x3F81], np.uint16)}[dtype]  # fmt: skip
     weights = info[:, None]
     values = [row[0] for row in exactly(weights)]
-    c = certificate(np.ones((len(info), 1)), weights, of=range(len(info)),
+    c = certificate(np.ones((1, 1)), weights, values=[(0, i) for i in range(len(info))],
                     lower=[float(x) - abs(float(x)) * 2.0**-49 for x in values],
                     upper=[float(x) + abs(float(x)) * 2.0**-49 for x in values])  # fmt: skip
     assert check(c).accepted
@@ -336,7 +359,7 @@ def test_the_result_says_what_is_proven():
     result = check(good())
     assert result == CheckResult(True, 3, 3, result.claims, (), "over the reals, for the stored features and weights")
     assert [(c.name, c.rows, c.proven) for c in result.claims] == [("row 0", 1, 1), ("row 1", 1, 1), ("row 2", 1, 1)]
-    assert [c.worst_slack for c in result.claims] == pytest.approx([0.5, 0.5, 1.0], abs=1e-12)
+    assert [c.worst_slack for c in result.claims] == pytest.approx([0.5, 0.5, 0.5], abs=1e-12)
     one = check(replaced(good(), {"claims": [{"name": "all", "rows": [0, 3]}]}, upper=np.array([-3, 1.25, 9])))
     assert (one.accepted, one.rows, one.proven, one.problems) == (False, 3, 2, ())
     assert one.claims[0].worst_slack == pytest.approx(-0.25)
@@ -345,6 +368,12 @@ def test_the_result_says_what_is_proven():
 def test_a_row_that_is_not_finite_has_no_slack():
     result = check(untrue()["NaN vector"])
     assert [(c.proven, c.worst_slack) for c in result.claims if not c.proven] == [(0, -np.inf), (0, -np.inf)]
+
+
+def test_a_vector_that_no_value_uses_may_be_anything():
+    vectors = good().arrays["vectors"].copy()
+    vectors[3] = np.nan
+    assert check(replaced(good(), vectors=vectors)).accepted
 
 
 def test_an_empty_row_is_zero():
@@ -359,12 +388,14 @@ def test_underflow_is_paid_for():
     assert not check(c).accepted
 
 
-def test_chunks_cover_every_vector(monkeypatch):
+def test_chunks_cover_every_value(monkeypatch):
+    """Fewer vectors than values, in any order, as where a claim compares one vector with every class."""
     rng = np.random.default_rng(0)
-    vectors, weights = rng.standard_normal((50, 7)), rng.standard_normal((3, 7))
-    of = rng.integers(0, 3, 50)
-    value = np.array([float(x) for x in exact_rows(certificate(vectors, weights, of=of))[0]])
-    c = certificate(vectors, weights, of=of, lower=value - 1e-12, upper=value + 1e-12)
+    vectors, weights = rng.standard_normal((5, 7)), rng.standard_normal((10, 7))
+    values = [(v, c) for v in range(5) for c in range(10)]
+    rng.shuffle(values)
+    value = np.array([float(x) for x in exact_rows(certificate(vectors, weights, values=values))[0]])
+    c = certificate(vectors, weights, values=values, lower=value - 1e-12, upper=value + 1e-12)
     whole = check(c)
     monkeypatch.setattr(checker, "CHUNK", 21)
     assert whole.accepted and check(c) == whole
@@ -383,9 +414,9 @@ def test_a_widened_bound_is_a_weaker_claim_and_true(tmp_path):
 
 def test_an_altered_weight_with_its_hash_recomputed_is_judged_anew():
     weights = good().arrays["weights"].copy()
-    weights[1, 0] = 1  # row 2 becomes 4, below its bound 6
+    weights[1, 0] = 1  # row 0 becomes 3.5 - 4, above its bound -3
     result = check(replaced(good(), {"edit": hashlib.sha256(weights.tobytes()).hexdigest()}, weights=weights))
-    assert not result.accepted and result.problems == () and result.claims[2].proven == 0
+    assert not result.accepted and result.problems == () and result.claims[0].proven == 0
 
 
 def test_flipped_bytes_with_a_new_digest_prove_nothing_false(tmp_path):
@@ -468,8 +499,21 @@ FAULTS = {
     "zero rows accepted": (
         "    if rows == 0:\n        yield", "    if rows == -1:\n        yield"),
     "rows without bounds accepted": ('_first("no bound at all (-inf and +inf)", ', '_first("", False & '),
-    "negative vectors accepted": ('(a["row_vector"] < 0) | ', ""),
-    "negative classes accepted": ('(a["vector_class"] < 0) | ', ""),
+    "negative indices accepted": ("(a[name] < 0) | ", ""),
+    "large indices accepted": (" | (a[name] >= size)", ""),
+    "row_value unchecked": ('("row_value", sizes["s"]), ', ""),
+    "value_vector unchecked": ('("value_vector", sizes["v"]), ', ""),
+    "value_class unchecked": (', ("value_class", sizes["c"])', ""),
+    "row_value compared with the vectors": ('"row_value", sizes["s"]', '"row_value", sizes["v"]'),
+    "value_vector compared with the values": ('"value_vector", sizes["v"]', '"value_vector", sizes["s"]'),
+    "value_class compared with the vectors": ('"value_class", sizes["c"]', '"value_class", sizes["v"]'),
+    "value_class may be longer": ('"value_class": ("i8", "s")', '"value_class": ("i8", "z")'),
+    "vectors off by one": ('a["value_vector"][some]', 'a["value_vector"][some] - 1'),
+    "vectors taken in order": ('a["value_vector"][some]', 'np.arange(count)[some] % len(a["vectors"])'),
+    "classes swapped": ('a["value_class"][some]', '1 - a["value_class"][some]'),
+    "classes off by one": ('a["value_class"][some]', 'a["value_class"][some] - 1'),
+    "rows address vectors": ("coefficient * value[term]", 'coefficient * value[a["value_vector"][term]]'),
+    "magnitudes of other values": ("magnitude[term]", "magnitude[np.roll(term, 1)]"),
     "repeated classes accepted": ('len(np.unique(a["classes"])) != sizes["c"]', "False"),
     "decreasing rows accepted": ("start[1:] < start[:-1]", "np.diff(start) < -9"),
     "edit hash ignored": ('self.header["edit"] != ', 'False and self.header["edit"] != '),
@@ -505,7 +549,8 @@ DOCS = Path(__file__).parents[2] / "docs" / "certificates.md"
 def test_the_checker_in_the_documentation_works(tmp_path, dtype):
     bits = np.array([[0x3F80, 0x3F80], [0x4000, 0xBF80]], np.uint16)  # 1, 1 and 2, -1
     weights = bits if dtype == "uint16" else np.array([[1, 1], [2, -1]], dtype)
-    c = certificate(np.eye(2), weights, of=[0, 1], rows=[[(1.0, 0)], [(2.0, 1)]], lower=[0, 0], upper=[1.5, 1])
+    c = certificate(np.eye(2), weights, values=[(1, 1), (0, 0), (0, 1)],
+                    rows=[[(1.0, 1)], [(2.0, 0), (1.0, 2)]], lower=[0, 0.5], upper=[1.5, 1])  # fmt: skip
     c.save(tmp_path / "x.cert")
     (code,) = [block for block in DOCS.read_text(encoding="utf-8").split("```") if "Fraction" in block]
     (tmp_path / "own.py").write_text(code.removeprefix("python\n"), encoding="utf-8")

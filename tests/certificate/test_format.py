@@ -24,11 +24,12 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="needs pipes, /dev an
 def example(**changes: Any) -> Certificate:
     arguments: dict[str, Any] = {
         "vectors": np.array([[1, 2, 1], [3, 4, 1]], np.float32),
-        "vector_class": np.array([0, 1]),
+        "value_vector": np.array([0, 1]),
+        "value_class": np.array([0, 1]),
         "classes": np.array([7, 9]),
         "weights": np.array([[1, 0, 0.5], [0, 1, -0.5]], np.float32),
         "row_start": np.array([0, 1, 3]),
-        "row_vector": np.array([0, 0, 1]),
+        "row_value": np.array([0, 0, 1]),
         "row_coefficient": np.array([1.0, 1, -1]),
         "lower": np.array([1.0, -np.inf]),
         "upper": np.array([2.0, 0]),
@@ -131,6 +132,16 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src"), **more}
 
 
+def test_the_editors_arrays_are_not_copied():
+    """Contiguous arrays of the stored dtypes, as torch's `numpy()` gives them, are kept as they are and checked so."""
+    names = ("vectors", "value_vector", "value_class", "classes", "weights", "row_start", "row_value",
+             "row_coefficient", "lower", "upper", "margin", "error")  # fmt: skip
+    given = {name: array.copy() for name, array in example().arrays.items()}
+    c = example(**given)
+    assert sorted(names) == list(c.arrays) and all(np.shares_memory(c.arrays[name], given[name]) for name in names)
+    assert check(c).accepted and all(given[name].flags.writeable for name in names)
+
+
 def test_a_certificate_cannot_be_changed_in_place(path):
     c = example()
     c.save(path)
@@ -172,8 +183,9 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(path, monkeypatch):
         {"vectors": np.ones((2, 3), np.int32)},
         {"lower": np.ones(2, np.longdouble)},
         {"row_start": np.array([0.0, 1, 3])},
-        {"row_vector": np.array([0, 0, 1], np.uint64)},
-        {"vector_class": np.array(["0", "1"])},
+        {"row_value": np.array([0, 0, 1], np.uint64)},
+        {"value_vector": np.array([0.0, 1])},
+        {"value_class": np.array(["0", "1"])},
         {"made_with": {"eps": 0.1}},
         {"made_with": {"count": np.int64(3)}},
         {"made_with": {"count": 2**70}},

@@ -20,8 +20,9 @@ def certificate(weights: np.ndarray, layer: str = "fc", **changes: Any) -> Certi
     """One row, true whatever the weights are."""
     dtype = {"<f4": "float32", "<f8": "float64", "<u2": "bfloat16"}[weights.dtype.str]
     arguments: dict[str, Any] = {
-        "vectors": np.zeros((1, weights.shape[1])), "vector_class": np.array([0]), "classes": CLASSES,
-        "weights": weights, "bf16": dtype == "bfloat16", "row_start": np.array([0, 1]), "row_vector": np.array([0]),
+        "vectors": np.zeros((1, weights.shape[1])), "value_vector": np.array([0]), "value_class": np.array([0]),
+        "classes": CLASSES, "weights": weights, "bf16": dtype == "bfloat16",
+        "row_start": np.array([0, 1]), "row_value": np.array([0]),
         "row_coefficient": np.ones(1), "lower": np.array([-1.0]), "upper": np.array([1.0]), "margin": np.zeros(1),
         "error": np.zeros(1), "claims": [{"name": "zero", "rows": [0, 1]}], "made_with": {},
         "model": {"before": "0", "after": "1", "layer": layer, "dtype": dtype},

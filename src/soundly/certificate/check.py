@@ -193,13 +193,13 @@ def _chunks(rows: int, width: int) -> Iterator[slice]:
 
 
 class HeadEdit:
-    """Rows that are linear in edited weights of the last layer: row = sum of c * (vector . weights[its class])."""
+    """Rows that are linear in edited weights of the last layer: row = sum of c * (a vector . weights of a class)."""
 
     arithmetic = REALS
     shapes: Mapping[str, tuple[str, str]] = {
-        "vectors": ("f4 f8", "vn"), "vector_class": ("i8", "v"),
+        "vectors": ("f4 f8", "vn"), "value_vector": ("i8", "s"), "value_class": ("i8", "s"),
         "classes": ("i8", "c"), "weights": ("f4 f8 bf16", "cn"),
-        "row_start": ("i8", "s"), "row_vector": ("i8", "k"), "row_coefficient": ("f8", "k"),
+        "row_start": ("i8", "r"), "row_value": ("i8", "k"), "row_coefficient": ("f8", "k"),
         "lower": ("f8", "m"), "upper": ("f8", "m"), "margin": ("f8", "m"), "error": ("f8", "m"),
     }  # fmt: skip
     entries = frozenset({"format", "version", "kind", "arithmetic", "claims", "model", "edit", "made_with"})
@@ -217,15 +217,15 @@ class HeadEdit:
         if shaped:
             return
         start, a = self.arrays["row_start"], self.arrays
-        if sizes["s"] != sizes["m"] + 1 or start[0] != 0 or start[-1] != sizes["k"]:
+        if sizes["r"] != sizes["m"] + 1 or start[0] != 0 or start[-1] != sizes["k"]:
             yield f"row_start must have {sizes['m'] + 1} numbers, from 0 to {sizes['k']}"
             return
         if sizes["n"] == 0:
             yield "vectors have no entries"
         yield from _first("row_start decreases", start[1:] < start[:-1])
         yield from _first(f"more than {LONGEST} operations in a row", sizes["n"] + np.diff(start) > LONGEST)
-        yield from _first("row_vector out of range", (a["row_vector"] < 0) | (a["row_vector"] >= sizes["v"]))
-        yield from _first("vector_class out of range", (a["vector_class"] < 0) | (a["vector_class"] >= sizes["c"]))
+        for name, size in (("row_value", sizes["s"]), ("value_vector", sizes["v"]), ("value_class", sizes["c"])):
+            yield from _first(f"{name} out of range", (a[name] < 0) | (a[name] >= size))
         yield from _first("classes are negative", a["classes"] < 0)
         if len(np.unique(a["classes"])) != sizes["c"]:
             yield "classes contain the same output twice"
@@ -259,18 +259,18 @@ class HeadEdit:
                 yield "model needs the texts before, after, layer and dtype"
 
     def enclose(self) -> tuple[Array, Array]:
-        a, (count, n) = self.arrays, self.arrays["vectors"].shape
+        a, count, n = self.arrays, len(self.arrays["value_vector"]), self.arrays["vectors"].shape[1]
         value, magnitude = np.empty(count), np.empty(count)
         with np.errstate(all="ignore"):  # overflow ends in inf or NaN, which proves nothing
             for some in _chunks(count, n):
-                product = _widen(a["vectors"][some])
-                product *= _widen(a["weights"][a["vector_class"][some]])
+                product = _widen(a["vectors"][a["value_vector"][some]])
+                product *= _widen(a["weights"][a["value_class"][some]])
                 value[some] = product.sum(axis=1)
                 magnitude[some] = np.abs(product, out=product).sum(axis=1) + FLOOR
             rows, length = len(a["lower"]), np.diff(a["row_start"])
-            row, vector, coefficient = np.repeat(np.arange(rows), length), a["row_vector"], a["row_coefficient"]
-            total = np.bincount(row, coefficient * value[vector], rows)
-            total_magnitude = np.bincount(row, np.abs(coefficient) * magnitude[vector], rows) + FLOOR
+            row, term, coefficient = np.repeat(np.arange(rows), length), a["row_value"], a["row_coefficient"]
+            total = np.bincount(row, coefficient * value[term], rows)
+            total_magnitude = np.bincount(row, np.abs(coefficient) * magnitude[term], rows) + FLOOR
             # docs/certificates.md derives it: n + length roundings, 8 more for the roundings of the bound itself.
             error = (n + length + 8) * U * total_magnitude
             return np.nextafter(total - error, -np.inf), np.nextafter(total + error, np.inf)

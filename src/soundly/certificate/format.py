@@ -141,12 +141,13 @@ class Certificate:
 def head_edit(
     *,
     vectors: Array,
-    vector_class: Array,
+    value_vector: Array,
+    value_class: Array,
     classes: Array,
     weights: Array,
     bf16: bool = False,
     row_start: Array,
-    row_vector: Array,
+    row_value: Array,
     row_coefficient: Array,
     lower: Array,
     upper: Array,
@@ -158,17 +159,19 @@ def head_edit(
 ) -> Certificate:
     """The certificate of an edited last linear layer. It states; only `check` proves.
 
-    With value[v] = vectors[v] . weights[vector_class[v]], row i claims, over the reals,
+    With value[t] = vectors[value_vector[t]] . weights[value_class[t]], row i claims, over the reals,
 
-        lower[i] <= sum of row_coefficient[k] * value[row_vector[k]], k in row_start[i] : row_start[i + 1] <= upper[i].
+        lower[i] <= sum of row_coefficient[k] * value[row_value[k]], k in row_start[i] : row_start[i + 1] <= upper[i].
+
+    Arrays that already have the stored dtype, in C order, are kept and not copied; do not write to them afterwards.
 
     Args:
         vectors: features [v, n], float32 or float64; column n - 1 multiplies the bias.
-        vector_class: position in `classes` [v].
+        value_vector, value_class: position in `vectors`, position in `classes` [s], in any order.
         classes: the output each row of weights belongs to [c].
         weights: weights and, in the last column, bias, exactly as the edited model stores them [c, n]: float32,
             float64, or, with bf16=True, the uint16 bits of bfloat16.
-        row_start, row_vector, row_coefficient: the rows, compressed: [m + 1], [entries], [entries].
+        row_start, row_value, row_coefficient: the rows, compressed: [m + 1], [entries], [entries].
         lower, upper: bounds [m], at least one of them finite in every row.
         margin: slack the solver was asked for [m]; error: rounding bound that the editor used [m]. For the record only.
         claims: {"name": str, "rows": [start, stop]}, in order, covering 0..m.
@@ -180,7 +183,10 @@ def head_edit(
     """
     if (weights.dtype == np.uint16) != bf16:
         raise InvalidInput(f"weights: {weights.dtype} with bf16={bf16}; pass bfloat16 as uint16 bits with bf16=True.")
-    integers = {"vector_class": vector_class, "classes": classes, "row_start": row_start, "row_vector": row_vector}
+    integers = {
+        "value_vector": value_vector, "value_class": value_class, "classes": classes,
+        "row_start": row_start, "row_value": row_value,
+    }  # fmt: skip
     floats = {"row_coefficient": row_coefficient, "lower": lower, "upper": upper, "margin": margin, "error": error}
     arrays = {"vectors": vectors, "weights": weights}
     for given, dtype in ((integers, np.int64), (floats, np.float64)):

@@ -200,8 +200,7 @@ class GradCam:
             raise InvalidInput(f"Grad-CAM needs a layer of shape [1, C, *size]; {self.layer!r} is {tuple(z.shape)}.")
         channels, size = z.shape[1], math.prod(z.shape[2:])
         pixels = z.reshape(channels, size).T / size  # [p, k]
-        directions = pixels[:, None, :, None].expand(size, 1, channels, size).reshape(size, *z.shape)
-        return _moved(trunk, self.point, self.layer, directions)
+        return _moved(trunk, self.point, self.layer, pixels.reshape(size, 1, channels, *(1,) * (z.dim() - 2)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -150,10 +150,10 @@ class _Solver:
     deadline: float
     dtype: torch.dtype
 
-    def __call__(self, program: Program, block: Block, caution: float) -> tuple[Tensor | None, str, tuple[int, ...], Tensor]:
+    def __call__(self, program: Program, block: Block, rounding: Tensor, caution: float) -> tuple[Tensor | None, str, tuple[int, ...], Tensor]:
         """(change of the block's weights, status or reason, conflicting rows of the program, margins)."""
         w = program.weights[list(block.classes)].reshape(-1)
-        margin = self.margin(block, w, caution)
+        margin = self.margin(block, w, rounding, caution)
         now = block.matrix @ w + block.frozen
         lower, upper = program.lower[block.rows] - now + margin, program.upper[block.rows] - now - margin
         if bool((lower > upper).any()):
@@ -186,14 +186,12 @@ class _Solver:
         """The unit roundoff of the storage type."""
         return torch.finfo(self.dtype).eps / 2
 
-    def margin(self, block: Block, w: Tensor, caution: float) -> Tensor:
+    def margin(self, block: Block, w: Tensor, rounding: Tensor, caution: float) -> Tensor:
         """Slack for rounding to the storage type (typical size, times caution), for the checker and for the solver."""
-        size = w.abs() + w.abs().mean()
-        terms = block.matrix * size
-        typical = 4 * self.unit * terms.square().sum(1).sqrt()
-        worst = terms.abs().sum(1)
-        exact = 64 * (block.matrix.shape[1] + 64) * 2.0**-53 * (worst + block.frozen.abs())
-        return caution * torch.minimum(typical, 2 * self.unit * worst) + exact + 1e-9 * typical / self.unit
+        terms = block.matrix * (w.abs() + w.abs().mean())
+        spread = terms.square().sum(1).sqrt()
+        storage = self.unit * torch.minimum(4 * spread, 2 * terms.abs().sum(1))
+        return caution * (storage + 8 * rounding[block.rows]) + 1e-9 * spread
 
 
 def _why(program: Program, block: Block, rows: tuple[int, ...], with_bound: bool, bound: float | None) -> str:
@@ -219,6 +217,7 @@ def _solve_and_prove(
         return Edit(status, None, None, reason, {}, rows, before, proven, names, dict(seconds))
 
     blocks = list(program.blocks())
+    rounding = program.rounding(program.weights)
     result: CheckResult | None = None
     for caution in (1.0, 4.0, 16.0, 256.0):
         started = time.perf_counter()
@@ -231,7 +230,7 @@ def _solve_and_prove(
                     row = int(wrong[0])
                     return failed("infeasible", f"{program.name_of(row)} involves no edited output and does not hold", (row,))
                 continue
-            change, status, conflict, margin = solver(program, block, caution)
+            change, status, conflict, margin = solver(program, block, rounding, caution)
             margins[block.rows] = margin
             if change is None:
                 seconds["solve"] += time.perf_counter() - started
@@ -276,13 +275,14 @@ def _certificate(trunk: Trunk, program: Program, stored: Tensor, margins: Tensor
         value_class=index[program.value_class].numpy(),
         classes=classes.numpy(),
         weights=kept.view(torch.uint16).numpy() if bf16 else kept.numpy(),
-        dtype="bf16" if bf16 else str(kept.dtype).removeprefix("torch."),
+        bf16=bf16,
         row_start=program.row_start.numpy(),
         row_value=program.row_value.numpy(),
         row_coefficient=program.row_coefficient.numpy(),
         lower=program.lower.numpy(),
         upper=program.upper.numpy(),
         margin=margins.numpy(),
+        error=program.rounding(stored.double()).numpy(),
         claims=[{"name": c.name, "rows": [c.start, c.stop]} for c in program.claims],
         model={
             "name": model.name if isinstance(model, Network) else type(model).__name__,

@@ -64,12 +64,18 @@ class Program:
 
     def values(self, weights: Tensor) -> Tensor:
         """The value of every row for weights [classes, K + 1], in float64 without error control."""
-        value = torch.zeros(len(self.value_vector), dtype=torch.float64)
-        for c in self.value_class.unique().tolist():
-            mine = self.value_class == c
-            value[mine] = (self.vectors @ weights[c])[self.value_vector[mine]]
-        entries = value[self.row_value] * self.row_coefficient
-        return torch.zeros_like(self.lower).index_add_(0, self.row_of_entry, entries)
+        return self._rows(self.vectors, weights, self.row_coefficient)
+
+    def rounding(self, weights: Tensor) -> Tensor:
+        """[m]: the checker's bound on the rounding error of each row's value (docs/certificates.md)."""
+        operations = self.vectors.shape[1] + self.row_start.diff() + 8
+        return operations * 2.0**-53 * self._rows(self.vectors.abs(), weights.abs(), self.row_coefficient.abs())
+
+    def _rows(self, vectors: Tensor, weights: Tensor, coefficient: Tensor) -> Tensor:
+        value = torch.empty(len(self.value_vector), dtype=torch.float64)
+        for part in torch.arange(len(value)).split(2**14):
+            value[part] = (vectors[self.value_vector[part]] * weights[self.value_class[part]]).sum(1)
+        return torch.zeros_like(self.lower).index_add_(0, self.row_of_entry, value[self.row_value] * coefficient)
 
     def satisfied(self, weights: Tensor) -> Tensor:
         """[m] bool: which rows hold for these weights (measured, not proven)."""
@@ -154,28 +160,26 @@ class _Builder:
         self.classes = trunk.weight.shape[0]
         bias = torch.zeros(self.classes) if trunk.bias is None else trunk.bias
         self.weights = torch.cat([trunk.weight.detach().double(), bias.detach().double()[:, None]], 1).cpu()
-        self.vectors: list[Tensor] = []
-        self.offsets: dict[Functional, int] = {}
+        self.count = 0
+        self.known: dict[Functional, tuple[int, Tensor]] = {}
         self.value_vector: list[Tensor] = []
         self.value_class: list[Tensor] = []
-        self.counts = {"vectors": 0, "values": 0, "rows": 0}
+        self.counts = {"values": 0, "rows": 0}
         self.entries: list[tuple[Tensor, Tensor, Tensor]] = []  # row, value, coefficient
         self.bounds: list[tuple[Tensor, Tensor]] = []
         self.claims: list[Claim] = []
 
-    def vectors_of(self, functional: Functional) -> tuple[int, int]:
-        """Where a functional's vectors start, and how many there are."""
-        if functional not in self.offsets:
+    def vectors_of(self, functional: Functional) -> tuple[int, Tensor]:
+        """Where a functional's vectors start, and the vectors [m, K + 1]."""
+        if functional not in self.known:
             found = functional.vectors(self.trunk).cpu()
             if not bool(torch.isfinite(found).all()):
                 raise InvalidInput(f"the features at {functional.point.name} are not finite.")
             if self.trunk.bias is None:
                 found[:, -1] = 0
-            self.offsets[functional] = self.counts["vectors"]
-            self.vectors.append(found)
-            self.counts["vectors"] += len(found)
-        start = self.offsets[functional]
-        return start, next(len(v) for f, v in zip(self.offsets, self.vectors, strict=True) if f is functional)
+            self.known[functional] = self.count, found
+            self.count += len(found)
+        return self.known[functional]
 
     def values_of(self, vector: Tensor, cls: Tensor) -> Tensor:
         """Indices of new values."""
@@ -200,7 +204,8 @@ class _Builder:
         for term in e.terms:
             if not 0 <= term.functional.of < self.classes:
                 raise InvalidInput(f"{e.name}: the edited layer has outputs 0..{self.classes - 1}, not {term.functional.of}.")
-            start, count = self.vectors_of(term.functional)
+            start, vectors = self.vectors_of(term.functional)
+            count = len(vectors)
             value = self.values_of(torch.arange(start, start + count), torch.full((count,), term.functional.of))
             matrix = torch.eye(count, dtype=torch.float64) if term.matrix is None else term.matrix
             if matrix.shape[1] != count or (size is not None and len(matrix) != size):
@@ -217,10 +222,11 @@ class _Builder:
 
     def value(self, e: Expression) -> Tensor:
         """The expression before the edit."""
-        row, value, factor, constant = self.expression(e)
-        vector, cls = torch.cat(self.value_vector)[value], torch.cat(self.value_class)[value]
-        numbers = (torch.cat(self.vectors)[vector] * self.weights[cls]).sum(1) * factor
-        return constant.clone().index_add_(0, row, numbers)
+        total = e.constant.clone()
+        for term in e.terms:
+            values = self.vectors_of(term.functional)[1] @ self.weights[term.functional.of] * term.factor
+            total = total + (values if term.matrix is None else term.matrix @ values)
+        return total
 
 
 def compile_program(trunk: Trunk, constraints: Sequence[Constraint], *, extremes: dict[int, tuple[int, int]] | None = None) -> Program:
@@ -260,7 +266,7 @@ def compile_program(trunk: Trunk, constraints: Sequence[Constraint], *, extremes
     start[1:] = torch.bincount(row, minlength=build.counts["rows"]).cumsum(0)
     lower, upper = (torch.cat(parts) for parts in zip(*build.bounds, strict=True))
     return Program(
-        torch.cat(build.vectors), torch.cat(build.value_vector), torch.cat(build.value_class), start, value[order],
+        torch.cat([v for _, v in build.known.values()]), torch.cat(build.value_vector), torch.cat(build.value_class), start, value[order],
         factor[order], lower, upper, tuple(build.claims), build.weights, tuple(sorted(edited)),
     )  # fmt: skip
 
@@ -305,14 +311,13 @@ def _normalised(build: _Builder, c: Normalised, extremes: tuple[int, int]) -> No
     lower[:, 0], upper[:, 1] = 0.0, 0.0
     end = torch.tensor([spread], dtype=torch.float64)
     name = f"{c.name} within {c.eps:g} of its target (smallest entry {p}, largest {q}, range >= {spread:.3g})"
-    base = torch.sparse_coo_tensor(
-        torch.stack([base_row, torch.arange(len(base_row))]), base_factor, (n, len(base_row)), check_invariants=False
-    )
-    combined = (matrix @ base.to_dense()) if len(base_row) != n else matrix * base_factor[torch.argsort(base_row)]
-    columns = base_value if len(base_row) != n else base_value[torch.argsort(base_row)]
+    # The map's entries may themselves be combinations of values.
+    base = torch.zeros(n, len(base_row), dtype=torch.float64)
+    base[base_row, torch.arange(len(base_row))] = base_factor
+    combined = matrix @ base
     row, column = combined.nonzero(as_tuple=True)
     build.add(
-        name, row, columns[column], combined[row, column],
+        name, row, base_value[column], combined[row, column],
         torch.cat([lower.reshape(-1), end]), torch.cat([upper.reshape(-1), end * math.inf]),
     )  # fmt: skip
 
@@ -329,9 +334,8 @@ def _top(build: _Builder, c: TopMask) -> None:
 
 def _classified(build: _Builder, c: Classified, features: Output) -> None:
     """y_label >= t + margin and y_k <= t for every other k, with one threshold t: rows of single classes."""
-    start, _ = build.vectors_of(features)
-    h = torch.cat(build.vectors)[start]
-    y = build.weights @ h
+    start, h = build.vectors_of(features)
+    y = build.weights @ h[0]
     rival = float(torch.cat([y[: c.label], y[c.label + 1 :]]).max()) if len(y) > 1 else float(y[0])
     # Room on both sides of the threshold where the point has it already, half the margin otherwise.
     room = max(0.5 * (float(y[c.label]) - rival - c.margin), 0.5 * c.margin, 1e-6 * float(y.abs().max()))

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from soundly.errors import EditError, InvalidInput
 from soundly.graph.differentiate import differentiate
-from soundly.graph.linear import Combine, Reshape, Sum
+from soundly.graph.linear import Combine, Reshape, Sum, broadcast, reshape
 from soundly.graph.network import Network
-from soundly.graph.node import Input, Leaf, Node, dependents, topological
+from soundly.graph.node import Input, Leaf, Node, Shape, dependents, topological
 from soundly.graph.product import Dense, multiply
 from soundly.graph.simplify import simplify
 
@@ -48,7 +48,8 @@ class Trunk(Protocol):
         ...
 
     def tangents(self, x: Tensor, place: str | None, directions: Tensor) -> Tensor:
-        """D h[d] for each direction d at a place: directions [m, *place shape] to [m, positions, K], float64."""
+        """D h[d] for each direction d at a place: [m, *shape] to [m, positions, K], float64; the shape of a direction
+        is that of the place's value, or broadcasts to it."""
         ...
 
 
@@ -78,7 +79,7 @@ class GraphTrunk:
         self.bias = None if self.bias_node is None else network.values[self.bias_node]
         wide = network.to(torch.float64)
         self._features = replace(wide, outputs=(self._dense.inputs[0],))
-        self._jvps: dict[str | None, tuple[Network, Node]] = {}
+        self._moves: dict[tuple[str | None, Shape], tuple[Network, Node, Node]] = {}
 
     def features(self, x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -94,32 +95,36 @@ class GraphTrunk:
         return self.network.input if place is None else self.network.at(place)
 
     def tangents(self, x: Tensor, place: str | None, directions: Tensor) -> Tensor:
-        if place not in self._jvps:
-            node, h = self._place(place), self._dense.inputs[0]
-            if node not in dependents(topological([h]), [node]) or h not in dependents(topological([h]), [node]):
-                raise EditError(f"layer {self.layer!r} does not depend on {place!r}, so no explanation there involves it.")
-            cotangent, direction = Input("cotangent", h.shape)(), Input("direction", node.shape)()
-            # <c, D h[d]> is linear in c; its gradient towards c is D h[d].
-            (pulled,) = differentiate(h, [node], seed=cotangent)
-            paired = Sum(tuple(range(len(node.shape))))(multiply(pulled, direction))
-            (moved,) = differentiate(Reshape((1,))(paired), [cotangent])
-            # The place's value is given, so nothing before it is evaluated again.
-            self._jvps[place] = simplify(replace(self._features, outputs=(moved,), places={"": node})), direction
-        network, direction = self._jvps[place]
-        (node,) = network.places.values() if network.places else (self._place(place),)
-        if tuple(directions.shape[1:]) != direction.shape:
-            raise InvalidInput(f"directions at {place!r} have shape {tuple(directions.shape[1:])}, not {direction.shape}.")
-        here = x.double() if place is None else self.value(x, place)
+        shape = tuple(directions.shape[1:])
+        if (place, shape) not in self._moves:
+            self._moves[place, shape] = self._move(place, shape)
+        network, direction, node = self._moves[place, shape]
+        given = {} if place is None else {node: self.value(x, place)}  # nothing before the place is evaluated again
 
-        def moved_features(d: Tensor) -> Tensor:
-            given = {direction: d} if place is None else {direction: d, node: here}
-            return network.evaluate(network.outputs, x.double(), given=given)[0]
+        def moved(d: Tensor) -> Tensor:
+            return network.evaluate(network.outputs, x.double(), given={**given, direction: d})[0]
 
         with torch.no_grad():
-            size = max(1, 2**24 // max(1, math.prod(direction.shape)))
-            result: Tensor = torch.vmap(moved_features, chunk_size=size)(directions.double())
+            size = max(1, 2**24 // max(1, math.prod(node.shape)))
+            result: Tensor = torch.vmap(moved, chunk_size=size)(directions.double())
         return result.reshape(len(directions), -1, self.weight.shape[1])
 
+    def _move(self, place: str | None, shape: Shape) -> tuple[Network, Node, Node]:
+        """The network d -> D h[d], its direction leaf, and the place in it."""
+        node, h = self._place(place), self._dense.inputs[0]
+        if h not in dependents(topological([h]), [node]):
+            raise EditError(f"layer {self.layer!r} does not depend on {place!r}, so no explanation there involves it.")
+        cotangent, direction = Input("cotangent", h.shape)(), Input("direction", shape)()
+        try:
+            spread = broadcast(direction, node.shape)
+        except ValueError as error:
+            raise InvalidInput(f"directions of shape {shape} do not fit {place!r}, which has {node.shape}.") from error
+        # <c, D h[d]> is linear in c, and its gradient towards c is D h[d].
+        (pulled,) = differentiate(h, [node], seed=cotangent)
+        paired = reshape(Sum(tuple(range(len(node.shape))))(multiply(pulled, spread)), (1,))
+        (moved,) = differentiate(paired, [cotangent])
+        network = simplify(replace(self._features, outputs=(moved,), places={"place": node}))
+        return network, direction, network.places.get("place", node)
 
 def _is_weighted(node: Node) -> bool:
     return isinstance(node.op, Dense) and hasattr(node.inputs[1].op, "name")
@@ -229,11 +234,9 @@ class ModuleTrunk:
 
     def tangents(self, x: Tensor, place: str | None, directions: Tensor) -> Tensor:
         here = self.value(x, place)
-        if tuple(directions.shape[1:]) != tuple(here.shape):
-            raise InvalidInput(f"directions at {place!r} have shape {tuple(directions.shape[1:])}, not {tuple(here.shape)}.")
 
         def moved(d: Tensor) -> Tensor:
-            return torch.func.jvp(lambda z: self._run(x, place, z)["head"], (here,), (d,))[1]
+            return torch.func.jvp(lambda z: self._run(x, place, z)["head"], (here,), (d.expand(here.shape),))[1]
 
         with torch.no_grad():
             size = max(1, 2**26 // max(1, here.numel()))

@@ -20,7 +20,7 @@ import numpy as np
 from soundly.errors import CaptureError, ModelFileError, UnsupportedOp
 
 try:
-    import onnx
+    import onnx as onnx
 except ModuleNotFoundError as error:
     raise CaptureError("ONNX files need the onnx and onnxruntime packages: pip install 'soundly[onnx]'.") from error
 
@@ -31,7 +31,7 @@ UNPACKED_BYTES = 2**30
 NODES = 2**17
 """The most operations that a file may hold."""
 
-_DTYPES = {
+DTYPES = {
     1: "<f4", 2: "|u1", 3: "|i1", 4: "<u2", 5: "<i2", 6: "<i4", 7: "<i8", 9: "|b1", 10: "<f2", 11: "<f8", 12: "<u4", 13: "<u8",
 }  # fmt: skip
 _FIELDS = {1: "float_data", 7: "int64_data", 11: "double_data", 12: "uint64_data", 13: "uint64_data"}
@@ -130,7 +130,7 @@ def _unpack(data: bytes, name: str) -> bytes:
 def read_tensor(proto: onnx.TensorProto, file: ModelFile) -> np.ndarray[Any, Any]:
     """The entries of a tensor, after checking that the file really holds as many as its shape claims."""
     where = f"{file.name}: tensor {proto.name!r}"
-    code = _DTYPES.get(proto.data_type)
+    code = DTYPES.get(proto.data_type)
     if code is None:
         raise UnsupportedOp(f"{where} has ONNX element type {proto.data_type}; supported are real numbers, integers, booleans.")
     if proto.HasField("segment") or any(n < 0 for n in proto.dims):

@@ -72,7 +72,9 @@ def _conv_transpose(c: Call) -> Node:
     if wanted is None:
         before, after = _pads(c, x.shape[2:], w.shape[2:], stride, dilation)
     else:
-        total = [max(0, f + e - m) for f, e, m in zip(full, extra, wanted[-n:], strict=True)]
+        # Where more is wanted than there is, zeros follow.
+        extra = tuple(max(e, m - f) for f, e, m in zip(full, extra, wanted[-n:], strict=True))
+        total = [f + e - m for f, e, m in zip(full, extra, wanted[-n:], strict=True)]
         less, more = tuple(t // 2 for t in total), tuple(t - t // 2 for t in total)
         before, after = (less, more) if mode == "SAME_UPPER" else (more, less)
     size = tuple(f + e - b - a for f, e, b, a in zip(full, extra, before, after, strict=True))

@@ -18,7 +18,20 @@ from soundly.graph import elementwise as ew
 from soundly.graph.composite import Maximum, Rounding, maximum_over, minimum
 from soundly.graph.elementwise import Elementwise
 from soundly.graph.linear import (
-    Combine, Concat, Gather, Permute, ScatterAdd, Slice, Sum, add, broadcast, mean, pad, reshape, scale, subtract,
+    Combine,
+    Concat,
+    Gather,
+    Permute,
+    ScatterAdd,
+    Slice,
+    Sum,
+    add,
+    broadcast,
+    mean,
+    pad,
+    reshape,
+    scale,
+    subtract,
 )  # fmt: skip
 from soundly.graph.node import Fill, Node, Shape
 from soundly.graph.product import Dense, MatMul, multiply
@@ -452,12 +465,12 @@ for _name, _fold in {"Floor": np.floor, "Ceil": np.ceil, "Round": np.round}.item
 @rule("Cast", "CastLike", known=True)
 def _cast(c: Call) -> Result:
     code = c.attr("to") if c.op == "Cast" else None
-    target = c.value(1).dtype if c.op == "CastLike" else np.dtype(_CAST.get(code, "V"))
+    target = c.value(1).dtype if c.op == "CastLike" else np.dtype(_CAST.get(code or 0, "V"))
     if target.kind == "V":
         raise c.refuse(f"a cast to ONNX element type {code}")
     value, x = c.value(0), c.given(0)
     if not isinstance(x, Node):
-        return Value(value.name, target, value.shape, array=x.astype(target))
+        return Value(c.name, target, value.shape, array=x.astype(target))
     source = value.dtype.kind
     if target.kind == "b" and source != "b":
         x = nonzero(x, whole=source in "iu")
@@ -465,7 +478,7 @@ def _cast(c: Call) -> Result:
         x = Rounding("trunc")(x)
     elif target.kind == "u" and source == "i":
         raise c.refuse("a cast to unsigned integers of a value that depends on an input")
-    return Value(value.name, target, value.shape, node=x)
+    return Value(c.name, target, value.shape, node=x)
 
 
 _CAST = {1: "f4", 2: "u1", 3: "i1", 4: "u2", 5: "i2", 6: "i4", 7: "i8", 9: "?", 10: "f2", 11: "f8", 12: "u4", 13: "u8"}
@@ -504,11 +517,11 @@ def _where(c: Call) -> Result:
     condition, parts = c.given(0), (c.given(1), c.given(2))
     if all(not isinstance(v, Node) for v in (condition, *parts)):
         c.reader.room(shape, folded=True)
-        return Value("", dtype, shape, array=np.where(condition, *parts))  # type: ignore[arg-type]
+        return Value(c.name, dtype, shape, array=np.where(condition, *parts))  # type: ignore[arg-type]
     if isinstance(condition, Node):
         chosen = broadcast(condition, shape)
         node = add(multiply(chosen, c.node(1, shape)), multiply(negated(chosen), c.node(2, shape)))
-        return Value("", dtype, shape, node=node)
+        return Value(c.name, dtype, shape, node=node)
     # Entries that are not chosen may be infinite: they are replaced, not multiplied by zero.
     kept = []
     for i, mask in ((1, condition != 0), (2, condition == 0)):
@@ -519,7 +532,7 @@ def _where(c: Call) -> Result:
         else:
             c.reader.room(shape, folded=True)
             kept.append(c.constant(f"choice {i}", np.broadcast_to(np.where(mask, part, np.zeros((), part.dtype)), shape)))
-    return Value("", dtype, shape, node=add(*kept))
+    return Value(c.name, dtype, shape, node=add(*kept))
 
 
 # -- shapes
@@ -575,7 +588,7 @@ def _range(c: Call) -> Array:
 @rule("EyeLike", known=True)
 def _eye_like(c: Call) -> Array:
     rows, columns = c.reader.room(c.shape(0), folded=True)
-    return np.eye(rows, columns, c.attr("k", 0), dtype=_CAST[c.attr("dtype", 1)])
+    return np.eye(rows, columns, c.attr("k", 0), dtype=np.dtype(_CAST[c.attr("dtype", 1)]))
 
 
 @rule("Reshape", known=True)
@@ -808,6 +821,8 @@ def _depth_to_space(c: Call) -> Result:
 def _space_to_depth(c: Call) -> Result:
     n, depth, h, w = c.shape(0)
     b = c.attr("blocksize")
+    if c.attr("mode", "DCR") != "DCR":
+        raise c.refuse(f"SpaceToDepth with mode {c.attr('mode')!r}")
     split = reshaped(c.given(0), (n, depth, h // b, b, w // b, b))
     return reshaped(permuted(split, (0, 3, 5, 1, 2, 4)), (n, depth * b**2, h // b, w // b))
 
@@ -959,7 +974,7 @@ def _one_hot(c: Call) -> Result:
     if not isinstance(index, Node):
         c.reader.room(shape, folded=True)
         places = np.where(index < 0, index + depth, index).reshape(column)
-        return Value("", ends.dtype, shape, array=np.where(places == levels, ends[1], ends[0]))
+        return Value(c.name, ends.dtype, shape, array=np.where(places == levels, ends[1], ends[0]))
     if c.value(0).dtype.kind == "f":
         raise c.refuse("OneHot of indices that are not whole numbers")
     position = broadcast(reshape(index, column), shape)
@@ -967,7 +982,7 @@ def _one_hot(c: Call) -> Result:
         _levels(subtract(position, broadcast(c.constant(f"levels {k}", levels - k * depth), shape))) for k in (0, 1)
     ]  # positions from -depth to -1 count from the end
     node = scale(add(*flags), float(ends[1]) - float(ends[0]))
-    return Value("", ends.dtype, shape, node=add(node, Fill(float(ends[0]), shape)()))
+    return Value(c.name, ends.dtype, shape, node=add(node, Fill(float(ends[0]), shape)()))
 
 
 def _levels(difference: Node) -> Node:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from soundly.graph.elementwise import Elementwise
-from soundly.graph.linear import Combine, Embed, Expand, Permute, Reshape, ScatterAdd, Slice, Sum
+from soundly.graph.linear import Combine, Embed, Expand, Permute, Reshape, ScatterAdd, Slice, Sum, broadcast
 from soundly.graph.node import Fill, Leaf, Node, Product, topological
 from soundly.graph.product import Multiply
 
@@ -88,6 +88,17 @@ def _smaller(node: Node, walls: set[Node]) -> Node:
         return inputs[0]
     if isinstance(op, Permute) and op.axes == tuple(range(len(op.axes))):
         return inputs[0]
+    if isinstance(op, Multiply) and all(isinstance(c.op, Expand) and c not in walls for c in inputs):
+        a, b = (c.inputs[0] for c in inputs)
+        if a.shape == b.shape:
+            return Expand(node.shape)(Multiply()(a, b, origin=node.origin))
+    if isinstance(op, Sum) and isinstance(inputs[0].op, Expand) and inputs[0] not in walls:
+        small = inputs[0].inputs[0]
+        repeated = tuple(a for a in op.axes if small.shape[a] != inputs[0].shape[a])
+        if repeated:
+            count = math.prod(inputs[0].shape[a] for a in repeated)
+            rest = Sum(tuple(a for a in op.axes if a not in repeated))(small, origin=node.origin)
+            return Combine((float(count),))(broadcast(rest, node.shape))
     if inputs[0] not in walls and type(inputs[0].op) is type(op):
         inner = inputs[0]
         if isinstance(op, (Reshape, Expand)):

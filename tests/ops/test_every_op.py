@@ -1,0 +1,614 @@
+"""Every operation against references: the keystone of the tests.
+
+Each check is a plain function of one sample and raises AssertionError, so that test_seeded_faults.py can call it on a
+broken operation and see it fail. Adding an operation without samples fails here first.
+"""
+
+import dataclasses
+import inspect
+import itertools
+import math
+from collections.abc import Sequence
+
+import pytest
+import soundly.graph
+import soundly.graph.from_onnx
+import soundly.graph.from_torch  # noqa: F401  (so that every operation class is known)
+import torch
+from soundly.bounds.interval import interval_bounds
+from soundly.errors import MissingRule
+from soundly.graph import elementwise as ew
+from soundly.graph.differentiate import differentiate
+from soundly.graph.elementwise import Elementwise
+from soundly.graph.evaluate import Plan
+from soundly.graph.network import Network
+from soundly.graph.node import Composite, Constant, Input, Leaf, Linear, Node, Op, Product, topological
+from torch import Tensor
+
+from tests.ops.samples import CASES, FUNCTIONS, Case, Function
+
+ALL = (*CASES, *(f.case for f in FUNCTIONS))
+cases = pytest.mark.parametrize("case", ALL, ids=str)
+functions = pytest.mark.parametrize("function", FUNCTIONS, ids=str)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def leaves(case: Case) -> tuple[Node, ...]:
+    """A fresh leaf per slot."""
+    return tuple((Constant if i in case.masks else Input)(f"x{i}", s)() for i, s in enumerate(case.shapes))
+
+
+def free(case: Case) -> list[int]:
+    """The slots that are variables."""
+    return [i for i in range(len(case.shapes)) if i not in case.masks]
+
+
+def values_of(nodes: Sequence[Node], given: dict[Node, Tensor]) -> tuple[Tensor, ...]:
+    like = next(iter(given.values()))
+    return Plan(nodes)(given, dtype=like.dtype, device=like.device)
+
+
+def same(got: Tensor, want: Tensor, tolerance: float = 1e-8) -> None:
+    assert tuple(got.shape) == tuple(want.shape), f"shapes {tuple(got.shape)} and {tuple(want.shape)}"
+    scale = max(1.0, float(want.abs().max())) if want.numel() else 1.0
+    assert bool(((got - want).abs() <= tolerance * scale).all()), f"{got} is not {want}"
+
+
+def pulled(case: Case, cotangent: Tensor, x: list[Tensor]) -> list[Tensor]:
+    """The reference's vector-Jacobian product by autograd, per free slot."""
+    x = [v.clone().requires_grad_(i not in case.masks) for i, v in enumerate(x)]
+    y = case.reference(*x)
+    wanted = [x[i] for i in free(case)]
+    if not y.requires_grad:
+        return [torch.zeros_like(v) for v in wanted]
+    found = torch.autograd.grad(y, wanted, cotangent, allow_unused=True)
+    return [torch.zeros_like(v) if g is None else g for g, v in zip(found, wanted, strict=True)]
+
+
+# -- values, shapes, derivatives
+
+
+def check_value(case: Case) -> None:
+    """apply computes the reference, in float64 and in float32."""
+    x = case.draw(generator())
+    same(case.op.apply(*x), case.reference(*x), 1e-12)
+    got = case.op.apply(*(v.float() for v in x))
+    assert got.dtype == torch.float32
+    same(got.double(), case.reference(*(v.float().double() for v in x)), 1e-5)
+
+
+def check_shape(case: Case) -> None:
+    """The shape rule says what apply returns."""
+    x = case.draw(generator())
+    assert tuple(case.op.shape(*case.shapes)) == tuple(case.op.apply(*x).shape)
+    assert case.op(*leaves(case)).shape == tuple(case.op.apply(*x).shape)
+
+
+def check_slots(case: Case) -> None:
+    """Every adjoint and partial derivative is autograd's, and fits the dot-product identity."""
+    x, nodes = case.draw(generator()), leaves(case)
+    y = case.op(*nodes)
+    seed = Input("seed", y.shape)()
+    cotangent = torch.randn(y.shape, generator=generator(1), dtype=torch.float64)
+    given = {seed: cotangent, **dict(zip(nodes, x, strict=True))}
+    slots = differentiate(y, [nodes[i] for i in free(case)], seed=seed)
+    got = values_of(slots, given)
+    for slot, (value, want) in enumerate(zip(got, pulled(case, cotangent, x), strict=True)):
+        assert slots[slot].shape == case.shapes[slot]
+        same(value, want)
+    paired = (case.op.apply(*x) * cotangent).sum()
+    if isinstance(case.op, Linear):
+        same(sum((g * v).sum() for g, v in zip(got, x, strict=True)), paired, 1e-10)
+    elif isinstance(case.op, Product):
+        for value, factor in zip(got, x, strict=True):
+            same((value * factor).sum(), paired, 1e-10)
+
+
+def check_second_order(case: Case) -> None:
+    """The derivative's derivative is autograd's."""
+    x, nodes = case.draw(generator()), leaves(case)
+    y = case.op(*nodes)
+    seed = Input("seed", y.shape)()
+    cotangent = torch.randn(y.shape, generator=generator(1), dtype=torch.float64)
+    first = differentiate(y, [nodes[0]], seed=seed)[0]
+    again = Input("again", first.shape)()
+    other = torch.randn(first.shape, generator=generator(2), dtype=torch.float64)
+    wrt = [seed, *(nodes[i] for i in free(case))]
+    got = values_of(differentiate(first, wrt, seed=again), {seed: cotangent, again: other, **dict(zip(nodes, x, strict=True))})
+
+    variables = [cotangent.clone().requires_grad_(), *(x[i].clone().requires_grad_() for i in free(case))]
+    filled = list(x)
+    for slot, v in zip(free(case), variables[1:], strict=True):
+        filled[slot] = v
+    value = case.reference(*filled)
+    if not value.requires_grad:
+        return
+    (slope,) = torch.autograd.grad(value, variables[1], variables[0], create_graph=True, allow_unused=True)
+    if slope is None or not slope.requires_grad:
+        return
+    found = torch.autograd.grad(slope, variables, other, allow_unused=True)
+    for value, want, v in zip(got, found, variables, strict=True):
+        same(value, torch.zeros_like(v) if want is None else want)
+
+
+def check_vmap(case: Case) -> None:
+    """A mapped batch equals a loop, for the value and its derivative."""
+    batch = [case.draw(generator(seed)) for seed in range(3)]
+    stacked = [torch.stack(rows) for rows in zip(*batch, strict=True)]
+    same(torch.vmap(case.op.apply)(*stacked), torch.stack([case.op.apply(*x) for x in batch]), 1e-12)
+    nodes = leaves(case)
+    y = case.op(*nodes)
+    seed = Input("seed", y.shape)()
+    slots = differentiate(y, [nodes[i] for i in free(case)], seed=seed)
+    cotangent = torch.randn((3, *y.shape), generator=generator(1), dtype=torch.float64)
+
+    def slopes(c: Tensor, *x: Tensor) -> tuple[Tensor, ...]:
+        return values_of(slots, {seed: c, **dict(zip(nodes, x, strict=True))})
+
+    mapped = torch.vmap(slopes)(cotangent, *stacked)
+    for i, x in enumerate(batch):
+        for got, want in zip(mapped, slopes(cotangent[i], *x), strict=True):
+            same(got[i], want, 1e-12)
+
+
+def check_equality(case: Case) -> None:
+    """Operations are compared and hashed by value."""
+    twin = dataclasses.replace(case.op)
+    assert twin is not case.op and twin == case.op and hash(twin) == hash(case.op)
+    for other in ALL:
+        assert (other.op == case.op) == (repr(other.op) == repr(case.op) and type(other.op) is type(case.op))
+
+
+# -- what the kinds promise
+
+
+def matrix(op: Op, shapes: Sequence[tuple[int, ...]], slot: int) -> Tensor:
+    """The linear map towards one slot, column by column, the other inputs being zero."""
+    zeros = [torch.zeros(s, dtype=torch.float64) for s in shapes]
+    columns = []
+    for i in range(math.prod(shapes[slot])):
+        x = [z.clone() for z in zeros]
+        x[slot].view(-1)[i] = 1.0
+        columns.append(op.apply(*x).reshape(-1))
+    return torch.stack(columns, 1) if columns else torch.zeros(math.prod(op.shape(*shapes)), 0, dtype=torch.float64)
+
+
+def check_linear(case: Case) -> None:
+    """The map is its matrix, and its signs, its absolute map and its number of terms are the matrix's."""
+    op, x = case.op, case.draw(generator())
+    assert isinstance(op, Linear)
+    parts = [matrix(op, case.shapes, slot) for slot in range(len(x))]
+    same(op.apply(*x).reshape(-1), sum(m @ v.reshape(-1) for m, v in zip(parts, x, strict=True)), 1e-12)
+    same(op.apply(*(-2.5 * v for v in x)), -2.5 * op.apply(*x), 1e-12)
+    signs = op.signs(len(x))
+    assert len(signs) == len(x)
+    for part, sign in zip(parts, signs, strict=True):
+        assert bool((sign * part >= 0).all())
+    for slot, part in enumerate(parts):
+        same(matrix(op.absolute, case.shapes, slot), part.abs(), 1e-12)
+    whole = torch.cat(parts, 1)
+    operations = (whole != 0).sum(1) + ((whole != 0) & (whole.abs() != 1)).any(1)
+    assert op.terms(*case.shapes) >= max([1, *operations.tolist()])
+
+
+def check_product(case: Case) -> None:
+    """The map is linear in each input with coefficients 0 and 1, and `terms` counts the products of an output entry."""
+    op, (a, b) = case.op, case.draw(generator())
+    assert isinstance(op, Product)
+    form = torch.stack(
+        [
+            matrix(_fixed(op, i, case.shapes[0]), case.shapes[1:], 0)
+            for i in range(math.prod(case.shapes[0]))
+        ],
+        1,
+    )
+    assert set(form.unique().tolist()) <= {0.0, 1.0}
+    expected = torch.einsum("oij,i,j->o", form, a.reshape(-1), b.reshape(-1))
+    same(op.apply(a, b).reshape(-1), expected, 1e-12)
+    assert op.terms(*case.shapes) >= int(form.sum((1, 2)).max())
+
+
+def _fixed(op: Product, index: int, shape: tuple[int, ...]) -> Op:
+    """The product with its first input fixed to a unit vector, as an operation of the second."""
+
+    class Fixed(Op):
+        def apply(self, *values: Tensor) -> Tensor:
+            unit = torch.zeros(math.prod(shape), dtype=torch.float64)
+            unit[index] = 1.0
+            return op.apply(unit.reshape(shape), *values)
+
+        def shape(self, *shapes: tuple[int, ...]) -> tuple[int, ...]:
+            return op.shape(shape, *shapes)
+
+    return Fixed()
+
+
+def inner(node: Node, stop: Sequence[Node]) -> list[Node]:
+    return [n for n in topological([node]) if not isinstance(n.op, Leaf) and n not in stop]
+
+
+def check_closure(case: Case) -> None:
+    """The adjoint of a linear map is linear, and its adjoint the map; the partial of a product is one product of the
+    cotangent and the other input, up to linear maps."""
+    nodes, x = leaves(case), case.draw(generator())
+    y = case.op(*nodes)
+    seed = Input("seed", y.shape)()
+    for slot in range(len(nodes)):
+        if isinstance(case.op, Linear):
+            adjoint = case.op.adjoint(slot, seed, nodes)
+            assert all(isinstance(n.op, Linear) for n in inner(adjoint, ()))
+            back = differentiate(adjoint, [seed], seed=nodes[slot])[0]
+            assert all(isinstance(n.op, Linear) for n in inner(back, ()))
+            alone = [v if i == slot else torch.zeros_like(v) for i, v in enumerate(x)]
+            same(values_of([back], dict(zip(nodes, x, strict=True)))[0], case.op.apply(*alone), 1e-12)
+        else:
+            assert isinstance(case.op, Product)
+            partial = case.op.partial(slot, seed, nodes)
+            used = inner(partial, ())
+            assert sum(isinstance(n.op, Product) for n in used) == 1
+            assert all(isinstance(n.op, (Product, Linear)) for n in used)
+            assert {n for n in topological([partial]) if isinstance(n.op, Input)} == {seed, nodes[1 - slot]}
+
+
+def check_composite(case: Case) -> None:
+    """The expansion computes the same value and the same derivative; what has no expansion encloses itself."""
+    op, x, nodes = case.op, case.draw(generator()), leaves(case)
+    assert isinstance(op, Composite)
+    try:
+        expansion = op.expand(*nodes)
+    except MissingRule:
+        assert op.enclose(*((v, v) for v in x), unit=0.0) is not None
+        return
+    assert type(expansion.op) is not type(op)
+    given = dict(zip(nodes, x, strict=True))
+    same(values_of([expansion], given)[0], op.apply(*x), 1e-12)
+    seed = Input("seed", expansion.shape)()
+    cotangent = torch.randn(expansion.shape, generator=generator(1), dtype=torch.float64)
+    given[seed] = cotangent
+    wanted = [nodes[i] for i in free(case)]
+    for got, want in zip(values_of(differentiate(expansion, wanted, seed=seed), given), pulled(case, cotangent, x), strict=True):
+        same(got, want)
+
+
+# -- intervals
+
+
+def contains(bounds: tuple[Tensor, Tensor], value: Tensor) -> Tensor:
+    lower, upper = bounds
+    unknown = torch.isinf(lower) & torch.isinf(upper) & (lower < upper)
+    return ((lower <= value) & (value <= upper)) | (torch.isnan(value) & unknown)
+
+
+def assert_enclosed(network: Network, nodes: Sequence[Node], region: dict[Node, tuple[Tensor, Tensor]], seed: int = 0) -> None:
+    """No node's value at a random point, a random corner or an end of the region escapes its interval: not in the
+    network's own floating type, and not in float64, which stands for the reals. There is no tolerance."""
+    bounds = interval_bounds(network, region, nodes)
+    wide = network.to(torch.float64)
+    source = generator(seed)
+    for kind in ("random", "random", "random", "corner", "corner", "corner", "lower", "upper"):
+        point = {}
+        for node, (lower, upper) in region.items():
+            if kind in ("lower", "upper"):
+                point[node] = lower if kind == "lower" else upper
+            else:
+                unit = torch.rand(lower.shape, generator=source).to(lower)
+                unit = unit.round() if kind == "corner" else unit
+                value = torch.where(unit == 0, lower, torch.where(unit == 1, upper, lower + unit * (upper - lower)))
+                point[node] = torch.maximum(torch.minimum(value, upper), lower)
+        for net in (network, wide):
+            given = {**net.values, **{n: v.to(net.dtype) for n, v in point.items()}}
+            values = Plan(nodes)(given, dtype=net.dtype, device=torch.device("cpu"))
+            for node, value in zip(nodes, values, strict=True):
+                lower, upper = (b.double() for b in bounds[node])
+                assert not bool(torch.isnan(lower).any() | torch.isnan(upper).any()), f"NaN in the bounds of {node}"
+                escaped = ~contains((lower, upper), value.double())
+                if bool(escaped.any()):
+                    first = escaped.nonzero()[0]
+                    at = tuple(first.tolist())
+                    raise AssertionError(
+                        f"{node} is {float(value[at])!r} in {net.dtype} at a {kind} point, "
+                        f"outside of [{float(lower[at])!r}, {float(upper[at])!r}]"
+                    )
+
+
+BOXES = ("point", "hair", "thin", "wide", "kink above", "kink below", "large", "small")
+
+
+def box(x: Tensor, kind: str, domain: tuple[float, float], source: torch.Generator) -> tuple[Tensor, Tensor]:
+    """An interval around or near x, inside the domain."""
+    x = x.float()
+    widths = {"point": 0.0, "hair": 1e-6, "thin": 0.05, "wide": 1.5, "large": 30.0, "small": 1e-4}
+    if kind in ("large", "small"):
+        x = x * {"large": 100.0, "small": 1e-3}[kind]
+    if kind in ("kink above", "kink below"):
+        width = x.abs()
+        lower, upper = (torch.zeros_like(x), width) if kind == "kink above" else (-width, torch.zeros_like(x))
+    else:
+        width = widths[kind] * torch.rand(x.shape, generator=source)
+        lower, upper = x - width, x + width
+    return lower.clamp(*domain), upper.clamp(*domain)
+
+
+def check_enclosed(case: Case, *, kinds: Sequence[str] = BOXES) -> None:
+    """Intervals hold every node of the operation, its derivative and its second derivative, whichever leaves range."""
+    nodes = leaves(case)
+    y = case.op(*nodes)
+    seed = Input("seed", y.shape)()
+    first = differentiate(y, [nodes[i] for i in free(case)], seed=seed)
+    again = Input("again", first[0].shape)()
+    second = differentiate(first[0], [seed, *(nodes[i] for i in free(case))], seed=again)
+    every = topological([y, *first, *second])
+    variables = [n for n in (*(nodes[i] for i in free(case)), seed, again) if n in every]
+    domain = case.domain if case.domain[0] > 0 else (-math.inf, math.inf)
+    source = generator(3)
+    for kind in kinds:
+        choices = [variables] if kind in ("hair", "large", "small") else [variables, variables[:1], variables[1:], [seed]]
+        for ranging in choices:
+            drawn = dict(zip(nodes, case.draw(source), strict=True))
+            values = {n: drawn[n].float() if n in drawn else torch.randn(n.shape, generator=source) for n in every_leaf(every)}
+            region = {}
+            for node in ranging:
+                if node in values:
+                    low_high = domain if node in drawn else (-math.inf, math.inf)
+                    region[node] = box(values.pop(node), kind, low_high, source)
+            assert_enclosed(Network((), (y,), values), every, region, seed=len(region))
+
+
+def every_leaf(nodes: Sequence[Node]) -> list[Node]:
+    return [n for n in nodes if isinstance(n.op, (Input, Constant))]
+
+
+# -- elementwise functions
+
+
+def slope_of(function: Function, x: Tensor, order: int) -> Tensor:
+    """The formula's derivative of some order by autograd, entry by entry."""
+    x = x.clone().requires_grad_()
+    value = function.formula(x)
+    for _ in range(order):
+        if not value.requires_grad:
+            return torch.zeros_like(x)
+        (value,) = torch.autograd.grad(value.sum(), x, create_graph=True)
+    return value.detach()
+
+
+def grid(function: Function, count: int = 1001) -> Tensor:
+    """Points of the domain away from breaks and poles."""
+    x = torch.linspace(*function.domain, count, dtype=torch.float64) + 1e-4
+    for t in (*function.op.breaks, *([] if function.pole is None else [function.pole])):
+        x = x[(x - t).abs() > 1e-2]
+    return x
+
+
+def check_derivatives(function: Function) -> None:
+    """Derivatives of order one to three are autograd's away from breaks; a zero one says so."""
+    x, op = grid(function), function.op
+    for order in (1, 2, 3):
+        op = op.derivative
+        want = slope_of(function, x, order)
+        assert bool(((op.apply(x) - want).abs() <= 1e-8 * (1 + want.abs())).all())
+        assert op.is_zero == (not bool(want.any()))
+
+
+def dense(function: Function) -> Tensor:
+    """Many points of the whole domain, near and far: consecutive ones lie in one piece."""
+    far = torch.logspace(-9, 4, 6001, dtype=torch.float64)
+    near = torch.linspace(-40.0, 40.0, 16001, dtype=torch.float64)
+    x = torch.cat([-far, near, far]).sort().values.unique()
+    if function.domain[0] > 0:
+        x = x[x > 0]
+    if function.op.ring.period:
+        x = x[x.abs() < 40]
+    return x
+
+
+def check_slopes(function: Function, *, slopes: Sequence[float] = ()) -> None:
+    """`points_with_slope` finds every crossing that a dense scan of autograd's derivative brackets, and no others."""
+    op, x = function.op, dense(function)
+    derivative = slope_of(function, x, 1)
+    finite = torch.isfinite(derivative)
+    source = generator(5)
+    pick = torch.randint(len(x), (12,), generator=source)
+    wanted = [*slopes, 0.0, *torch.randn(4, generator=source, dtype=torch.float64).tolist(), *derivative[pick].tolist()]
+    breaks = torch.tensor([*op.breaks, *([] if function.pole is None else [function.pole])], dtype=torch.float64)
+    piece = torch.bucketize(x, breaks, right=False)
+    for slope in wanted:
+        if not math.isfinite(slope):
+            continue
+        found = op.points_with_slope(slope)
+        excess = derivative - slope
+        noise = 1e-9 * (abs(slope) + derivative.abs()) + 1e-13
+        clear = finite & (excess.abs() > noise)
+        px, pe, pp = x[clear], excess[clear], piece[clear]
+        crossing = (torch.sign(pe[1:]) != torch.sign(pe[:-1])) & (pp[1:] == pp[:-1])
+        for a, b in zip(px[:-1][crossing].tolist(), px[1:][crossing].tolist(), strict=True):
+            if op.ring.period:
+                turns = [t + k * op.ring.period for t in found for k in range(-9, 10)]
+            else:
+                turns = list(found)
+            margin = 1e-9 * max(abs(a), 1e-9)
+            assert any(a - margin <= t <= b + margin for t in turns), f"{op}' = {slope} between {a} and {b}, not in {found}"
+        for t in found:
+            at = float(slope_of(function, torch.tensor([t], dtype=torch.float64), 1))
+            scale = abs(slope) + float(slope_of(function, torch.tensor([t], dtype=torch.float64), 2).abs()) * max(1.0, abs(t))
+            assert abs(at - slope) <= 1e-8 * (1 + scale), f"{op}' is {at} and not {slope} at {t}"
+
+
+def check_range(function: Function) -> None:
+    """In float64 the range on a random interval is the least and greatest value of a dense scan, for f, f' and f''."""
+    source = generator(7)
+    op, formula = function.op, function
+    for order in range(3):
+        for _ in range(40):
+            low, high = function.domain
+            a, b = sorted((low + (high - low) * torch.rand(2, generator=source, dtype=torch.float64)).tolist())
+            b = a + (b - a) * float(torch.rand((), generator=source) ** 3)
+            if function.pole is not None and a <= function.pole <= b:
+                least, greatest = op.enclose(torch.tensor(a), torch.tensor(b))
+                assert (float(least), float(greatest)) == (-math.inf, math.inf)
+                continue
+            x = torch.linspace(a, b, 4001, dtype=torch.float64)
+            values = slope_of(formula, x, order) if order else function.formula(x)
+            near = [(x - t).abs() < 1e-12 for t in op.breaks]
+            values = values[~torch.stack(near).any(0)] if near else values
+            least, greatest = (float(v) for v in op.enclose(x[0], x[-1]))
+            scale = 1 + float(values.abs().max())
+            fine = 1e-9 * scale
+            assert least <= float(values.min()) + fine and float(values.max()) - fine <= greatest
+            step = (b - a) / 4000
+            steepest = float(slope_of(formula, x, order + 1).abs().max()) if a < b else 0.0
+            slack = 1e-9 * scale + 2 * step * (steepest + scale)
+            assert least >= float(values.min()) - slack and greatest <= float(values.max()) + slack, f"{op} on [{a}, {b}]"
+        op = op.derivative
+
+
+def check_clarke(function: Function) -> None:
+    """An interval that touches a break holds the limits from both sides, of f and of f'; elsewhere only its own side."""
+    for op in (function.op, function.op.derivative):
+        for t in op.breaks:
+            at = torch.tensor(t, dtype=torch.float64)
+            sides = [float(op.apply(at - 1e-12)), float(op.apply(at + 1e-12))]
+            for low, high in ((0.0, 0.0), (0.0, 0.05), (-0.05, 0.0), (-0.05, 0.05)):
+                least, greatest = (float(v) for v in op.enclose(at + low, at + high))
+                assert least <= min(sides) + 1e-9 and max(sides) - 1e-9 <= greatest, f"{op} at {t}: [{least}, {greatest}]"
+
+
+def check_tails(function: Function) -> None:
+    """Float32 intervals hold f, f', f'' and f''' far out and near the ends of the domain, in float32 and in float64."""
+    x = Input("x", (64,))()
+    ops = [function.op]
+    for _ in range(3):
+        ops.append(ops[-1].derivative)
+    nodes = [op(x) for op in ops]
+    source = generator(11)
+    for reach in (1e-4, 0.1, 1.0, 5.0, 14.0, 40.0, 90.0, 1e4):
+        for width in (0.0, 1e-3, 0.5):
+            centre = reach * (2 * torch.rand(64, generator=source) - 1)
+            centre = centre.abs() if function.domain[0] > 0 else centre
+            lower, upper = centre - width * centre.abs(), centre + width * centre.abs()
+            network = Network((x,), tuple(nodes), {})
+            assert_enclosed(network, nodes, {x: (lower, upper)})
+
+
+# -- the tests
+
+
+def concrete(kind: type[Op]) -> set[type[Op]]:
+    """All operation classes of the graph package that can be used as they are."""
+    found: set[type[Op]] = set()
+    for child in kind.__subclasses__():
+        found |= concrete(child)
+        if child.__module__.startswith("soundly.") and not child.__name__.startswith("_") and dataclasses.is_dataclass(child):
+            found.add(child)
+    return found
+
+
+def test_every_operation_has_samples():
+    assert concrete(Op) - concrete(Leaf) - {Elementwise} == {type(case.op) for case in CASES}
+
+
+def test_every_elementwise_function_has_samples():
+    sampled = {f.op for f in FUNCTIONS}
+    constants = {v for v in vars(ew).values() if isinstance(v, Elementwise)}
+    assert constants <= sampled
+    factories = {
+        name
+        for name, f in inspect.getmembers(ew, inspect.isfunction)
+        if f.__module__ == ew.__name__ and not name.startswith("_") and f.__annotations__.get("return") == "Elementwise"
+    }
+    assert factories == {name for name in factories if any(op.name.startswith(f"{name}(") for op in sampled)}
+    assert {"clip", "power", "elu", "leaky_relu"} <= factories
+
+
+@cases
+def test_value_is_the_reference(case):
+    check_value(case)
+
+
+@cases
+def test_shape_rule_is_the_actual_shape(case):
+    check_shape(case)
+
+
+@cases
+def test_every_slot_is_differentiated_as_autograd_does(case):
+    check_slots(case)
+
+
+@cases
+def test_second_derivatives_are_autograds(case):
+    check_second_order(case)
+
+
+@cases
+def test_a_mapped_batch_equals_a_loop(case):
+    check_vmap(case)
+
+
+@cases
+def test_operations_are_equal_by_value(case):
+    check_equality(case)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if isinstance(c.op, Linear)], ids=str)
+def test_linear_maps_are_what_they_say(case):
+    check_linear(case)
+    check_closure(case)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if isinstance(c.op, Product)], ids=str)
+def test_products_are_what_they_say(case):
+    check_product(case)
+    check_closure(case)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if isinstance(c.op, Composite)], ids=str)
+def test_composites_are_their_expansion(case):
+    check_composite(case)
+
+
+@cases
+def test_no_value_escapes_its_interval(case):
+    check_enclosed(case)
+
+
+@functions
+def test_derivatives_of_three_orders_are_autograds(function):
+    check_derivatives(function)
+
+
+@functions
+def test_points_with_a_slope_are_all_found(function):
+    check_slopes(function)
+
+
+@functions
+def test_ranges_are_exact(function):
+    check_range(function)
+
+
+@functions
+def test_breaks_belong_to_both_sides(function):
+    check_clarke(function)
+
+
+@functions
+def test_no_value_escapes_far_out(function):
+    check_tails(function)
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    for case in CASES:
+        wrong = tuple((*s, 7, 7, 7, 7) for s in case.shapes)
+        if len(case.shapes) == 2:
+            wrong = ((5, 7), (3, 2, 2))
+            with pytest.raises(ValueError):
+                case.op.shape(*wrong)
+    for a, b in itertools.product([(2, 3), (3,), ()], repeat=2):
+        if a != b:
+            with pytest.raises(ValueError):
+                ew_add = soundly.graph.linear.Combine((1.0, 1.0))
+                ew_add.shape(a, b)
