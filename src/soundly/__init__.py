@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from soundly.bounds.interval import interval_bounds as interval_bounds
     from soundly.certificate.check import check as check
     from soundly.certificate.format import Certificate as Certificate
-    from soundly.edit.constraints import at as at
-    from soundly.edit.edit import Edit as Edit
-    from soundly.edit.edit import edit as edit
+    from soundly.editing.constraints import at as at
+    from soundly.editing.edit import Edit as Edit
+    from soundly.editing.edit import edit as edit
     from soundly.explanation.attribution import gradcam as gradcam
     from soundly.explanation.attribution import integrated_gradients as integrated_gradients
     from soundly.graph.differentiate import differentiate as differentiate
@@ -51,9 +51,9 @@ _HOME = {
     "Interval": "bounds.interval",
     "interval_bounds": "bounds.interval",
     # edits
-    "at": "edit.constraints",
-    "edit": "edit.edit",
-    "Edit": "edit.edit",
+    "at": "editing.constraints",
+    "edit": "editing.edit",
+    "Edit": "editing.edit",
     # proofs
     "Certificate": "certificate.format",
     "check": "certificate.check",

@@ -1,7 +1,7 @@
 """Reading ONNX models: the second door into soundly, beside PyTorch.
 
 Shape arithmetic is computed while reading, the rest becomes a graph by one short rule per operation (`onnx_ops.py`,
-`onnx_layers.py`). Weights stay variables under their names in the file. Every network is compared at once with
+`onnx_shapes.py`, `onnx_layers.py`). Weights stay variables under their names in the file. Every network is compared at once with
 onnxruntime run on the file itself; files are untrusted (`onnx_file.py`).
 """
 
@@ -25,13 +25,13 @@ from soundly.errors import (
     SoundlyError,
     UnsupportedOp,
 )
-from soundly.graph import onnx_layers as onnx_layers  # enters its rules into RULES
+from soundly.graph import onnx_layers as _layers  # noqa: F401 (with what it imports, it fills RULES)
 from soundly.graph.evaluate import Plan
 from soundly.graph.linear import Expand, Permute, Reshape
 from soundly.graph.network import Network
 from soundly.graph.node import Constant, Fill, Input, Leaf, Node, Parameter, Product, Shape
+from soundly.graph.onnx_call import RULES, Array, Call, Result, Rule, Value
 from soundly.graph.onnx_file import DTYPES, ModelFile, onnx, read_attributes, read_file, read_tensor
-from soundly.graph.onnx_ops import RULES, Array, Call, Result, Rule, Value
 from soundly.graph.simplify import rebuild, renamed, simplify
 
 SUPPORTED: tuple[str, ...] = tuple(sorted(RULES))
@@ -95,7 +95,9 @@ class _Reader:
         versions = [o.version for o in self.model.opset_import if o.domain in ("", "ai.onnx")]
         self.opset = max(versions, default=1)
         if self.opset < 7:
-            raise UnsupportedOp(f"{file.name} uses operator set {self.opset}; convert it to 7 or later (onnx.version_converter).")
+            raise UnsupportedOp(
+                f"{file.name} uses operator set {self.opset}; convert it to 7 or later (onnx.version_converter)."
+            )
         if graph.sparse_initializer:
             raise UnsupportedOp(f"{file.name} holds sparse tensors; store them densely.")
         self.live = self._live()
@@ -105,13 +107,19 @@ class _Reader:
                 raise ModelFileError(f"{file.name}: two initialisers are called {proto.name!r}.")
             if proto.name in used:
                 array = read_tensor(proto, file)
-                self.values[proto.name] = Value(proto.name, array.dtype, array.shape, array, trained=array.dtype.kind == "f")
+                self.values[proto.name] = Value(
+                    proto.name, array.dtype, array.shape, array, trained=array.dtype.kind == "f"
+                )
         inputs = [i for i in graph.input if i.name not in {t.name for t in graph.initializer}]
         names = [i.name for i in inputs]
         unknown = set(example_shapes or ()) - set(names)
         if unknown:
-            raise InvalidInput(f"example_shapes: {file.name} has no input {', '.join(sorted(unknown))}; it has {', '.join(names)}.")
-        doubles = {v.dtype for v in self.values.values()} | {np.dtype(DTYPES.get(i.type.tensor_type.elem_type, "V")) for i in inputs}
+            raise InvalidInput(
+                f"example_shapes: {file.name} has no input {', '.join(sorted(unknown))}; it has {', '.join(names)}."
+            )
+        doubles = {v.dtype for v in self.values.values()} | {
+            np.dtype(DTYPES.get(i.type.tensor_type.elem_type, "V")) for i in inputs
+        }
         self.dtype = torch.float64 if np.dtype(np.float64) in doubles else torch.float32
         self.inputs = [self._input(i, (example_shapes or {}).get(i.name)) for i in inputs]
 
@@ -136,10 +144,13 @@ class _Reader:
             raise UnsupportedOp(f"{where} does not hold real numbers (ONNX element type {kind.elem_type}).")
         if not kind.HasField("shape") and example is None:
             raise DynamicModel(f"{where} has no shape; give one: example_shapes={{{name!r}: (...)}}.")
-        dims = [d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else d.dim_param or "?" for d in kind.shape.dim]
+        dims = [
+            d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else d.dim_param or "?" for d in kind.shape.dim
+        ]
         if example is not None:
             fits = not kind.HasField("shape") or (
-                len(dims) == len(example) and all(isinstance(d, str) or d == e for d, e in zip(dims, example, strict=True))
+                len(dims) == len(example)
+                and all(isinstance(d, str) or d == e for d, e in zip(dims, example, strict=True))
             )
             if not fits or any(e < 0 for e in example):
                 raise InvalidInput(f"example_shapes: {where} has shape {dims}, not {list(example)}.")
@@ -147,7 +158,9 @@ class _Reader:
         else:
             if any(isinstance(d, str) for d in dims[1:]):
                 guess = tuple(d if isinstance(d, int) else 1 for d in dims)
-                raise DynamicModel(f"{where} has open dimensions {dims}; fix them, e.g. example_shapes={{{name!r}: {guess}}}.")
+                raise DynamicModel(
+                    f"{where} has open dimensions {dims}; fix them, e.g. example_shapes={{{name!r}: {guess}}}."
+                )
             self.assumed += [f"{name}: {d} = 1" for d in dims[:1] if isinstance(d, str)]
             shape = tuple(1 if isinstance(d, str) else d for d in dims)
         node = Input(name, self.room(shape))()
@@ -244,7 +257,9 @@ class _Reader:
             raise UnsupportedOp(f"{where}: operation {op} is not supported. Supported: {', '.join(SUPPORTED)}.")
         missing = [name for name in proto.input if name and name not in self.values]
         if missing:
-            raise ModelFileError(f"{where} needs {missing[0]!r}, which nothing before it computes (missing, or a cycle).")
+            raise ModelFileError(
+                f"{where} needs {missing[0]!r}, which nothing before it computes (missing, or a cycle)."
+            )
         operands = tuple(self.values[name] if name else None for name in proto.input)
         try:
             call = Call(
@@ -376,7 +391,9 @@ def compare(network: Network, model: bytes, name: str, *, tolerance: float = 1e-
     exact = network.to(torch.float64)
     for i in range(samples):
         inputs = [_sample(node.shape, i, generator) for node in network.inputs]
-        feed = {node.op.name: x.numpy().astype(types[node.op.name]) for node, x in zip(network.inputs, inputs, strict=True)}  # type: ignore[attr-defined]
+        feed = {
+            node.op.name: x.numpy().astype(types[node.op.name]) for node, x in zip(network.inputs, inputs, strict=True)
+        }  # type: ignore[attr-defined]
         try:
             wanted = session.run(None, feed)
         except Exception as error:

@@ -132,7 +132,9 @@ def read_tensor(proto: onnx.TensorProto, file: ModelFile) -> np.ndarray[Any, Any
     where = f"{file.name}: tensor {proto.name!r}"
     code = DTYPES.get(proto.data_type)
     if code is None:
-        raise UnsupportedOp(f"{where} has ONNX element type {proto.data_type}; supported are real numbers, integers, booleans.")
+        raise UnsupportedOp(
+            f"{where} has ONNX element type {proto.data_type}; supported are real numbers, integers, booleans."
+        )
     if proto.HasField("segment") or any(n < 0 for n in proto.dims):
         raise ModelFileError(f"{where} is in segments or has a negative dimension {list(proto.dims)}.")
     dtype, dims = np.dtype(code), tuple(proto.dims)
@@ -164,11 +166,17 @@ def _external(proto: onnx.TensorProto, size: int, file: ModelFile, where: str) -
     try:
         offset, length = int(entry.get("offset", 0)), int(entry.get("length", size))
         target, root = (file.folder / location).resolve(), file.folder.resolve()
-        inside = location and not os.path.isabs(location) and ".." not in Path(location).parts and root in target.parents
+        inside = (
+            location and not os.path.isabs(location) and ".." not in Path(location).parts and root in target.parents
+        )
         if not inside or not target.is_file():
-            raise ModelFileError(f"{where} points to {location!r}, which is no file inside the model's folder; it was not opened.")
+            raise ModelFileError(
+                f"{where} points to {location!r}, which is no file inside the model's folder; it was not opened."
+            )
         if length != size or offset < 0 or offset + length > target.stat().st_size:
-            raise ModelFileError(f"{where} wants {length} bytes at {offset} of {location!r}, which do not fit its shape or file.")
+            raise ModelFileError(
+                f"{where} wants {length} bytes at {offset} of {location!r}, which do not fit its shape or file."
+            )
         with target.open("rb") as stream:
             stream.seek(offset)
             return stream.read(length)

@@ -15,7 +15,9 @@ from soundly.graph import elementwise as ew
 from soundly.graph.composite import MaxPool, Normalise, Softmax
 from soundly.graph.linear import Combine, Concat, Sum, add, broadcast, mean, narrow, pad, reshape, scale, subtract
 from soundly.graph.node import Constant, Fill, Node, Shape
-from soundly.graph.onnx_ops import INDICES, Array, Call, Result, largest, normal, powered, rule, taken
+from soundly.graph.onnx_call import INDICES, Array, Call, Result, normal, rule, taken
+from soundly.graph.onnx_ops import powered
+from soundly.graph.onnx_shapes import largest
 from soundly.graph.product import Conv, ConvTranspose, Dense, multiply
 
 
@@ -66,9 +68,13 @@ def _conv_transpose(c: Call) -> Node:
     n = len(x.shape) - 2
     stride, dilation = _spread(c, "strides", n, 1), _spread(c, "dilations", n, 1)
     extra = tuple(c.attr("output_padding", (0,) * n))
-    full = [(m - 1) * s + d * (k - 1) + 1 for m, s, d, k in zip(x.shape[2:], stride, dilation, w.shape[2:], strict=True)]
+    full = [
+        (m - 1) * s + d * (k - 1) + 1 for m, s, d, k in zip(x.shape[2:], stride, dilation, w.shape[2:], strict=True)
+    ]
     mode = c.attr("auto_pad", "NOTSET")
-    wanted = c.attr("output_shape") or ([m * s for m, s in zip(x.shape[2:], stride, strict=True)] if "SAME" in mode else None)
+    wanted = c.attr("output_shape") or (
+        [m * s for m, s in zip(x.shape[2:], stride, strict=True)] if "SAME" in mode else None
+    )
     if wanted is None:
         before, after = _pads(c, x.shape[2:], w.shape[2:], stride, dilation)
     else:
@@ -119,7 +125,9 @@ def _max_pool(c: Call) -> Node:
     stride, dilation, starts, _ = _windows(c, x, kernel)
     padding = tuple(-s[0] for s in starts)
     whole = MaxPool(kernel, stride, padding, dilation)
-    if all(2 * p <= k for p, k in zip(padding, kernel, strict=True)) and whole.shape(x.shape)[2:] == tuple(map(len, starts)):
+    if all(2 * p <= k for p, k in zip(padding, kernel, strict=True)) and whole.shape(x.shape)[2:] == tuple(
+        map(len, starts)
+    ):
         return whole(x)
     # Every window is laid out in full; a tap that falls outside is replaced by one inside the same window.
     for axis, (k, d, first) in enumerate(zip(kernel, dilation, starts, strict=True), start=2):
@@ -144,7 +152,7 @@ def _average_pool(c: Call) -> Node:
     stride, dilation, starts, ends = _windows(c, x, kernel)
     counts = np.ones(())
     before, after = [], []
-    for m, k, s, d, first, end in zip(x.shape[2:], kernel, stride, dilation, starts, ends, strict=True):
+    for m, k, d, first, end in zip(x.shape[2:], kernel, dilation, starts, ends, strict=True):
         low, high = (first[0], end) if c.attr("count_include_pad", 0) else (0, m)
         inside = [sum(low <= p + d * j < high for j in range(k)) for p in first]
         counts = counts[..., None] * np.array(inside, np.float64)
@@ -413,7 +421,9 @@ def _recurrent(c: Call) -> Result:
         lasts.append(reshape(h, (1, batch, hidden)))
         cells.append(reshape(cell, (1, batch, hidden)))
     joined = [(1, rows), (0, lasts), (0, cells)]
-    return [parts[0] if len(parts) == 1 else Concat(axis)(*parts) for axis, parts in joined][: 3 if c.op == "LSTM" else 2]
+    return [parts[0] if len(parts) == 1 else Concat(axis)(*parts) for axis, parts in joined][
+        : 3 if c.op == "LSTM" else 2
+    ]
 
 
 def _unrolled(

@@ -28,7 +28,7 @@ from soundly.graph.onnx_file import FILE_BYTES, onnx
 from soundly.graph.ring import Polynomial
 
 OPSETS = range(16, 26)
-_DTYPES = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
+_DTYPES: dict[torch.dtype, np.dtype[Any]] = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
 
 
 def to_onnx(network: Network, path: str | os.PathLike[str] | None = None, *, opset: int = 18) -> onnx.ModelProto:
@@ -64,7 +64,7 @@ class _Writer:
 
     def __init__(self, network: Network, opset: int) -> None:
         self.network, self.opset = network, opset
-        self.dtype: np.dtype[Any] = _DTYPES[network.dtype]
+        self.dtype = _DTYPES[network.dtype]
         self.operations: list[onnx.NodeProto] = []
         self.stored: list[onnx.TensorProto] = []
         self.names: dict[Node, str] = {}
@@ -82,8 +82,14 @@ class _Writer:
             if not node.inputs or name in outputs:  # an output must be computed, and only once
                 name = self.emit("Identity", name, name=self.fresh(f"output_{i}"))
             outputs.append(name)
-        inputs = [onnx.helper.make_tensor_value_info(n.op.name, kind, n.shape) for n in network.inputs if isinstance(n.op, Input)]
-        results = [onnx.helper.make_tensor_value_info(o, kind, n.shape) for o, n in zip(outputs, network.outputs, strict=True)]
+        inputs = [
+            onnx.helper.make_tensor_value_info(n.op.name, kind, n.shape)
+            for n in network.inputs
+            if isinstance(n.op, Input)
+        ]
+        results = [
+            onnx.helper.make_tensor_value_info(o, kind, n.shape) for o, n in zip(outputs, network.outputs, strict=True)
+        ]
         graph = onnx.helper.make_graph(self.operations, network.name, inputs, results, self.stored)
         versions = [onnx.helper.make_opsetid("", self.opset)]
         return onnx.helper.make_model(graph, opset_imports=versions, producer_name="soundly", ir_version=10)
@@ -335,7 +341,10 @@ def _elementwise(w: _Writer, node: Node, x: str) -> str:
         return w.emit("Mul", x, w.emit("Sigmoid", x))
     if op == ew.STEP:
         return w.emit("Cast", w.emit("Greater", x, w.number(0.0)), to=onnx.helper.np_dtype_to_tensor_dtype(w.dtype))
-    choices: tuple[tuple[tuple[float, ...], tuple[float, ...]], ...] = ((op.breaks[:1], op.breaks[1:]), ((), op.breaks[:1]))
+    choices: tuple[tuple[tuple[float, ...], tuple[float, ...]], ...] = (
+        (op.breaks[:1], op.breaks[1:]),
+        ((), op.breaks[:1]),
+    )
     for lower, upper in choices:
         ends = (*lower, -math.inf)[0], (*upper, math.inf)[0]
         if op.breaks and ends[0] < ends[1] and op == ew.clip(*ends):
@@ -434,7 +443,11 @@ def _max_pool(w: _Writer, node: Node, x: str) -> str:
     # The padding after the end is spelled out, so that runtimes need not agree on what ceil_mode means.
     wide = zip(node.shape[2:], node.inputs[0].shape[2:], op.kernel, op.stride, op.padding, op.dilation, strict=True)
     after = [max((m - 1) * s + d * (k - 1) + 1 - size - p, 0) for m, size, k, s, p, d in wide]
-    window = {"kernel_shape": list(op.kernel), "strides": list(op.stride), "dilations": list(op.dilation)}
+    window: dict[str, Any] = {
+        "kernel_shape": list(op.kernel),
+        "strides": list(op.stride),
+        "dilations": list(op.dilation),
+    }
     return w.emit("MaxPool", x, pads=[*op.padding, *after], **window)
 
 

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from soundly.certificate.check import CheckResult, check
 from soundly.certificate.format import Certificate, head_edit
-from soundly.edit.constraints import Constraint, Normalised, Output, at
-from soundly.edit.program import Block, Program, compile_program
-from soundly.edit.solve import least_change
-from soundly.edit.trunk import Trunk, trunk_of
+from soundly.editing.constraints import Constraint, Normalised, Output, at
+from soundly.editing.program import Block, Program, compile_program
+from soundly.editing.solve import least_change
+from soundly.editing.trunk import Trunk, trunk_of
 from soundly.errors import EditError, InvalidInput
 from soundly.graph.network import Network
 

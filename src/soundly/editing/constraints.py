@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from soundly.edit.trunk import Trunk
+from soundly.editing.trunk import Trunk
 from soundly.errors import InvalidInput
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from soundly.edit.constraints import Bounded, Classified, Constraint, Expression, Functional, Normalised, Output, TopMask
-from soundly.edit.trunk import Trunk
+from soundly.editing.constraints import Bounded, Classified, Constraint, Expression, Functional, Normalised, Output, TopMask
+from soundly.editing.trunk import Trunk
 from soundly.errors import InvalidInput
 
 GRID = 2.0**40
