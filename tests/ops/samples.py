@@ -209,7 +209,7 @@ CASES: tuple[Case, ...] = (
     Case(Normalise((0, 2), 0.1), ((2, 3, 2),), lambda a: _normalised(a, (0, 2), 0.1, True)),
     Case(Normalise((1,), 1e-6, False), ((2, 4),), lambda a: _normalised(a, (1,), 1e-6, False)),
     *(
-        Case(Rounding(kind), ((2, 4),), lambda a, kind=kind: torch.tensor(by(a.tolist()), dtype=a.dtype))
+        Case(Rounding(kind), ((2, 4),), lambda a, by=by: torch.tensor(by(a.tolist()), dtype=a.dtype))
         for kind, by in [
             ("floor", lambda rows: [[math.floor(v) for v in row] for row in rows]),
             ("ceil", lambda rows: [[math.ceil(v) for v in row] for row in rows]),

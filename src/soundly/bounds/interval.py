@@ -21,7 +21,7 @@ from soundly.bounds.propagate import propagate
 from soundly.errors import InvalidInput
 from soundly.graph.elementwise import Elementwise
 from soundly.graph.network import Network
-from soundly.graph.node import Composite, Linear, Node, Product
+from soundly.graph.node import Composite, Fill, Linear, Node, Product, fill_value
 
 
 class Interval(NamedTuple):
@@ -79,11 +79,25 @@ class _Intervals:
     """The interval domain. `unit` is the unit roundoff; slack factors cover our own rounding and the network's."""
 
     def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
         self.unit = torch.finfo(dtype).eps / 2
         self.tiny = torch.finfo(dtype).tiny  # what underflow may lose, even where subnormal numbers are flushed to 0
 
+    def _rounding(self, steps: int) -> float:
+        """gamma_n = n u / (1 - n u): the relative error of n roundings (Higham, Accuracy and Stability, 3.1)."""
+        error = steps * self.unit
+        return error / (1 - error) if error < 1 else math.inf
+
     def constant(self, value: Tensor) -> Interval:
-        return Interval(value, value)
+        return Interval(value, value) if bool(torch.isfinite(value).all()) else _whole(value, value)
+
+    def fill(self, op: Fill, device: torch.device) -> Interval:
+        value = fill_value(op, dtype=self.dtype, device=device)
+        if float(torch.tensor(op.value, dtype=self.dtype)) == op.value:
+            return self.constant(value)
+        # The model's number lies between two of this type: 0.1 is no float32.
+        infinity = torch.full_like(value, math.inf)
+        return _whole(torch.nextafter(value, -infinity), torch.nextafter(value, infinity))
 
     def linear(self, op: Linear, node: Node, *x: Interval) -> Interval:
         terms = op.terms(*(child.shape for child in node.inputs))
@@ -93,13 +107,13 @@ class _Intervals:
         lower = op.apply(*(v.lower if s > 0 else v.upper for v, s in zip(x, signs, strict=True)))
         upper = op.apply(*(v.upper if s > 0 else v.lower for v, s in zip(x, signs, strict=True)))
         if terms > 1:
-            slack = 4 * terms * self.unit * op.absolute.apply(*(v.size for v in x)) + self.tiny
+            slack = self._rounding(4 * terms) * op.absolute.apply(*(v.size for v in x)) + 4 * terms * self.tiny
             lower, upper = lower - slack, upper + slack
         return _whole(lower, upper)
 
     def product(self, op: Product, node: Node, a: Interval, b: Interval) -> Interval:
         terms = op.terms(*(child.shape for child in node.inputs))
-        slack = 4 * (terms + 4) * self.unit * op.apply(a.size, b.size) + terms * self.tiny
+        slack = self._rounding(4 * (terms + 4)) * op.apply(a.size, b.size) + 4 * terms * self.tiny
         if terms == 1:
             corners = [op.apply(x, y) for x in set(a) for y in set(b)]
             lower, upper = corners[0], corners[0]
@@ -120,7 +134,8 @@ class _Intervals:
         if op.exact:
             return _whole(least, greatest)
         least, greatest = op.widen(*x, least, greatest, self.unit)
-        return _whole(least - self.tiny, greatest + self.tiny)
+        lost = op.underflow * self.tiny
+        return _whole(least - lost, greatest + lost)
 
     def composite(self, op: Composite, *x: Interval) -> Interval | None:
         bounds = op.enclose(*x, unit=self.unit)
@@ -136,6 +151,6 @@ def _ball(x: Interval) -> tuple[Tensor, Tensor | None]:
 
 
 def _whole(lower: Tensor, upper: Tensor) -> Interval:
-    """The interval with every NaN replaced by "unknown"."""
-    unknown = torch.isnan(lower) | torch.isnan(upper)
+    """The interval with every NaN and every overflow to the wrong side replaced by "unknown"."""
+    unknown = torch.isnan(lower) | torch.isnan(upper) | (lower == math.inf) | (upper == -math.inf)
     return Interval(lower.masked_fill(unknown, -math.inf), upper.masked_fill(unknown, math.inf))

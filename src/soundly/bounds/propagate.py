@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from soundly.errors import MissingRule
 from soundly.graph.elementwise import Elementwise
 from soundly.graph.network import Network
-from soundly.graph.node import Composite, Fill, Leaf, Linear, Node, Product, fill_value, topological
+from soundly.graph.node import Composite, Fill, Leaf, Linear, Node, Product, topological
 
 V = TypeVar("V")
 
@@ -23,6 +24,7 @@ class Domain(Protocol[V]):
     """What a forward analysis must know: one rule per kind of operation."""
 
     def constant(self, value: Tensor) -> V: ...
+    def fill(self, op: Fill, device: torch.device) -> V: ...
     def linear(self, op: Linear, node: Node, *x: V) -> V: ...
     def product(self, op: Product, node: Node, a: V, b: V) -> V: ...
     def elementwise(self, op: Elementwise, x: V) -> V: ...
@@ -47,7 +49,7 @@ def propagate(network: Network, domain: Domain[V], given: Mapping[Node, V], node
                 continue
             op, x = node.op, node.inputs
             if isinstance(op, Fill):
-                values[node] = domain.constant(fill_value(op, dtype=network.dtype, device=network.device))
+                values[node] = domain.fill(op, network.device)
             elif isinstance(op, Leaf):
                 if node not in network.values:
                     raise MissingRule(f"{node!r} has no value: name it in the region, or build it for this network.")

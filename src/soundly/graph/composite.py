@@ -144,7 +144,9 @@ class Softmax(Composite):
         # Each exponential inherits the rounding of its exponent, the sum that of n terms; twice, for our value and theirs.
         spread = upper.amax(i, keepdim=True) - lower.amin(i, keepdim=True)
         slack = 4 * unit * (n + 8 + spread)
-        return ends[0] * (1 - slack).clamp(min=0), ends[1] * (1 + slack)
+        tiny = torch.finfo(lower.dtype).tiny  # what underflow may lose
+        least, greatest = ends[0] * (1 - slack).clamp(min=0) - tiny, ends[1] * (1 + slack) + tiny
+        return least.clamp(min=0), greatest.masked_fill(~keep, 0)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from soundly.graph.ring import Polynomial, Ring, polynomial
 Held = str | float
 """What a function is at a break: the "left" piece's value, the "right" one's, or a number of its own."""
 
-_SCAN = torch.linspace(-64.0, 64.0, 2**15 + 1, dtype=torch.float64)
+_FAR = 2.0 ** torch.linspace(-100.0, 100.0, 200 * 16 + 1, dtype=torch.float64)
+_SCAN = torch.cat([-_FAR, torch.linspace(-64.0, 64.0, 2**15 + 1, dtype=torch.float64), _FAR]).unique()
 
 
 @dataclass(frozen=True)
@@ -85,17 +86,18 @@ class Elementwise(Op):
         return not any(self.pieces)
 
     def points_with_slope(self, slope: float) -> tuple[float, ...]:
-        """The points inside pieces where f' crosses `slope`, to float64 accuracy, by scanning [-64, 64] and bisection.
+        """The points inside pieces where f' crosses `slope`, to float64 accuracy, by scanning and bisection.
 
-        For periodic functions those of one period. Crossings closer together than 1/256, or outside the scanned
-        range, would be missed: no function listed here has any.
+        For periodic functions those of one period. The scan has steps of 1/256 up to 64 and of a sixteenth of an
+        octave from 2^-100 to 2^100; crossings closer together would be missed: no function listed here has any.
         """
         found: list[float] = []
         ends = (self.ring.lower, *self.breaks, self.ring.upper)
         for lower, upper, piece in zip(ends, ends[1:], self.derivative.pieces, strict=False):
             grid = _SCAN[(lower < _SCAN) & (upper > _SCAN)]
             if self.ring.period:
-                grid = torch.linspace(0, self.ring.period, 4097, dtype=torch.float64)
+                # From an arbitrary point, and a step more than a period: a crossing at the seam lies between two points.
+                grid = torch.linspace(-1.0, 4097 / 4096 * self.ring.period - 1.0, 4098, dtype=torch.float64)
             excess = self.ring.evaluate(piece, grid) - slope
             # Where the value drowns in its own rounding error (saturated tails), its sign says nothing.
             noise = 1e-14 * (self.ring.evaluate(piece, grid, absolute=True) + abs(slope))
@@ -154,12 +156,14 @@ class Elementwise(Op):
 
     def magnitude(self, lower: Tensor, upper: Tensor) -> Tensor:
         """A bound on the sum of the absolute values of the function's terms over [lower, upper]."""
-        sizes = [torch.maximum(lower.abs(), upper.abs())]
-        for base in self._bases if any(any(e[1:]) for piece in self.pieces for e, _ in piece) else ():
-            least, greatest = base.enclose(lower, upper)
-            sizes.append(torch.maximum(least.abs(), greatest.abs()))
         total = torch.zeros_like(lower)
-        for piece in self.pieces:
+        ends = (-math.inf, *self.breaks, math.inf)
+        for a, b, piece in zip(ends, ends[1:], self.pieces, strict=False):
+            left, right = lower.clamp(a, b), upper.clamp(a, b)
+            sizes = [torch.maximum(left.abs(), right.abs())]
+            for base in self._bases if any(any(e[1:]) for e, _ in piece) else ():
+                least, greatest = base.enclose(left, right)
+                sizes.append(torch.maximum(least.abs(), greatest.abs()))
             terms = torch.zeros_like(lower)
             for exponents, c in piece:
                 term = torch.full_like(lower, abs(c))
@@ -179,13 +183,20 @@ class Elementwise(Op):
         """The range [least, greatest] on [lower, upper], widened by what rounding may change.
 
         Covers the error of the range's own computation and that of evaluating f at any point of the interval with
-        unit roundoff `unit`, where every base function errs by at most four units in its last place.
+        unit roundoff `unit`, where every base function errs by at most four units in its last place (of two `unit`s
+        each). Underflow is not covered, see `underflow`.
         """
-        steps = max(8 + sum(4 + 2 * sum(e) for e, _ in piece) for piece in self.pieces)
+        steps = max(8 + len(piece) + 9 * max((sum(e) for e, _ in piece), default=0) for piece in self.pieces)
         if all(len(piece) <= 1 for piece in self.pieces):  # one term: the error is relative
             return least - 2 * steps * unit * least.abs(), greatest + 2 * steps * unit * greatest.abs()
         slack = 2 * steps * unit * self.magnitude(lower, upper)
         return least - slack, greatest + slack
+
+    @cached_property
+    def underflow(self) -> float:
+        """How often the smallest normal number may be lost: a base function that small is met for |x| < 1024 at most,
+        beyond it is far smaller than what it is multiplied by is large."""
+        return max(1 + sum(abs(c) * 1024.0 ** e[0] for e, c in piece) for piece in self.pieces)
 
     @property
     def exact(self) -> bool:
@@ -244,16 +255,14 @@ def power(exponent: float) -> Elementwise:
 
 def elu(alpha: float, scale: float = 1.0, rate: float = 1.0) -> Elementwise:
     """scale * x for x > 0, scale * alpha * (exp(rate x) - 1) below."""
-    ring = rings.EXP
-    if rate != 1:
-        ring = Ring(f"exp({rate:g} x)", (polynomial({(0, 1): rate}),), lambda x: (torch.exp(rate * x),))
+    ring = rings.EXP if rate == 1 else rings.exp_ring(rate)
     below = polynomial({(0, 1): scale * alpha, (0, 0): -scale * alpha})
 
     def kernel(x: Tensor) -> Tensor:
         return torch.where(x > 0, scale * x, scale * alpha * torch.expm1(rate * x.clamp(max=0)))
 
     def slope(x: Tensor) -> Tensor:
-        return torch.where(x > 0, torch.full_like(x, scale), scale * alpha * rate * torch.exp(rate * x.clamp(max=0)))
+        return torch.where(x > 0, torch.full_like(x, scale), scale * alpha * rate * ring.bases(x.clamp(max=0))[0])
 
     pieces = (below, _x(1, scale, bases=1))
     return Elementwise(f"elu({alpha:g}, {scale:g}, {rate:g})", pieces, ring, (0.0,), kernel=kernel, kernel_slope=slope)

@@ -293,11 +293,13 @@ def _pad(c: Call) -> Result:
         fill = c.scalar(2, "value", 0.0)
         if fill is None:
             raise c.refuse("padding with a value that depends on an input")
-        x = pad(c.node(0), before, after)
-        if not fill:
-            return x
+        source = c.given(0)
+        if not isinstance(source, Node) and min(*before, *after) >= 0:
+            c.reader.room(result, folded=True)
+            return np.pad(source, list(zip(before, after, strict=True)), constant_values=fill)
+        padded = pad(c.node(0), before, after)
         inside = pad(Fill(1.0, shape)(), before, after)
-        return add(x, scale(negated(inside), float(fill)))
+        return add(padded, scale(negated(inside), float(fill))) if fill else padded
     kind = {"edge": "edge", "reflect": "reflect", "wrap": "wrap"}.get(mode)
     if kind is None:
         raise c.refuse(f"padding mode {mode!r}")

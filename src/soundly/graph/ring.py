@@ -98,6 +98,37 @@ def _softplus(x: Tensor) -> Tensor:
     return torch.log1p(torch.exp(-x.abs())) + x.clamp(min=0)
 
 
+def _gauss(rate: float) -> Callable[[Tensor], Tensor]:
+    """exp(-rate x^2) to a few units in the last place: rounding x^2 alone would cost |rate x^2| of them in the tails."""
+
+    def base(x: Tensor) -> Tensor:
+        x = x.clamp(-40, 40)  # beyond which it is 0
+        near = torch.trunc(64 * x) / 64  # its square is exact, and x^2 = near^2 + (x - near) (x + near)
+        return torch.exp(-rate * near * near) * torch.exp(-rate * (x - near) * (x + near))
+
+    return base
+
+
+def exp_ring(rate: float) -> Ring:
+    """Base exp(rate x), with the rounding error of rate times x put right."""
+
+    def base(x: Tensor) -> Tensor:
+        wide = x.double().clamp(-1e4 / abs(rate), 1e4 / abs(rate))
+        product = rate * wide
+        (a, b), (c, d) = (_halves(torch.full_like(wide, rate)), _halves(wide))
+        error = ((a * c - product) + a * d + b * c) + b * d  # Dekker, 1971: product + error = rate * wide
+        return (torch.exp(product) * (1 + error)).to(x.dtype)
+
+    return Ring(f"exp({rate!r} x)", (polynomial({(0, 1): rate}),), lambda x: (base(x),))
+
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x as a sum of two numbers of 26 bits each."""
+    big = x * 134217729.0
+    high = big - (big - x)
+    return high, x - high
+
+
 def _tanh_gelu(x: Tensor) -> tuple[Tensor, ...]:
     return (torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)),)
 
@@ -121,12 +152,12 @@ TANH_SOFTPLUS = Ring(
 GAUSS = Ring(
     "erf, Gaussian",  # bases erf(x / sqrt 2) and exp(-x^2 / 2)
     (polynomial({(0, 0, 1): _slope}), polynomial({(1, 0, 1): -1})),
-    lambda x: (torch.erf(x * math.sqrt(0.5)), torch.exp(-0.5 * x * x)),
+    lambda x: (torch.erf(x * math.sqrt(0.5)), _gauss(0.5)(x)),
 )
 ERF = Ring(
     "erf, exp(-x^2)",
     (polynomial({(0, 0, 1): 2 / math.sqrt(math.pi)}), polynomial({(1, 0, 1): -2})),
-    lambda x: (torch.erf(x), torch.exp(-x * x)),
+    lambda x: (torch.erf(x), _gauss(1.0)(x)),
 )
 TANH_GELU = Ring(
     "tanh(sqrt(2/pi) (x + 0.044715 x^3))",
