@@ -14,6 +14,9 @@ import warnings
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
+
+import soundly
 from photographs import (
     DEMO,
     UNTOUCHED,
@@ -24,11 +27,19 @@ from photographs import (
     gaussian_noise,
     photographs,
 )
-from torch import Tensor, nn
-
-import soundly
 from soundly.explanation.attribution import cosine, minmax
-from soundly.report import Certificate, Legend, Picture, Report, Row, Section, Table, Verdict, heat_overlay, write_report
+from soundly.report import (
+    Certificate,
+    Legend,
+    Picture,
+    Report,
+    Row,
+    Section,
+    Table,
+    Verdict,
+    heat_overlay,
+    write_report,
+)
 
 EPS = 0.01
 LAYER = "_swish"  # its last call makes the last feature map, [1, 1280, 7, 7]
@@ -73,19 +84,27 @@ def main() -> None:
             point.gradcam(of=d.label, layer=LAYER).normalised_near(target, eps=EPS),
             point.classified(d.label),
         ]
-    edit = soundly.edit(network, constraints, layer="_fc", retain=[p.input for p in photos.values()], retain_weight=100.0)
+    edit = soundly.edit(
+        network, constraints, layer="_fc", retain=[p.input for p in photos.values()], retain_weight=100.0
+    )
     if edit.certificate is None:
         sys.exit(f"no edit: {edit.status}, {edit.reason}")
     after = edit.applied_to(before, layer="_fc")
     s = edit.seconds
-    print(f"edited     {len(edit.delta)} of 1000 rows of _fc; features {s['features']:.1f} s, solve {s['solve']:.2f} s, check {s['check']:.2f} s")
+    print(
+        f"edited     {len(edit.delta)} of 1000 rows of _fc; features {s['features']:.1f} s, solve {s['solve']:.2f} s, check {s['check']:.2f} s"
+    )
     print(f"rows       {edit.rows_before} of {edit.rows} held before, {edit.proven} of {edit.rows} are proved now")
 
     certificate = out / "edit.cert"
     edit.certificate.save(certificate)
     started = time.perf_counter()
-    checked = subprocess.run([sys.executable, "-m", "soundly", "check", str(certificate)], capture_output=True, text=True)
-    print(f"checked    exit code {checked.returncode} in {time.perf_counter() - started:.2f} s by another process, without torch")
+    checked = subprocess.run(
+        [sys.executable, "-m", "soundly", "check", str(certificate)], capture_output=True, text=True
+    )
+    print(
+        f"checked    exit code {checked.returncode} in {time.perf_counter() - started:.2f} s by another process, without torch"
+    )
     if checked.returncode:
         sys.exit(checked.stdout + checked.stderr)
 
@@ -109,7 +128,9 @@ def report(
         row, figure = compare(before, after, d, photos[d.photograph], photo)
         rows.append(row)
         figures.append(figure)
-        print(f"{figure[0]:<22} {figure[1]:<14} {figure[2]:<14} {figure[3]:>6.3f} -> {figure[4]:.3f} {figure[5]:>8.3f} -> {figure[6]:.4f}")
+        print(
+            f"{figure[0]:<22} {figure[1]:<14} {figure[2]:<14} {figure[3]:>6.3f} -> {figure[4]:.3f} {figure[5]:>8.3f} -> {figure[6]:.4f}"
+        )
 
     untouched = []
     for name, label in UNTOUCHED.items():
@@ -125,7 +146,10 @@ def report(
     assert edit.check is not None
     facts = [
         ("Network", "EfficientNet-Lite0, 4.65 million weights, ImageNet"),
-        ("Edited", f"{len(edit.delta)} of 1000 rows of the last layer, by {change / float(weight.norm()):.2%} of its norm"),
+        (
+            "Edited",
+            f"{len(edit.delta)} of 1000 rows of the last layer, by {change / float(weight.norm()):.2%} of its norm",
+        ),
         ("Linear rows", f"{edit.rows_before} of {edit.rows} held before; {edit.proven} of {edit.rows} are proved now"),
         ("Solved in", f"{edit.seconds['solve']:.2f} s"),
         ("Proved", edit.check.arithmetic),
@@ -171,7 +195,10 @@ def compare(
     before: nn.Module, after: nn.Module, d: Noisy, clean: Photograph, noisy: Photograph
 ) -> tuple[Row, tuple[str, str, str, float, float, float, float]]:
     """One row of pictures and one of figures."""
-    target, old, new = (minmax(m) for m in (gradcam(before, clean, d.label), gradcam(before, noisy, d.label), gradcam(after, noisy, d.label)))
+    target, old, new = (
+        minmax(m)
+        for m in (gradcam(before, clean, d.label), gradcam(before, noisy, d.label), gradcam(after, noisy, d.label))
+    )
     (was, p_was), (now, p_now) = predict(before, noisy), predict(after, noisy)
     gaps = [float((m - target).abs().max()) for m in (old, new)]
 

@@ -59,7 +59,7 @@ _HOME = {
     "check": "certificate.check",
 }
 
-__all__ = list(_HOME)  # noqa: PLE0604
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:

@@ -54,7 +54,9 @@ class Point:
             place: differentiate with respect to this place's value instead of the input.
             entries: which flat entries; all if None.
         """
-        return Expression.of(Gradient(self, of, place, None if entries is None else tuple(entries)), f"gradient of {of} at {self.name}")
+        return Expression.of(
+            Gradient(self, of, place, None if entries is None else tuple(entries)), f"gradient of {of} at {self.name}"
+        )
 
     def directional(self, of: int, directions: Tensor, *, place: str | None = None) -> Expression:
         """Directional derivatives of y_of.
@@ -216,7 +218,9 @@ class IntegratedGradients:
     def vectors(self, trunk: Trunk) -> Tensor:
         x, start = self.point.x, self.baseline
         if start.shape != x.shape or (self.groups is not None and self.groups.shape != x.shape):
-            raise InvalidInput(f"baseline and groups at {self.point.name} must have the input's shape {tuple(x.shape)}.")
+            raise InvalidInput(
+                f"baseline and groups at {self.point.name} must have the input's shape {tuple(x.shape)}."
+            )
         labels = torch.arange(x.numel()).reshape(x.shape) if self.groups is None else self.groups
         count = int(labels.max()) + 1
         if count * x.numel() > 2**30:
@@ -265,7 +269,9 @@ class Expression:
 
     def __add__(self, other: Expression | Tensor | float) -> Expression:
         if isinstance(other, Expression):
-            return Expression((*self.terms, *other.terms), self.constant + other.constant, f"{self.name} + {other.name}")
+            return Expression(
+                (*self.terms, *other.terms), self.constant + other.constant, f"{self.name} + {other.name}"
+            )
         return Expression(self.terms, self.constant + _numbers(other), self.name)
 
     def __neg__(self) -> Expression:
@@ -310,7 +316,9 @@ class Expression:
         """|value - other| <= tolerance, for another expression (equal explanations at two points) or numbers."""
         return (self - other).within(-tolerance, tolerance, name=name)
 
-    def normalised_near(self, target: Tensor, *, eps: float, spread: float | None = None, name: str | None = None) -> Normalised:
+    def normalised_near(
+        self, target: Tensor, *, eps: float, spread: float | None = None, name: str | None = None
+    ) -> Normalised:
         """The map, min-max-normalised to [0, 1], differs from the normalised target by at most eps in every entry.
 
         Args:

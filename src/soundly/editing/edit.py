@@ -150,7 +150,9 @@ class _Solver:
     deadline: float
     dtype: torch.dtype
 
-    def __call__(self, program: Program, block: Block, rounding: Tensor, caution: float) -> tuple[Tensor | None, str, tuple[int, ...], Tensor]:
+    def __call__(
+        self, program: Program, block: Block, rounding: Tensor, caution: float
+    ) -> tuple[Tensor | None, str, tuple[int, ...], Tensor]:
         """(change of the block's weights, status or reason, conflicting rows of the program, margins)."""
         w = program.weights[list(block.classes)].reshape(-1)
         margin = self.margin(block, w, rounding, caution)
@@ -225,10 +227,14 @@ def _solve_and_prove(
         margins = torch.zeros(rows, dtype=torch.float64)
         for block in blocks:
             if not block.classes:
-                wrong = block.rows[~((program.lower <= (v := program.values(stored))) & (v <= program.upper))[block.rows]]
+                wrong = block.rows[
+                    ~((program.lower <= (v := program.values(stored))) & (v <= program.upper))[block.rows]
+                ]
                 if len(wrong):
                     row = int(wrong[0])
-                    return failed("infeasible", f"{program.name_of(row)} involves no edited output and does not hold", (row,))
+                    return failed(
+                        "infeasible", f"{program.name_of(row)} involves no edited output and does not hold", (row,)
+                    )
                 continue
             change, status, conflict, margin = solver(program, block, rounding, caution)
             margins[block.rows] = margin
@@ -252,15 +258,21 @@ def _solve_and_prove(
                 wide = stored.double()
                 delta = {c: wide[c] - program.weights[c] for c in program.edited}
                 new = _edited(model, trunk, delta, certificate)
-                return Edit("proved", new, certificate, "", delta, rows, before, result.proven, (), dict(seconds), result)
+                return Edit(
+                    "proved", new, certificate, "", delta, rows, before, result.proven, (), dict(seconds), result
+                )
             continue
         break
     proven = result.proven if result else 0
-    text = f"weights exist, but in {trunk.weight.dtype} only {proven} of {rows} rows could be proven; widen the tightest "
+    text = (
+        f"weights exist, but in {trunk.weight.dtype} only {proven} of {rows} rows could be proven; widen the tightest "
+    )
     return failed("unproven", text + "constraints, or store the layer in a wider type", proven=proven)
 
 
-def _certificate(trunk: Trunk, program: Program, stored: Tensor, margins: Tensor, model: Network | nn.Module) -> Certificate:
+def _certificate(
+    trunk: Trunk, program: Program, stored: Tensor, margins: Tensor, model: Network | nn.Module
+) -> Certificate:
     """The rows, the features and the stored weights of every class that a row mentions."""
     classes = program.value_class.unique()
     index = torch.full((len(stored),), -1)
@@ -305,7 +317,9 @@ def weights_hash(weight: Tensor, bias: Tensor | None) -> str:
     return digest.hexdigest()
 
 
-def _edited(model: Network | nn.Module, trunk: Trunk, delta: dict[int, Tensor], certificate: Certificate) -> Network | nn.Module:
+def _edited(
+    model: Network | nn.Module, trunk: Trunk, delta: dict[int, Tensor], certificate: Certificate
+) -> Network | nn.Module:
     if isinstance(model, nn.Module):
         return _edited_module(model, trunk.layer, delta, str(certificate.header["model"]["before"]))
     names = {f"{trunk.layer}.weight": trunk.weight, f"{trunk.layer}.bias": trunk.bias}

@@ -13,7 +13,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from soundly.editing.constraints import Bounded, Classified, Constraint, Expression, Functional, Normalised, Output, TopMask
+from soundly.editing.constraints import (
+    Bounded,
+    Classified,
+    Constraint,
+    Expression,
+    Functional,
+    Normalised,
+    Output,
+    TopMask,
+)
 from soundly.editing.trunk import Trunk
 from soundly.errors import InvalidInput
 
@@ -203,13 +212,17 @@ class _Builder:
         rows, values, factors, size = [], [], [], None
         for term in e.terms:
             if not 0 <= term.functional.of < self.classes:
-                raise InvalidInput(f"{e.name}: the edited layer has outputs 0..{self.classes - 1}, not {term.functional.of}.")
+                raise InvalidInput(
+                    f"{e.name}: the edited layer has outputs 0..{self.classes - 1}, not {term.functional.of}."
+                )
             start, vectors = self.vectors_of(term.functional)
             count = len(vectors)
             value = self.values_of(torch.arange(start, start + count), torch.full((count,), term.functional.of))
             matrix = torch.eye(count, dtype=torch.float64) if term.matrix is None else term.matrix
             if matrix.shape[1] != count or (size is not None and len(matrix) != size):
-                raise InvalidInput(f"{e.name}: its parts have different numbers of entries ({size}, {tuple(matrix.shape)}).")
+                raise InvalidInput(
+                    f"{e.name}: its parts have different numbers of entries ({size}, {tuple(matrix.shape)})."
+                )
             size = len(matrix)
             row, column = matrix.nonzero(as_tuple=True)
             rows.append(row)
@@ -229,7 +242,9 @@ class _Builder:
         return total
 
 
-def compile_program(trunk: Trunk, constraints: Sequence[Constraint], *, extremes: dict[int, tuple[int, int]] | None = None) -> Program:
+def compile_program(
+    trunk: Trunk, constraints: Sequence[Constraint], *, extremes: dict[int, tuple[int, int]] | None = None
+) -> Program:
     """Evaluates the frozen part at every point and writes the constraints as rows.
 
     Args:
@@ -245,7 +260,9 @@ def compile_program(trunk: Trunk, constraints: Sequence[Constraint], *, extremes
     edited = {t.functional.of for c in constraints if not isinstance(c, Classified) for t in c.expression.terms}
     edited |= {c.label for c in constraints if isinstance(c, Classified)}
     if any(not 0 <= c < build.classes for c in edited):
-        raise InvalidInput(f"constraints name outputs {sorted(edited)}; layer {trunk.layer!r} has 0..{build.classes - 1}.")
+        raise InvalidInput(
+            f"constraints name outputs {sorted(edited)}; layer {trunk.layer!r} has 0..{build.classes - 1}."
+        )
     features: dict[int, Output] = {}
     for i, constraint in enumerate(constraints):
         match constraint:
@@ -259,7 +276,9 @@ def compile_program(trunk: Trunk, constraints: Sequence[Constraint], *, extremes
                 shared = features.setdefault(id(constraint.point), Output(constraint.point, constraint.label))
                 _classified(build, constraint, shared)
             case _:
-                raise InvalidInput(f"constraints[{i}] is a {type(constraint).__name__}; finish it with .within, .classified, ...")
+                raise InvalidInput(
+                    f"constraints[{i}] is a {type(constraint).__name__}; finish it with .within, .classified, ..."
+                )
     row, value, factor = (torch.cat(parts) for parts in zip(*build.entries, strict=True))
     order = torch.argsort(row, stable=True)
     start = torch.zeros(build.counts["rows"] + 1, dtype=torch.long)

@@ -66,7 +66,9 @@ class GraphTrunk:
         weight = network.parameters.get(f"{layer}.weight") or network.parameters.get(layer)
         if weight is None:
             linear = sorted({n.inputs[1].op.name for n in network.nodes if _is_weighted(n)})  # type: ignore[attr-defined]
-            raise EditError(f"layer={layer!r} has no weight in {network.name}. Linear layers' weights: {', '.join(linear)}.")
+            raise EditError(
+                f"layer={layer!r} has no weight in {network.name}. Linear layers' weights: {', '.join(linear)}."
+            )
         users = [n for n in network.nodes if weight in n.inputs]
         if len(users) != 1 or not isinstance(users[0].op, Dense) or users[0].inputs[1] is not weight:
             raise EditError(
@@ -79,17 +81,24 @@ class GraphTrunk:
         self.bias = None if self.bias_node is None else network.values[self.bias_node]
         wide = network.to(torch.float64)
         self._features = replace(wide, outputs=(self._dense.inputs[0],))
+        self._last: tuple[Tensor | None, dict[Node, Tensor]] = (None, {})
         self._moves: dict[tuple[str | None, Shape], tuple[Network, Node, Node]] = {}
 
     def features(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            h: Tensor = self._features(x.double())
-        return h.reshape(-1, self.weight.shape[1])
+        return self._at(x, self._dense.inputs[0]).reshape(-1, self.weight.shape[1])
 
     def value(self, x: Tensor, place: str | None) -> Tensor:
-        node = self._place(place)
-        with torch.no_grad():
-            return self._features.evaluate([node], x.double())[0]
+        return self._at(x, self._place(place))
+
+    def _at(self, x: Tensor, node: Node) -> Tensor:
+        """A node's value at x, starting from what is known of the last point."""
+        if self._last[0] is not x:
+            self._last = (x, {})
+        known = self._last[1]
+        if node not in known:
+            with torch.no_grad():
+                known[node] = self._features.evaluate([node], x.double(), given=known)[0]
+        return known[node]
 
     def _place(self, place: str | None) -> Node:
         return self.network.input if place is None else self.network.at(place)
@@ -126,6 +135,7 @@ class GraphTrunk:
         network = simplify(replace(self._features, outputs=(moved,), places={"place": node}))
         return network, direction, network.places.get("place", node)
 
+
 def _is_weighted(node: Node) -> bool:
     return isinstance(node.op, Dense) and hasattr(node.inputs[1].op, "name")
 
@@ -145,7 +155,9 @@ def _head_bias(network: Network, dense: Node, layer: str) -> Node | None:
         constants = [c for c in node.inputs if c not in varying]
         is_sum = isinstance(node.op, Combine) and node.op.coefficients == (1.0,) * len(node.inputs)
         if len(before) != 1 or not (isinstance(node.op, Reshape) or is_sum) or any(c not in fixed for c in constants):
-            raise EditError(f"layer {layer!r} is not the last one: {node!r} follows it, so outputs are not affine in it.")
+            raise EditError(
+                f"layer {layer!r} is not the last one: {node!r} follows it, so outputs are not affine in it."
+            )
         leaves = [n for n in topological(constants) if isinstance(n.op, Leaf)]
         bias = named if named in leaves else bias
         if any(n is not named for n in leaves):
@@ -166,7 +178,9 @@ class ModuleTrunk:
         head = modules.get(layer)
         if not isinstance(head, nn.Linear):
             linear = [name for name, m in modules.items() if isinstance(m, nn.Linear)]
-            raise EditError(f"layer={layer!r} is no nn.Linear of {type(module).__name__}. Those are: {', '.join(linear)}.")
+            raise EditError(
+                f"layer={layer!r} is no nn.Linear of {type(module).__name__}. Those are: {', '.join(linear)}."
+            )
         for name, other in module.named_parameters(remove_duplicate=False):
             if other.data_ptr() == head.weight.data_ptr() and name != f"{layer}.weight":
                 raise EditError(
@@ -257,5 +271,3 @@ def trunk_of(model: Network | nn.Module, layer: str) -> Trunk:
     if isinstance(model, nn.Module):
         return ModuleTrunk(model, layer)
     raise InvalidInput(f"model must be a soundly Network or an nn.Module, not {type(model).__name__}.")
-
-

@@ -78,7 +78,9 @@ def integrated_gradients(network: Network, *, of: int | Sequence[int], baseline:
     average = Combine(tuple(float(w) / 2 for w in weights))(*parts)
     result = multiply(subtract(x, start), average)
     values = {**network.values, start: baseline.detach().to(network.dtype)}
-    grown = replace(network, outputs=(result,), values=values, places={}, name=f"Integrated Gradients of {network.name}")
+    grown = replace(
+        network, outputs=(result,), values=values, places={}, name=f"Integrated Gradients of {network.name}"
+    )
     return simplify(grown)
 
 

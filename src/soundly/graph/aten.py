@@ -35,7 +35,7 @@ from soundly.graph.linear import (
     transpose,
 )
 from soundly.graph.node import Fill, Node, Shape
-from soundly.graph.product import Conv, ConvTranspose, Dense, MatMul, Multiply, multiply
+from soundly.graph.product import Conv, ConvTranspose, Dense, MatMul, multiply
 
 Value = Any
 """A node, a fixed tensor, a number, or a tuple of these."""
@@ -346,7 +346,17 @@ def _transpose(leaf: Leaf, x: Node, a: int, b: int) -> Node:
 
 
 RULES["t"] = RULES["numpy_T"] = lambda leaf, x: transpose(x) if len(x.shape) == 2 else x
-for _name in ("clone", "contiguous", "alias", "detach", "lift_fresh_copy", "dropout", "native_dropout", "positive", "detach_"):
+for _name in (
+    "clone",
+    "contiguous",
+    "alias",
+    "detach",
+    "lift_fresh_copy",
+    "dropout",
+    "native_dropout",
+    "positive",
+    "detach_",
+):
     RULES[_name] = lambda leaf, x, *args, **kwargs: x
 
 
@@ -470,7 +480,9 @@ def _index(leaf: Leaf, x: Node, indices: Sequence[Tensor | None]) -> Node:
     if not all(i is None or isinstance(i, Tensor) for i in indices):
         raise ValueError("positions that depend on an input")
     used = [a for a, i in enumerate(indices) if i is not None]
-    tensors = [i.nonzero().reshape(-1) if i.dtype == torch.bool and i.dim() == 1 else i for i in indices if i is not None]
+    tensors = [
+        i.nonzero().reshape(-1) if i.dtype == torch.bool and i.dim() == 1 else i for i in indices if i is not None
+    ]
     if used != list(range(used[0], used[0] + len(used))) or any(t.dtype == torch.bool for t in tensors):
         raise ValueError("this form of advanced indexing")
     first, last = used[0], used[-1] + 1
@@ -653,7 +665,14 @@ def _masked_softmax(leaf: Leaf, scores: Node, mask: Any) -> Node:
 
 @rule("conv1d", "conv2d", "conv3d")
 def _conv(
-    leaf: Leaf, x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+    leaf: Leaf,
+    x: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
 ) -> Node:
     x, w = as_node(leaf, x), as_node(leaf, weight)
     n = len(w.shape) - 2
@@ -715,15 +734,19 @@ def _batch_norm(leaf: Leaf, x: Node, weight: Any, bias: Any, running_mean: Any, 
     shift = _mul(leaf, scale(factor, -1), running_mean)
     if bias is not None:
         shift = _add(leaf, shift, bias)
-    y = add(
-        multiply(x, broadcast(reshape(factor, channel), x.shape)), broadcast(reshape(shift, channel), x.shape)
-    )
+    y = add(multiply(x, broadcast(reshape(factor, channel), x.shape)), broadcast(reshape(shift, channel), x.shape))
     return (y, None, None)
 
 
-RULES["batch_norm"] = lambda leaf, x, w, b, m, v, training, momentum, eps, *a: _batch_norm(leaf, x, w, b, m, v, training, eps)[0]
-RULES["native_batch_norm"] = lambda leaf, x, w, b, m, v, training, momentum, eps: _batch_norm(leaf, x, w, b, m, v, training, eps)
-RULES["_native_batch_norm_legit_no_training"] = lambda leaf, x, w, b, m, v, momentum, eps: _batch_norm(leaf, x, w, b, m, v, eps)
+RULES["batch_norm"] = lambda leaf, x, w, b, m, v, training, momentum, eps, *a: _batch_norm(
+    leaf, x, w, b, m, v, training, eps
+)[0]
+RULES["native_batch_norm"] = lambda leaf, x, w, b, m, v, training, momentum, eps: _batch_norm(
+    leaf, x, w, b, m, v, training, eps
+)
+RULES["_native_batch_norm_legit_no_training"] = lambda leaf, x, w, b, m, v, momentum, eps: _batch_norm(
+    leaf, x, w, b, m, v, eps
+)
 
 
 @rule("layer_norm")
@@ -758,7 +781,9 @@ def _group_norm(
 
 
 @rule("instance_norm")
-def _instance_norm(leaf: Leaf, x: Node, weight: Any, bias: Any, m: Any, v: Any, use_input_stats: bool, _: Any, eps: float, *a: Any) -> Node:
+def _instance_norm(
+    leaf: Leaf, x: Node, weight: Any, bias: Any, m: Any, v: Any, use_input_stats: bool, _: Any, eps: float, *a: Any
+) -> Node:
     if not use_input_stats:
         return _batch_norm(leaf, x, weight, bias, m, v, eps)[0]
     return _group_norm(leaf, x, x.shape[1], weight, bias, eps)
@@ -776,7 +801,9 @@ def _max_pool(
 
 def _pool_node(x: Node, n: int, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil: bool) -> Node:
     k = _spread(kernel, n)
-    return MaxPool(k, _spread(stride, n) if stride not in ((), []) else k, _spread(padding, n), _spread(dilation, n), ceil)(x)
+    return MaxPool(
+        k, _spread(stride, n) if stride not in ((), []) else k, _spread(padding, n), _spread(dilation, n), ceil
+    )(x)
 
 
 def _pool_over(x: Node, pool: Callable[[Node, int], Node], kernel: Any) -> Node:
@@ -805,7 +832,14 @@ def _avg_pool(
 
 
 def average_pool(
-    leaf: Leaf, x: Node, kernel: Shape, stride: Shape, padding: Shape, ceil: bool, include_pad: bool, divisor: int | None
+    leaf: Leaf,
+    x: Node,
+    kernel: Shape,
+    stride: Shape,
+    padding: Shape,
+    ceil: bool,
+    include_pad: bool,
+    divisor: int | None,
 ) -> Node:
     """Average pooling as a convolution with ones and a division by the window's size, which may differ at the border."""
     n = len(kernel)
@@ -853,7 +887,10 @@ def _adaptive(n: int, reduce: Callable[[Node, Sequence[int]], Node]) -> Rule:
 
 for _n in (1, 2, 3):
     RULES[f"adaptive_avg_pool{_n}d"] = _adaptive(_n, mean)
-    RULES[f"adaptive_max_pool{_n}d"] = lambda *a, _rule=_adaptive(_n, lambda x, axes: maximum_over(x, axes[0])): (_rule(*a), None)
+    RULES[f"adaptive_max_pool{_n}d"] = lambda *a, _rule=_adaptive(_n, lambda x, axes: maximum_over(x, axes[0])): (
+        _rule(*a),
+        None,
+    )
 
 
 # -- resampling
@@ -906,4 +943,3 @@ def resample(leaf: Leaf, x: Node, axis: int, matrix: Tensor) -> Node:
     y = Dense()(Permute(tuple(order))(x), leaf(matrix, "resampling"))
     back = sorted(range(len(order)), key=order.__getitem__)
     return Permute(tuple(back))(y)
-

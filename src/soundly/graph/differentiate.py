@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from soundly.errors import InvalidInput, MissingRule
+from soundly.graph.elementwise import Elementwise
 from soundly.graph.linear import add
 from soundly.graph.node import Composite, Fill, Linear, Node, Product, dependents, topological
-from soundly.graph.elementwise import Elementwise
 from soundly.graph.product import Multiply
 
 

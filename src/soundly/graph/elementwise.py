@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from soundly.graph import ring as rings
-from soundly.graph.node import Node, Op, Shape
+from soundly.graph.node import Op, Shape
 from soundly.graph.ring import Polynomial, Ring, polynomial
 
 Held = str | float
@@ -179,7 +179,9 @@ class Elementwise(Op):
         unit = [polynomial({tuple(int(j == i) for j in range(n + 1)): 1}) for i in range(1, n + 1)]
         return tuple(Elementwise(f"base {i} of {self.ring.name}", (p,), self.ring) for i, p in enumerate(unit, 1))
 
-    def widen(self, lower: Tensor, upper: Tensor, least: Tensor, greatest: Tensor, unit: float) -> tuple[Tensor, Tensor]:
+    def widen(
+        self, lower: Tensor, upper: Tensor, least: Tensor, greatest: Tensor, unit: float
+    ) -> tuple[Tensor, Tensor]:
         """The range [least, greatest] on [lower, upper], widened by what rounding may change.
 
         Covers the error of the range's own computation and that of evaluating f at any point of the interval with
@@ -227,7 +229,11 @@ def clip(lower: float, upper: float) -> Elementwise:
     finite = [(lower, "left"), (upper, "right")]
     kept = [(t, h) for t, h in finite if math.isfinite(t)]
     constant = {t: polynomial({(0,): t}) for t, _ in kept}
-    pieces = [*([constant[lower]] if lower in constant else []), _x(1), *([constant[upper]] if upper in constant else [])]
+    pieces = [
+        *([constant[lower]] if lower in constant else []),
+        _x(1),
+        *([constant[upper]] if upper in constant else []),
+    ]
 
     def slope(x: Tensor) -> Tensor:
         return ((x > lower) & (x < upper)).to(x.dtype)
@@ -283,7 +289,9 @@ HARDSWISH = Elementwise(
 SIGMOID = Elementwise("sigmoid", (polynomial({(0, 1): 1}),), rings.SIGMOID, kernel=torch.sigmoid)
 TANH = Elementwise("tanh", (polynomial({(0, 1): 1}),), rings.TANH, kernel=torch.tanh)
 SILU = Elementwise("silu", (polynomial({(1, 1): 1}),), rings.SIGMOID, kernel=torch.nn.functional.silu)
-GELU = Elementwise("gelu", (polynomial({(1, 0, 0): 0.5, (1, 1, 0): 0.5}),), rings.GAUSS, kernel=torch.nn.functional.gelu)
+GELU = Elementwise(
+    "gelu", (polynomial({(1, 0, 0): 0.5, (1, 1, 0): 0.5}),), rings.GAUSS, kernel=torch.nn.functional.gelu
+)
 GELU_TANH = Elementwise("gelu_tanh", (polynomial({(1, 0): 0.5, (1, 1): 0.5}),), rings.TANH_GELU)
 SOFTPLUS = Elementwise("softplus", (polynomial({(0, 1, 0): 1}),), rings.SOFTPLUS)
 MISH = Elementwise("mish", (polynomial({(1, 1, 0): 1}),), rings.TANH_SOFTPLUS)
@@ -296,4 +304,3 @@ SIN = Elementwise("sin", (polynomial({(0, 1, 0): 1}),), rings.CIRCLE, kernel=tor
 COS = Elementwise("cos", (polynomial({(0, 0, 1): 1}),), rings.CIRCLE, kernel=torch.cos)
 ERF = Elementwise("erf", (polynomial({(0, 1, 0): 1}),), rings.ERF, kernel=torch.erf)
 ATAN = Elementwise("atan", (polynomial({(0, 1, 0): 1}),), rings.ATAN, kernel=torch.atan)
-

@@ -67,7 +67,9 @@ def fold_affine(network: Network) -> Network:
             node = _shifted(node, moving[0], layers)
         elif not isinstance(node.op, (Conv, Dense)) or node.inputs[0] is not moving[0]:
             return node
-        if uses[old] == 1 and (isinstance(node.op, (Conv, Dense)) or (isinstance(node.op, Combine) and moving[0] in layers)):
+        if uses[old] == 1 and (
+            isinstance(node.op, (Conv, Dense)) or (isinstance(node.op, Combine) and moving[0] in layers)
+        ):
             layers.add(node)
         return node
 

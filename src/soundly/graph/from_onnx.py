@@ -1,8 +1,8 @@
 """Reading ONNX models: the second door into soundly, beside PyTorch.
 
 Shape arithmetic is computed while reading, the rest becomes a graph by one short rule per operation (`onnx_ops.py`,
-`onnx_shapes.py`, `onnx_layers.py`). Weights stay variables under their names in the file. Every network is compared at once with
-onnxruntime run on the file itself; files are untrusted (`onnx_file.py`).
+`onnx_shapes.py`, `onnx_layers.py`). Weights stay variables under their names in the file. Every network is compared at
+once with onnxruntime run on the file itself; files are untrusted (`onnx_file.py`).
 """
 
 from __future__ import annotations
@@ -277,8 +277,8 @@ class _Reader:
             reason = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
             if self.assumed:
                 raise DynamicModel(
-                    f"{where}: {reason}. Open dimensions were taken to be 1 ({', '.join(self.assumed)}); if they are others, "
-                    "say so with example_shapes."
+                    f"{where}: {reason}. Open dimensions were taken to be 1 ({', '.join(self.assumed)}); "
+                    "if they are others, say so with example_shapes."
                 ) from error
             raise ModelFileError(f"{where} is malformed: {reason}.") from error
 
@@ -375,7 +375,8 @@ def compare(network: Network, model: bytes, name: str, *, tolerance: float = 1e-
         import onnxruntime
     except ModuleNotFoundError as error:
         raise CaptureError(
-            f"{name} cannot be compared with onnxruntime, which is missing: pip install 'soundly[onnx]', or pass check=False."
+            f"{name} cannot be compared with onnxruntime, which is missing: pip install 'soundly[onnx]', or pass "
+            "check=False."
         ) from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
@@ -421,7 +422,8 @@ def compare(network: Network, model: bytes, name: str, *, tolerance: float = 1e-
                 error_ = min(error_, float((true - want)[finite].abs().max()))
             if not error_ <= allowed:
                 raise CaptureMismatch(
-                    f"{what} differs from onnxruntime by {error_:.3g} (largest entry {largest:.3g}); nothing may be proved with it."
+                    f"{what} differs from onnxruntime by {error_:.3g} (largest entry {largest:.3g}); nothing may be "
+                    "proved with it."
                 )
             worst = max(worst, error_ / largest if largest else 0.0)
     return worst

@@ -85,7 +85,12 @@ def _export(module: nn.Module, examples: tuple[Tensor, ...]) -> Any:
         kind = type(error).__name__
         text = str(error).strip()
         reason = "\n".join(line for line in text.splitlines() if line.strip())[:2000]
-        if "DataDependent" in kind + text or "data-dependent" in text.lower() or "UserError" in kind or "dynamic" in text.lower():
+        if (
+            "DataDependent" in kind + text
+            or "data-dependent" in text.lower()
+            or "UserError" in kind
+            or "dynamic" in text.lower()
+        ):
             raise DynamicModel(
                 f"{type(module).__name__}: control flow or shapes depend on the data, which a graph cannot hold "
                 f"({kind}: {reason})"
@@ -106,7 +111,9 @@ def _lower(program: Any, name: str, examples: tuple[Tensor, ...]) -> tuple[Netwo
     dtype = floating[0] if floating else torch.get_default_dtype()
     mixed = {str(v.dtype) for v in program.state_dict.values() if v.is_floating_point()} - {str(dtype)}
     if mixed:
-        raise InvalidInput(f"{name} holds weights of several floating types ({dtype}, {', '.join(mixed)}); convert it to one.")
+        raise InvalidInput(
+            f"{name} holds weights of several floating types ({dtype}, {', '.join(mixed)}); convert it to one."
+        )
 
     def leaf(tensor: Tensor, label: str) -> Node:
         node = Constant(label, tuple(tensor.shape))()
@@ -183,7 +190,9 @@ def _with_origin(value: Value, origin: str) -> Value:
 def _origin(node: Any) -> str:
     """Where the user's model calls it: "layer1.0.conv (model.py:41)"."""
     stack = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
-    frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File ")]
+    frames = [
+        line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File ")
+    ]
     frames = [f for f in frames if "torch/nn/" not in f] or frames
     where = ""
     if frames:
@@ -226,7 +235,9 @@ def compare(network: Network, module: nn.Module, examples: Sequence[Tensor], *, 
         _agree(got, want.detach(), f"output {i} of {network.name}", tolerance)
     for j, slope in enumerate(slopes):
         got = sum((results[n + i * k + j] for i in range(n)), torch.zeros((), dtype=torch.float64))
-        _agree(got, torch.zeros_like(floats[j]) if slope is None else slope, f"the gradient of {network.name}", tolerance)
+        _agree(
+            got, torch.zeros_like(floats[j]) if slope is None else slope, f"the gradient of {network.name}", tolerance
+        )
 
 
 def _agree(got: Tensor, want: Tensor, what: str, tolerance: float) -> None:
@@ -238,5 +249,3 @@ def _agree(got: Tensor, want: Tensor, what: str, tolerance: float) -> None:
         raise CaptureMismatch(
             f"{what}: graph and model differ by {error:.3g} (largest entry {scale:.3g}); nothing may be proved with this graph."
         )
-
-

@@ -186,7 +186,9 @@ class Concat(Linear):
         return torch.cat(values, self.axis)
 
     def shape(self, *shapes: Shape) -> Shape:
-        if any(s[: self.axis] + s[self.axis + 1 :] != shapes[0][: self.axis] + shapes[0][self.axis + 1 :] for s in shapes):
+        if any(
+            s[: self.axis] + s[self.axis + 1 :] != shapes[0][: self.axis] + shapes[0][self.axis + 1 :] for s in shapes
+        ):
             raise ValueError(f"values of shapes {shapes} cannot be joined along axis {self.axis}")
         return (*shapes[0][: self.axis], sum(s[self.axis] for s in shapes), *shapes[0][self.axis + 1 :])
 

@@ -33,7 +33,9 @@ def load(
     if isinstance(model, (str, os.PathLike)):
         path = Path(model)
         if not path.name.endswith((".onnx", ".onnx.gz")):
-            raise ModelFileError(f"{path}: soundly reads .onnx and .onnx.gz files; load other models in PyTorch and pass the module.")
+            raise ModelFileError(
+                f"{path}: soundly reads .onnx and .onnx.gz files; load other models in PyTorch and pass the module."
+            )
         from soundly.graph.from_onnx import from_onnx
 
         return from_onnx(path, example_shapes=shapes)

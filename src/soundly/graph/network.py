@@ -48,7 +48,9 @@ class Network:
         results = self.evaluate(self.outputs, *inputs)
         return results[0] if len(results) == 1 else results
 
-    def evaluate(self, nodes: Sequence[Node], *inputs: Tensor, given: Mapping[Node, Tensor] | None = None) -> tuple[Tensor, ...]:
+    def evaluate(
+        self, nodes: Sequence[Node], *inputs: Tensor, given: Mapping[Node, Tensor] | None = None
+    ) -> tuple[Tensor, ...]:
         """The values of any nodes of this graph, or of nodes built on top of it.
 
         Args:
@@ -145,7 +147,9 @@ class Network:
         for name, value in values.items():
             node = self.parameters.get(name)
             if node is None:
-                raise InvalidInput(f"{self.name} has no parameter {name!r}; it has {', '.join(list(self.parameters)[:8])}.")
+                raise InvalidInput(
+                    f"{self.name} has no parameter {name!r}; it has {', '.join(list(self.parameters)[:8])}."
+                )
             if tuple(value.shape) != node.shape:
                 raise InvalidInput(f"parameter {name!r} has shape {node.shape}, not {tuple(value.shape)}.")
             new[node] = value.to(new[node])

@@ -32,8 +32,10 @@ NODES = 2**17
 """The most operations that a file may hold."""
 
 DTYPES = {
-    1: "<f4", 2: "|u1", 3: "|i1", 4: "<u2", 5: "<i2", 6: "<i4", 7: "<i8", 9: "|b1", 10: "<f2", 11: "<f8", 12: "<u4", 13: "<u8",
+    1: "<f4", 2: "|u1", 3: "|i1", 4: "<u2", 5: "<i2", 6: "<i4", 7: "<i8", 9: "|b1", 10: "<f2", 11: "<f8", 12: "<u4",
+    13: "<u8",
 }  # fmt: skip
+"""numpy's names for ONNX's numbers of element types."""
 _FIELDS = {1: "float_data", 7: "int64_data", 11: "double_data", 12: "uint64_data", 13: "uint64_data"}
 _FOREIGN = (
     (b"PK\x03\x04", "a zip archive, such as a PyTorch checkpoint"),
@@ -188,14 +190,19 @@ def read_attributes(node: onnx.NodeProto, file: ModelFile) -> dict[str, Any]:
     """The attributes of an operation as numbers, texts, tuples and arrays."""
     found: dict[str, Any] = {}
     for a in node.attribute:
-        kind = a.type or next((k for k, (field, _) in _ATTRIBUTES.items() if len(getattr(a, field, ()) or ())), 0)
+        kind = a.type or next((k for k, (field, _) in _ATTRIBUTES.items() if _filled(a, field)), 0)
         if kind not in _ATTRIBUTES:
             raise UnsupportedOp(
-                f"{file.name}: {node.op_type} {node.name!r} has attribute {a.name!r} of a kind (graph, type, sparse) without a rule."
+                f"{file.name}: {node.op_type} {node.name!r} has attribute {a.name!r} of a kind without a rule "
+                "(a graph, a type, a sparse tensor)."
             )
         field, read = _ATTRIBUTES[kind]
         found[a.name] = read_tensor(a.t, file) if field == "t" else read(getattr(a, field))
     return found
+
+
+def _filled(a: onnx.AttributeProto, field: str) -> bool:
+    return a.HasField(field) if len(field) == 1 else len(getattr(a, field)) > 0  # type: ignore[arg-type]
 
 
 def _texts(values: Iterable[bytes]) -> tuple[str, ...]:

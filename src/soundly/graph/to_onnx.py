@@ -319,12 +319,13 @@ def _conv_kernel(w: _Writer, node: Node, x: str, y: str) -> str:
 # -- elementwise functions
 
 
-_NAMED: dict[Elementwise, tuple[str, int]] = {
-    ew.RELU: ("Relu", 14), ew.ABS: ("Abs", 13), ew.SIGN: ("Sign", 13), ew.SIGMOID: ("Sigmoid", 13), ew.TANH: ("Tanh", 13),
-    ew.EXP: ("Exp", 13), ew.LOG: ("Log", 13), ew.SQRT: ("Sqrt", 13), ew.RECIPROCAL: ("Reciprocal", 13), ew.SIN: ("Sin", 7),
-    ew.COS: ("Cos", 7), ew.ERF: ("Erf", 13), ew.ATAN: ("Atan", 7), ew.SOFTPLUS: ("Softplus", 1), ew.GELU: ("Gelu", 20),
-    ew.HARDSWISH: ("HardSwish", 14), ew.MISH: ("Mish", 18),
+_NAMED: dict[Elementwise, str] = {
+    ew.RELU: "Relu", ew.ABS: "Abs", ew.SIGN: "Sign", ew.SIGMOID: "Sigmoid", ew.TANH: "Tanh", ew.EXP: "Exp",
+    ew.LOG: "Log", ew.SQRT: "Sqrt", ew.RECIPROCAL: "Reciprocal", ew.SIN: "Sin", ew.COS: "Cos", ew.ERF: "Erf", ew.ATAN: "Atan",
+    ew.SOFTPLUS: "Softplus", ew.GELU: "Gelu", ew.HARDSWISH: "HardSwish", ew.MISH: "Mish",
 }  # fmt: skip
+_SINCE = {"Gelu": 20, "Mish": 18}
+_SINGLE = ("Gelu", "HardSwish", "Mish")  # onnxruntime has these in float32 only
 _IDENTITY: Polynomial = rings.polynomial({(1,): 1})
 
 
@@ -332,8 +333,8 @@ _IDENTITY: Polynomial = rings.polynomial({(1,): 1})
 def _elementwise(w: _Writer, node: Node, x: str) -> str:
     op = node.op
     assert isinstance(op, Elementwise)
-    name, since = _NAMED.get(op, ("", 0))
-    if name and w.opset >= since and (w.dtype == np.float32 or name not in ("Erf", "Gelu", "HardSwish", "Mish")):
+    name = _NAMED.get(op, "")
+    if name and w.opset >= _SINCE.get(name, 0) and (w.dtype == np.float32 or name not in _SINGLE):
         return w.emit(name, x)
     if op == ew.SQUARE:
         return w.emit("Mul", x, x)

@@ -35,7 +35,9 @@ class GraphModule(nn.Module):
     def forward(self, *inputs: Tensor) -> Any:
         values = {node: getattr(self, name) for node, name in self._named}
         values.update(zip(self.network.inputs, inputs, strict=True))
-        results = self._plan(values, dtype=inputs[0].dtype if inputs else torch.get_default_dtype(), device=inputs[0].device)
+        results = self._plan(
+            values, dtype=inputs[0].dtype if inputs else torch.get_default_dtype(), device=inputs[0].device
+        )
         return results[0] if len(results) == 1 else results
 
 
