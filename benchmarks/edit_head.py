@@ -78,12 +78,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     edit = soundly.edit(network, constraints, layer="fc")
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     parts = ", ".join(f"{name} {s:.1f} s" for name, s in edit.seconds.items())
-    print(
-        f"soundly (l2)         {edit.status}: {edit.proven} of {edit.rows} rows, before {edit.rows_before}; {wall:.1f} s ({parts})"
-    )
+    print(f"soundly (l2)         {edit.status}: {edit.proven} of {edit.rows} rows, before {edit.rows_before}")
+    print(f"                     {wall:.1f} s ({parts})")
     result: dict[str, Any] = {
         "classes": args.classes, "images": args.classes * args.images, "eps": args.eps, "status": edit.status,
-        "rows": edit.rows, "rows_before": edit.rows_before, "proven_rows": edit.proven, "seconds": wall, "cpu_seconds": cpu,
+        "rows": edit.rows, "rows_before": edit.rows_before, "proven_rows": edit.proven,
+        "seconds": wall, "cpu_seconds": cpu,
         **{f"{name}_seconds": s for name, s in edit.seconds.items()}, "threads": torch.get_num_threads(),
     }  # fmt: skip
 
@@ -104,7 +104,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     ended = "solved" if plain_solved else "not solved in time (a lower bound)"
     print(f"plain unsplit LP     {plain:.2f} s a block, {ended}; {plain / mine:.1f} times soundly's")
     result |= {
-        "block_seconds": mine, "highs_block_seconds": split, "highs_block_solved": all(solved), "highs_block_ratio": split / mine,
+        "block_seconds": mine,
+        "highs_block_seconds": split, "highs_block_solved": all(solved), "highs_block_ratio": split / mine,
         "plain_block_seconds": plain, "plain_solved": plain_solved, "plain_ratio": plain / mine,
     }  # fmt: skip
     if args.json:
@@ -123,7 +124,7 @@ def highs_plain(program: Program, blocks: Sequence[Block], limit: float) -> bool
     """min sum t with -t <= d <= t for several blocks in one program. Whether it was solved in time."""
     bounds = [_bounds(program, block) for block in blocks]
     rows = sp.block_diag([block.matrix.numpy() for block in blocks])
-    m, n = rows.shape
+    n = rows.shape[1]
     eye = sp.identity(n)
     matrix = sp.bmat([[rows, None], [eye, -eye], [eye, eye]])
     lower = np.concatenate([*(b[0] for b in bounds), np.full(n, -np.inf), np.zeros(n)])

@@ -13,7 +13,9 @@ import time
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import soundly
@@ -27,6 +29,7 @@ from photographs import (
     gaussian_noise,
     photographs,
 )
+from soundly.editing.constraints import Constraint
 from soundly.explanation.attribution import cosine, minmax
 from soundly.report import (
     Certificate,
@@ -74,7 +77,7 @@ def main() -> None:
     network = soundly.load(before, noisy[0].input)
     print(f"captured   {network.name}: {len(network.nodes)} operations in {time.perf_counter() - started:.1f} s")
 
-    constraints = []
+    constraints: list[Constraint] = []
     wide = network.to(torch.float64)
     for d, photo in zip(DEMO, noisy, strict=True):
         explanation = soundly.gradcam(wide, of=d.label, layer=LAYER)  # a network like any other
@@ -91,9 +94,8 @@ def main() -> None:
         sys.exit(f"no edit: {edit.status}, {edit.reason}")
     after = edit.applied_to(before, layer="_fc")
     s = edit.seconds
-    print(
-        f"edited     {len(edit.delta)} of 1000 rows of _fc; features {s['features']:.1f} s, solve {s['solve']:.2f} s, check {s['check']:.2f} s"
-    )
+    times = f"features {s['features']:.1f} s, solve {s['solve']:.2f} s, check {s['check']:.2f} s"
+    print(f"edited     {len(edit.delta)} of 1000 rows of _fc; {times}")
     print(f"rows       {edit.rows_before} of {edit.rows} held before, {edit.proven} of {edit.rows} are proved now")
 
     certificate = out / "edit.cert"
@@ -102,9 +104,8 @@ def main() -> None:
     checked = subprocess.run(
         [sys.executable, "-m", "soundly", "check", str(certificate)], capture_output=True, text=True
     )
-    print(
-        f"checked    exit code {checked.returncode} in {time.perf_counter() - started:.2f} s by another process, without torch"
-    )
+    took = time.perf_counter() - started
+    print(f"checked    exit code {checked.returncode} in {took:.2f} s by another process, without torch")
     if checked.returncode:
         sys.exit(checked.stdout + checked.stderr)
 
@@ -128,9 +129,8 @@ def report(
         row, figure = compare(before, after, d, photos[d.photograph], photo)
         rows.append(row)
         figures.append(figure)
-        print(
-            f"{figure[0]:<22} {figure[1]:<14} {figure[2]:<14} {figure[3]:>6.3f} -> {figure[4]:.3f} {figure[5]:>8.3f} -> {figure[6]:.4f}"
-        )
+        cosines = f"{figure[3]:>6.3f} -> {figure[4]:.3f}"
+        print(f"{figure[0]:<22} {figure[1]:<14} {figure[2]:<14} {cosines} {figure[5]:>8.3f} -> {figure[6]:.4f}")
 
     untouched = []
     for name, label in UNTOUCHED.items():
@@ -139,8 +139,8 @@ def report(
         untouched.append((name, class_name(old), class_name(new), p_old, p_new, cosine(*maps)))
     kept = sum(u[1] == u[2] for u in untouched)
     print(f"\nuntouched  {kept} of {len(untouched)} clean photographs keep their class (measured)")
-    weight = before._fc.weight.detach()  # type: ignore[union-attr]
-    change = float((after._fc.weight.detach() - weight).norm())  # type: ignore[union-attr]
+    weight = before.state_dict()["_fc.weight"]
+    change = float((after.state_dict()["_fc.weight"] - weight).norm())
     print(f"change     {change:.3f} in the Euclidean norm, {change / float(weight.norm()):.2%} of the layer\n")
 
     assert edit.check is not None
@@ -156,19 +156,20 @@ def report(
     ]
     text = (
         "Noise changes what the network sees and sometimes what it says. The edit changes the last layer only, as "
-        "little as possible, so that class and explanation return.\n\nGrad-CAM maps are scaled to [0, 1]; bright places "
-        "speak most for the class."
+        "little as possible, so that class and explanation return.\n\nGrad-CAM maps are scaled to [0, 1]; bright "
+        "places speak most for the class."
     )
     table = Table(
         ["Noisy photograph", "Class before", "Class after", "Cosine before", "Cosine after", "Gap before", "Gap after"],
         figures,
-        "Measured on the deployed float32 models with PyTorch's autograd. Gap: largest difference of the scaled map from "
-        "the clean photograph's.",
+        "Measured on the deployed float32 models with PyTorch's autograd. Gap: largest difference of the scaled map "
+        "from the clean photograph's.",
     )
     others = Table(
         ["Photograph", "Class before", "Class after", "Probability before", "Probability after", "Grad-CAM cosine"],
         untouched,
-        "Clean photographs. No constraint mentions them; they are only asked, softly, to keep their outputs. Measured, not proved.",
+        "Clean photographs. No constraint mentions them; they are only asked, softly, to keep their outputs. Measured, "
+        "not proved.",
     )
     claims = Table(
         ["Claim", "Verdict", "Rows"],
@@ -202,7 +203,7 @@ def compare(
     (was, p_was), (now, p_now) = predict(before, noisy), predict(after, noisy)
     gaps = [float((m - target).abs().max()) for m in (old, new)]
 
-    def heat(photo: Photograph, heat_map: Tensor) -> object:
+    def heat(photo: Photograph, heat_map: Tensor) -> NDArray[np.uint8]:
         return heat_overlay(photo.pixels.permute(1, 2, 0).numpy(), heat_map.numpy(), limits=(0.0, 1.0))
 
     pictures = [

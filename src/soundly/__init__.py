@@ -7,7 +7,8 @@
     edit = soundly.edit(net, [soundly.at(x).classified(3), ...], layer="fc")
     edit.certificate.save("edit.cert")                     # soundly check edit.cert
 
-Every public name is listed here, in reading order. Importing soundly does not import torch; the first use of a name does.
+Every public name is listed here, in reading order. Importing soundly does not import torch;
+the first use of a name does.
 """
 
 from __future__ import annotations

@@ -11,13 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from soundly.graph import elementwise as ew
-from soundly.graph.composite import MaxPool, Maximum, Normalise, Rounding, Softmax
+from soundly.graph.composite import Maximum, MaxPool, Normalise, Rounding, Softmax
 from soundly.graph.elementwise import Elementwise
 from soundly.graph.linear import Combine, Concat, Embed, Expand, Gather, Permute, Reshape, ScatterAdd, Slice, Sum
 from soundly.graph.node import Op, Shape
 from soundly.graph.product import Conv, ConvKernel, ConvTranspose, Dense, MatMul, Multiply
-from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,9 @@ class Case:
         return values
 
 
-def windows(x: Tensor, kernel: Shape, stride: Shape, padding: Shape, dilation: Shape, fill: float, ceil: bool = False) -> Tensor:
+def windows(
+    x: Tensor, kernel: Shape, stride: Shape, padding: Shape, dilation: Shape, fill: float, ceil: bool = False
+) -> Tensor:
     """All windows [N, C, *out, *kernel] of x, by plain loops. With `ceil` also a last one that begins inside x."""
     n = len(kernel)
     counts = []

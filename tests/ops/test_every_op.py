@@ -5,15 +5,14 @@ broken operation and see it fail. Adding an operation without samples fails here
 """
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Sequence
 
 import pytest
-import soundly.graph
-import soundly.graph.from_onnx
-import soundly.graph.from_torch  # noqa: F401  (so that every operation class is known)
 import torch
+from tests.ops.samples import CASES, FUNCTIONS, Case
+from torch import Tensor
+
 from soundly.bounds.interval import interval_bounds
 from soundly.errors import MissingRule
 from soundly.graph.differentiate import differentiate
@@ -21,9 +20,6 @@ from soundly.graph.elementwise import Elementwise
 from soundly.graph.evaluate import Plan
 from soundly.graph.network import Network
 from soundly.graph.node import Composite, Constant, Input, Leaf, Linear, Node, Op, Product, topological
-from torch import Tensor
-
-from tests.ops.samples import CASES, FUNCTIONS, Case
 
 ALL = (*CASES, *(f.case for f in FUNCTIONS))
 cases = pytest.mark.parametrize("case", ALL, ids=str)
@@ -114,7 +110,8 @@ def check_second_order(case: Case) -> None:
     again = Input("again", first.shape)()
     other = torch.randn(first.shape, generator=generator(2), dtype=torch.float64)
     wrt = [seed, *(nodes[i] for i in free(case))]
-    got = values_of(differentiate(first, wrt, seed=again), {seed: cotangent, again: other, **dict(zip(nodes, x, strict=True))})
+    given = {seed: cotangent, again: other, **dict(zip(nodes, x, strict=True))}
+    got = values_of(differentiate(first, wrt, seed=again), given)
 
     variables = [cotangent.clone().requires_grad_(), *(x[i].clone().requires_grad_() for i in free(case))]
     filled = list(x)
@@ -266,7 +263,8 @@ def check_composite(case: Case) -> None:
     cotangent = torch.randn(expansion.shape, generator=generator(1), dtype=torch.float64)
     given[seed] = cotangent
     wanted = [nodes[i] for i in free(case)]
-    for got, want in zip(values_of(differentiate(expansion, wanted, seed=seed), given), pulled(case, cotangent, x), strict=True):
+    slopes = values_of(differentiate(expansion, wanted, seed=seed), given)
+    for got, want in zip(slopes, pulled(case, cotangent, x), strict=True):
         same(got, want)
 
 
@@ -279,7 +277,9 @@ def contains(bounds: tuple[Tensor, Tensor], value: Tensor) -> Tensor:
     return ((lower <= value) & (value <= upper)) | (torch.isnan(value) & unknown)
 
 
-def assert_enclosed(network: Network, nodes: Sequence[Node], region: dict[Node, tuple[Tensor, Tensor]], seed: int = 0) -> None:
+def assert_enclosed(
+    network: Network, nodes: Sequence[Node], region: dict[Node, tuple[Tensor, Tensor]], seed: int = 0
+) -> None:
     """No node's value at a random point, a random corner or an end of the region escapes its interval: not in the
     network's own floating type, and not in float64, which stands for the reals. There is no tolerance."""
     bounds = interval_bounds(network, region, nodes)
@@ -344,7 +344,8 @@ def check_enclosed(case: Case, *, kinds: Sequence[str] = BOXES) -> None:
     for i, kind in enumerate(kinds):
         for ranging in (variables, (variables[:1], variables[1:], [seed])[i % 3]):
             drawn = dict(zip(nodes, case.draw(source), strict=True))
-            values = {n: drawn[n].float() if n in drawn else torch.randn(n.shape, generator=source) for n in every_leaf(every)}
+            values = {n: drawn[n].float() for n in nodes if n in every}
+            values |= {n: torch.randn(n.shape, generator=source) for n in (seed, again) if n in every}
             region = {}
             for node in ranging:
                 if node in values:
@@ -353,8 +354,26 @@ def check_enclosed(case: Case, *, kinds: Sequence[str] = BOXES) -> None:
             assert_enclosed(Network((), (y,), values), every, region, seed=len(region))
 
 
-def every_leaf(nodes: Sequence[Node]) -> list[Node]:
-    return [n for n in nodes if isinstance(n.op, (Input, Constant))]
+# -- export
+
+
+def check_onnx(case: Case) -> None:
+    """onnxruntime computes the same from the exported model, and reading it back gives the same function again."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    from soundly.graph.from_onnx import from_onnx
+    from soundly.graph.to_onnx import to_onnx
+
+    nodes, x = leaves(case), [v.float() for v in case.draw(generator())]
+    fixed = {nodes[i]: x[i] for i in case.masks}
+    inputs = tuple(nodes[i] for i in free(case))
+    network = Network(inputs, (case.op(*nodes),), fixed)
+    model = to_onnx(network)
+    given = [x[i] for i in free(case)]
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    names = [i.name for i in session.get_inputs()]
+    (got,) = session.run(None, dict(zip(names, (v.numpy() for v in given), strict=True)))
+    same(torch.from_numpy(got), network(*given), 1e-5)
+    same(from_onnx(model)(*given), network(*given), 1e-5)
 
 
 # -- the tests
@@ -365,7 +384,8 @@ def concrete(kind: type[Op]) -> set[type[Op]]:
     found: set[type[Op]] = set()
     for child in kind.__subclasses__():
         found |= concrete(child)
-        if child.__module__.startswith("soundly.") and not child.__name__.startswith("_") and dataclasses.is_dataclass(child):
+        ours = child.__module__.startswith("soundly.") and not child.__name__.startswith("_")
+        if ours and dataclasses.is_dataclass(child):
             found.add(child)
     return found
 
@@ -402,6 +422,11 @@ def test_a_mapped_batch_equals_a_loop(case):
 @cases
 def test_operations_are_equal_by_value(case):
     check_equality(case)
+
+
+@cases
+def test_an_exported_model_computes_the_same(case):
+    check_onnx(case)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if isinstance(c.op, Linear)], ids=str)

@@ -40,7 +40,8 @@ class Edit:
 
     Attributes:
         status: "proved": all rows hold, by the checker. "infeasible": no weights satisfy the rows (see `reason`).
-            "unproven": a candidate was found but not every row could be proven in the storage type. "limit": time ran out.
+            "unproven": a candidate was found but not every row could be proven in the storage type.
+            "limit": time ran out.
         model: the edited model, of the class that was given (a copy); None unless proved.
         certificate: the proof, None unless proved.
         reason: why there is no model, in words: conflicting constraints by name, ranks, bounds.

@@ -285,9 +285,18 @@ def compile_program(
     start[1:] = torch.bincount(row, minlength=build.counts["rows"]).cumsum(0)
     lower, upper = (torch.cat(parts) for parts in zip(*build.bounds, strict=True))
     return Program(
-        torch.cat([v for _, v in build.known.values()]), torch.cat(build.value_vector), torch.cat(build.value_class), start, value[order],
-        factor[order], lower, upper, tuple(build.claims), build.weights, tuple(sorted(edited)),
-    )  # fmt: skip
+        vectors=torch.cat([v for _, v in build.known.values()]),
+        value_vector=torch.cat(build.value_vector),
+        value_class=torch.cat(build.value_class),
+        row_start=start,
+        row_value=value[order],
+        row_coefficient=factor[order],
+        lower=lower,
+        upper=upper,
+        claims=tuple(build.claims),
+        weights=build.weights,
+        edited=tuple(sorted(edited)),
+    )
 
 
 def _bounded(build: _Builder, c: Bounded) -> None:
@@ -304,7 +313,7 @@ def _bounded(build: _Builder, c: Bounded) -> None:
 
 
 def _normalised(build: _Builder, c: Normalised, extremes: tuple[int, int]) -> None:
-    """With p, q the places of the smallest and largest entry: lower_j (L_q - L_p) <= L_j - L_p <= upper_j (L_q - L_p)."""
+    """With p, q the places of the smallest and largest entry: a_j (L_q - L_p) <= L_j - L_p <= b_j (L_q - L_p)."""
     base_row, base_value, base_factor, constant = build.expression(c.expression)
     n, (p, q) = len(constant), extremes
     if n != len(c.target):

@@ -72,7 +72,7 @@ class GraphTrunk:
         users = [n for n in network.nodes if weight in n.inputs]
         if len(users) != 1 or not isinstance(users[0].op, Dense) or users[0].inputs[1] is not weight:
             raise EditError(
-                f"layer {layer!r}: its weight must be used once, by a linear layer, but is used by {users or 'nothing'}. "
+                f"layer {layer!r}: its weight must be used once, by a linear layer, not by {users or 'nothing'}. "
                 "A tied or shared weight must be untied (cloned) first."
             )
         self._dense = users[0]
@@ -188,7 +188,8 @@ class ModuleTrunk:
                     f"(give the layer its own copy of the weight)."
                 )
         self._head = head
-        self.weight, self.bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
+        self.weight = head.weight.detach()
+        self.bias: Tensor | None = None if head.bias is None else head.bias.detach()
         self._modules = modules
 
     @contextmanager

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from soundly.errors import CaptureError, CaptureMismatch, DynamicModel, InvalidInput, UnsupportedOp
-from soundly.graph.aten import RULES, Value, supported
+from soundly.graph.aten import Value, supported
+from soundly.graph.aten_layers import RULES
 from soundly.graph.differentiate import differentiate
 from soundly.graph.network import Network
 from soundly.graph.node import Constant, Input, Node, Parameter
@@ -247,5 +248,6 @@ def _agree(got: Tensor, want: Tensor, what: str, tolerance: float) -> None:
     error = float((got - want).abs().max()) if want.numel() else 0.0
     if not error <= tolerance * max(scale, 1.0):
         raise CaptureMismatch(
-            f"{what}: graph and model differ by {error:.3g} (largest entry {scale:.3g}); nothing may be proved with this graph."
+            f"{what}: graph and model differ by {error:.3g} (largest entry {scale:.3g}); "
+            "nothing may be proved with this graph."
         )
