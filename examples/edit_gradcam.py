@@ -78,10 +78,9 @@ def main() -> None:
     print(f"captured   {network.name}: {len(network.nodes)} operations in {time.perf_counter() - started:.1f} s")
 
     constraints: list[Constraint] = []
-    wide = network.to(torch.float64)
     for d, photo in zip(DEMO, noisy, strict=True):
-        explanation = soundly.gradcam(wide, of=d.label, layer=LAYER)  # a network like any other
-        target = explanation(photos[d.photograph].input.double())
+        explanation = soundly.gradcam(network, of=d.label, layer=LAYER)  # a network like any other
+        target = explanation(photos[d.photograph].input)
         point = soundly.at(photo.input, name=photo.name)
         constraints += [
             point.gradcam(of=d.label, layer=LAYER).normalised_near(target, eps=EPS),

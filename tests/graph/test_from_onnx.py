@@ -23,7 +23,9 @@ rng = np.random.default_rng(0)
 I64 = np.int64
 
 
-def build(nodes: list[Any], inputs: dict[str, Any], constants: dict[str, Any], outputs: list[str], opset: int = 18) -> Any:
+def build(
+    nodes: list[Any], inputs: dict[str, Any], constants: dict[str, Any], outputs: list[str], opset: int = 18
+) -> Any:
     """A model from (op, inputs, outputs, attributes) rows."""
     rows = [helper.make_node(op, i, o, name=f"n{k}", **a) for k, (op, i, o, a) in enumerate(nodes)]
     tensors = [numpy_helper.from_array(np.asarray(v), k) for k, v in constants.items()]
@@ -46,7 +48,9 @@ def one(op: str, *operands: Any, opset: int = 18, outputs: int = 1, **attributes
     results = [f"y{i}" for i in range(outputs)]
     # Casts, so that results of any element type are compared as real numbers.
     casts = [("Cast", [r], [f"z{i}"], {"to": TensorProto.FLOAT}) for i, r in enumerate(results)]
-    return build([(op, names, results, attributes), *casts], inputs, constants, [f"z{i}" for i in range(outputs)], opset)
+    return build(
+        [(op, names, results, attributes), *casts], inputs, constants, [f"z{i}" for i in range(outputs)], opset
+    )
 
 
 def agree(model: Any, *, positive: bool = False, tolerance: float = 1e-5, **options: Any) -> Any:
@@ -63,7 +67,9 @@ def agree(model: Any, *, positive: bool = False, tolerance: float = 1e-5, **opti
         for g, want in zip(got, wanted, strict=True):
             assert tuple(g.shape) == want.shape
             if want.size:
-                assert np.isfinite(want).all() and np.abs(g.numpy() - want).max() <= tolerance * max(np.abs(want).max(), 1e-6)
+                assert np.isfinite(want).all() and np.abs(g.numpy() - want).max() <= tolerance * max(
+                    np.abs(want).max(), 1e-6
+                )
     return network
 
 

@@ -193,10 +193,7 @@ def check_product(case: Case) -> None:
     op, (a, b) = case.op, case.draw(generator())
     assert isinstance(op, Product)
     form = torch.stack(
-        [
-            matrix(_fixed(op, i, case.shapes[0]), case.shapes[1:], 0)
-            for i in range(math.prod(case.shapes[0]))
-        ],
+        [matrix(_fixed(op, i, case.shapes[0]), case.shapes[1:], 0) for i in range(math.prod(case.shapes[0]))],
         1,
     )
     assert set(form.unique().tolist()) <= {0.0, 1.0}

@@ -100,7 +100,7 @@ def edit(
 
     Returns:
         An `Edit`. Its model holds the constraints in the layer's own storage type. What is proved: every row, over the
-        reals, for the features of the frozen part as computed here in float64 and the weights as stored. If no such
+        reals, for the features of the frozen part as computed here in its own type, and the weights as stored. If no such
         weights exist, the reason; never a best effort.
 
     Raises:
@@ -283,7 +283,7 @@ def _certificate(
     before = weights_hash(trunk.weight, trunk.bias)
     after = weights_hash(stored[:, :-1], None if trunk.bias is None else stored[:, -1])
     return head_edit(
-        vectors=program.vectors.numpy(),
+        vectors=_narrow(program.vectors).numpy(),
         value_vector=program.value_vector.numpy(),
         value_class=index[program.value_class].numpy(),
         classes=classes.numpy(),
@@ -306,6 +306,12 @@ def _certificate(
         },
         made_with={"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
     )
+
+
+def _narrow(vectors: Tensor) -> Tensor:
+    """The same numbers in float32 where that changes none of them."""
+    small = vectors.float()
+    return small if torch.equal(small.double(), vectors) else vectors
 
 
 def weights_hash(weight: Tensor, bias: Tensor | None) -> str:

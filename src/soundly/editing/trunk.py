@@ -40,7 +40,7 @@ class Trunk(Protocol):
     bias: Tensor | None
 
     def features(self, x: Tensor) -> Tensor:
-        """The layer's input at x, one row per position it is applied to: [positions, K], float64."""
+        """The layer's input at x, one row per position it is applied to: [positions, K], as float64."""
         ...
 
     def value(self, x: Tensor, place: str | None) -> Tensor:
@@ -48,7 +48,7 @@ class Trunk(Protocol):
         ...
 
     def tangents(self, x: Tensor, place: str | None, directions: Tensor) -> Tensor:
-        """D h[d] for each direction d at a place: [m, *shape] to [m, positions, K], float64; the shape of a direction
+        """D h[d] for each direction d at a place: [m, *shape] to [m, positions, K], as float64; the shape of a direction
         is that of the place's value, or broadcasts to it."""
         ...
 
@@ -79,13 +79,14 @@ class GraphTrunk:
         self.bias_node = _head_bias(network, self._dense, layer)
         self.weight = network.values[weight]
         self.bias = None if self.bias_node is None else network.values[self.bias_node]
-        wide = network.to(torch.float64)
-        self._features = replace(wide, outputs=(self._dense.inputs[0],))
+        # The features are those the deployed network computes, in its own type; half precision is widened.
+        self._dtype = torch.promote_types(network.dtype, torch.float32)
+        self._features = replace(network.to(self._dtype), outputs=(self._dense.inputs[0],))
         self._last: tuple[Tensor | None, dict[Node, Tensor]] = (None, {})
         self._moves: dict[tuple[str | None, Shape], tuple[Network, Node, Node]] = {}
 
     def features(self, x: Tensor) -> Tensor:
-        return self._at(x, self._dense.inputs[0]).reshape(-1, self.weight.shape[1])
+        return self._at(x, self._dense.inputs[0]).reshape(-1, self.weight.shape[1]).double()
 
     def value(self, x: Tensor, place: str | None) -> Tensor:
         return self._at(x, self._place(place))
@@ -97,7 +98,7 @@ class GraphTrunk:
         known = self._last[1]
         if node not in known:
             with torch.no_grad():
-                known[node] = self._features.evaluate([node], x.double(), given=known)[0]
+                known[node] = self._features.evaluate([node], x.to(self._dtype), given=known)[0]
         return known[node]
 
     def _place(self, place: str | None) -> Node:
@@ -111,12 +112,12 @@ class GraphTrunk:
         given = {} if place is None else {node: self.value(x, place)}  # nothing before the place is evaluated again
 
         def moved(d: Tensor) -> Tensor:
-            return network.evaluate(network.outputs, x.double(), given={**given, direction: d})[0]
+            return network.evaluate(network.outputs, x.to(self._dtype), given={**given, direction: d})[0]
 
         with torch.no_grad():
             size = max(1, 2**24 // max(1, math.prod(node.shape)))
-            result: Tensor = torch.vmap(moved, chunk_size=size)(directions.double())
-        return result.reshape(len(directions), -1, self.weight.shape[1])
+            result: Tensor = torch.vmap(moved, chunk_size=size)(directions.to(self._dtype))
+        return result.reshape(len(directions), -1, self.weight.shape[1]).double()
 
     def _move(self, place: str | None, shape: Shape) -> tuple[Network, Node, Node]:
         """The network d -> D h[d], its direction leaf, and the place in it."""

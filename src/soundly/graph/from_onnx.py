@@ -237,7 +237,7 @@ class _Reader:
                 raise ModelFileError(f"{self.file.name}: output {info.name!r} is computed by no operation.")
             outputs.append(self.lift(self.values[info.name]))
             places.setdefault(info.name, outputs[-1])
-        places |= {name: node for node in self.inputs for name in [node.op.name] if isinstance(node.op, Input)}  # type: ignore[attr-defined]
+        places |= {node.op.name: node for node in self.inputs if isinstance(node.op, Input)}
         stem = self.file.name
         name = f"{stem} ({', '.join(self.assumed)})" if self.assumed else stem
         network = Network(tuple(self.inputs), tuple(outputs), self.tensors, places, name)
@@ -391,10 +391,10 @@ def compare(network: Network, model: bytes, name: str, *, tolerance: float = 1e-
         raise ModelFileError(f"{name} is refused by onnxruntime; check=False reads it unchecked: {error}") from error
     exact = network.to(torch.float64)
     for i in range(samples):
-        inputs = [_sample(node.shape, i, generator) for node in network.inputs]
-        feed = {
-            node.op.name: x.numpy().astype(types[node.op.name]) for node, x in zip(network.inputs, inputs, strict=True)
-        }  # type: ignore[attr-defined]
+        feed = {}
+        for leaf in (node.op for node in network.inputs):
+            assert isinstance(leaf, Input)
+            feed[leaf.name] = _sample(leaf.dims, i, generator).numpy().astype(types[leaf.name])
         try:
             wanted = session.run(None, feed)
         except Exception as error:

@@ -216,7 +216,9 @@ ROWS |= {
     linear.Sum: lambda w, n, x: w.emit("ReduceSum", x, w.whole(n.op.axes), keepdims=1, noop_with_empty_axes=1),
     linear.Expand: lambda w, n, x: w.emit("Expand", x, w.whole(n.op.dims)),
     linear.Reshape: lambda w, n, x: w.reshaped(x, n.op.dims),
-    linear.Permute: lambda w, n, x: w.emit("Transpose", x, perm=list(n.op.axes)),
+    linear.Permute: lambda w, n, x: (
+        w.emit("Transpose", x, perm=list(n.op.axes)) if n.op.axes else w.emit("Identity", x)
+    ),
     linear.Concat: lambda w, n, *xs: w.emit("Concat", *xs, axis=n.op.axis),
     linear.Gather: lambda w, n, x: w.emit("Gather", x, w.whole(n.op.index), axis=n.op.axis),
 }
