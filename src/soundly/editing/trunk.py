@@ -159,11 +159,27 @@ def _head_bias(network: Network, dense: Node, layer: str) -> Node | None:
             raise EditError(
                 f"layer {layer!r} is not the last one: {node!r} follows it, so outputs are not affine in it."
             )
-        leaves = [n for n in topological(constants) if isinstance(n.op, Leaf)]
-        bias = named if named in leaves else bias
-        if any(n is not named for n in leaves):
-            raise EditError(f"layer {layer!r}: {node!r} adds something other than the layer's own bias to its output.")
+        for constant in constants:
+            if named is None or bias is not None or not _repeats(network, constant, named):
+                raise EditError(
+                    f"layer {layer!r}: {node!r} adds something other than the layer's own bias, once, to its output."
+                )
+            bias = named
+    if bias in topological([dense]):
+        raise EditError(f"layer {layer!r}: what is before it uses its bias {bias!r} too. Untie (clone) it first.")
     return bias
+
+
+def _repeats(network: Network, constant: Node, bias: Node) -> bool:
+    """Whether a node of constants is the bias itself, once per position of the layer; tried with two signed values."""
+    if {n for n in topological([constant]) if isinstance(n.op, Leaf)} != {bias}:
+        return False
+    probe = (torch.arange(math.prod(bias.shape)) + 1.0).to(network.dtype)
+    alone = replace(network, inputs=(), outputs=(constant,))
+    return all(
+        torch.equal(found := alone.evaluate([constant], given={bias: b})[0].reshape(-1, len(b)), b.expand_as(found))
+        for b in (probe, -probe)
+    )
 
 
 class ModuleTrunk:
@@ -182,16 +198,22 @@ class ModuleTrunk:
             raise EditError(
                 f"layer={layer!r} is no nn.Linear of {type(module).__name__}. Those are: {', '.join(linear)}."
             )
-        for name, other in module.named_parameters(remove_duplicate=False):
-            if other.data_ptr() == head.weight.data_ptr() and name != f"{layer}.weight":
-                raise EditError(
-                    f"layer {layer!r} is tied to {name!r}: editing it would change the frozen part too. Untie it first "
-                    f"(give the layer its own copy of the weight)."
-                )
+        if type(head).forward is not nn.Linear.forward or "weight" not in head._parameters or head._forward_hooks:
+            raise EditError(
+                f"layer {layer!r} computes more than weight @ h + bias of its own parameters (a subclass, a "
+                "parametrization such as weight_norm, or a forward hook). Make it a plain nn.Linear first."
+            )
+        for own, mine in head.named_parameters():
+            for name, other in (*module.named_parameters(remove_duplicate=False), *module.named_buffers()):
+                if name != f"{layer}.{own}".removeprefix(".") and _overlap(mine, other):
+                    raise EditError(
+                        f"layer {layer!r} is tied: its {own} shares memory with {name!r}, so that editing it would "
+                        f"change the frozen part too. Untie it first (give the layer its own copy)."
+                    )
         self._head = head
         self.weight = head.weight.detach()
         self.bias: Tensor | None = None if head.bias is None else head.bias.detach()
-        self._modules = modules
+        self._modules, self._tried = modules, False
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:
@@ -201,19 +223,23 @@ class ModuleTrunk:
         with evaluation(self.module), attention:
             yield
 
-    def _run(self, x: Tensor, place: str | None = None, put: Tensor | None = None) -> dict[str, Any]:
+    def _run(
+        self, x: Tensor, place: str | None = None, put: Tensor | None = None, weights: dict[str, Tensor] | None = None
+    ) -> dict[str, Any]:
         """The head's input, its output, the model's output and the value at a place, which `put` replaces."""
         seen: dict[str, Any] = {}
 
         def head_hook(m: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
             if "head" in seen:
                 raise EditError(f"layer {self.layer!r} is applied more than once in a call.")
-            seen["head"], seen["logits"] = args[0], out
+            seen["head"], seen["logits"] = args[0].clone(), out.clone()  # what follows may write into them
 
         def place_hook(m: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
             if not isinstance(out, Tensor) or "place" in seen:
                 raise EditError(f"place {place!r} must return one tensor, once per call.")
-            seen["place"] = out
+            if "head" in seen:
+                raise EditError(f"layer {self.layer!r} does not depend on {place!r}, which comes after it.")
+            seen["place"] = out.clone()
             return out if put is None else put
 
         hooks = [self._head.register_forward_hook(head_hook)]
@@ -223,21 +249,45 @@ class ModuleTrunk:
             hooks.append(self._modules[place].register_forward_hook(place_hook))
         try:
             with self._frozen():
-                out = self.module(x if place is not None or put is None else put)
+                given = x if place is not None or put is None else put
+                out = torch.func.functional_call(self.module, weights or {}, (given,))
         finally:
             for hook in hooks:
                 hook.remove()
+        if place is not None and "place" not in seen:
+            raise InvalidInput(f"place {place!r} takes no part in a call of {type(self.module).__name__}.")
         tensors = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor)]
         logits = seen.get("logits")
         if logits is None or len(tensors) != 1 or tensors[0].numel() != logits.numel():
             raise EditError(f"layer {self.layer!r} does not produce the output of {type(self.module).__name__}.")
         return {**seen, "out": tensors[0]}
 
+    def _try_other_weights(self, x: Tensor) -> None:
+        """That the layer is last and its weights are used nowhere else, tried once with other weights in their place:
+        features must not move, and output and layer's output must agree (also far away, where a clamp would act)."""
+        if self._tried:
+            return
+        with torch.no_grad():
+            features = self._run(x)["head"]
+            if not bool(torch.isfinite(features).all()):
+                raise InvalidInput("the features at a point are not finite.")
+            for scale in (1.0, -1.0, 1e4, -1e4):
+                draw = torch.Generator().manual_seed(0)
+                weights = {
+                    f"{self.layer}.{name}".removeprefix("."): (scale * torch.randn(p.shape, generator=draw)).to(p)
+                    for name, p in self._head.named_parameters()
+                }
+                seen = self._run(x, weights=weights)
+                if not torch.equal(seen["head"], features):
+                    raise EditError(f"what is before layer {self.layer!r} uses its weights too. Untie (clone) them.")
+                if not torch.equal(seen["logits"].double().reshape(-1), seen["out"].double().reshape(-1)):
+                    raise EditError(f"layer {self.layer!r} is not the last operation: the output differs from its own.")
+        self._tried = True
+
     def features(self, x: Tensor) -> Tensor:
+        self._try_other_weights(x)
         with torch.no_grad():
             seen = self._run(x)
-        if not torch.equal(seen["logits"].reshape(-1), seen["out"].reshape(-1)):
-            raise EditError(f"layer {self.layer!r} is not the last operation: the output differs from the layer's.")
         features: Tensor = seen["head"].reshape(-1, self.weight.shape[1]).double()
         return features
 
@@ -249,7 +299,13 @@ class ModuleTrunk:
         return value
 
     def tangents(self, x: Tensor, place: str | None, directions: Tensor) -> Tensor:
+        self._try_other_weights(x)
         here = self.value(x, place)
+        try:
+            here.new_empty(directions.shape[1:]).expand(here.shape)
+        except RuntimeError as error:
+            shapes = f"{tuple(directions.shape[1:])} do not fit {place or 'the input'}, which has {tuple(here.shape)}"
+            raise InvalidInput(f"directions of shape {shapes}.") from error
 
         def moved(d: Tensor) -> Tensor:
             return torch.func.jvp(lambda z: self._run(x, place, z)["head"], (here,), (d.expand(here.shape),))[1]
@@ -264,6 +320,17 @@ class ModuleTrunk:
                     f"({error}). Load it as a graph first: soundly.edit(soundly.load(model, example), ...)."
                 ) from error
         return result.reshape(len(directions), -1, self.weight.shape[1]).double()
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors share memory (as far as their first and last entries tell)."""
+
+    def end(t: Tensor) -> int:
+        last = sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+        return t.data_ptr() + t.element_size() * (last + 1)
+
+    apart = a.device != b.device or a.data_ptr() >= end(b) or b.data_ptr() >= end(a)
+    return a.numel() > 0 < b.numel() and not apart
 
 
 def trunk_of(model: Network | nn.Module, layer: str) -> Trunk:

@@ -45,8 +45,13 @@ RULES: dict[str, Rule] = {}
 
 def supported(target: Any) -> bool:
     """Whether an exported call needs no decomposition."""
-    name = getattr(target, "_opname", None)
-    return name is None or name in RULES
+    return not hasattr(target, "_opname") or op_name(target) in RULES
+
+
+def op_name(target: Any) -> str:
+    """The name in the table: without overload, and without the underscore of an in-place variant."""
+    name: str = getattr(target, "_opname", getattr(target, "__name__", str(target)))
+    return name[:-1] if name.endswith("_") and not name.endswith("__") else name
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -113,7 +118,7 @@ def _spread(value: int | Sequence[int], n: int) -> tuple[int, ...]:
 # -- arithmetic
 
 
-@rule("add", "add_")
+@rule("add")
 def _add(leaf: Leaf, a: Any, b: Any, *, alpha: float = 1) -> Node:
     x, y = _pair(leaf, a, b)
     return add(x, y) if alpha == 1 else Combine((1.0, float(alpha)))(x, y)
@@ -240,7 +245,6 @@ RULES |= {
         "hardswish hardsigmoid"
     ).split()
 }
-RULES["relu_"] = RULES["relu"]
 RULES["relu6"] = _each(elementwise.clip(0.0, 6.0))
 RULES["gelu"] = lambda leaf, x, approximate="none": (
     elementwise.GELU_TANH if approximate == "tanh" else elementwise.GELU
@@ -354,7 +358,6 @@ for _name in (
     "dropout",
     "native_dropout",
     "positive",
-    "detach_",
 ):
     RULES[_name] = lambda leaf, x, *args, **kwargs: x
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from soundly.errors import CaptureError, CaptureMismatch, DynamicModel, InvalidInput, UnsupportedOp
-from soundly.graph.aten import Value, supported
+from soundly.graph.aten import Value, op_name, supported
 from soundly.graph.aten_layers import RULES
 from soundly.graph.differentiate import differentiate
 from soundly.graph.network import Network
@@ -72,15 +72,15 @@ def _export(module: nn.Module, examples: tuple[Tensor, ...]) -> Any:
     try:
         program = torch.export.export(module, examples)
         table = torch.export.default_decompositions()
-        # An empty table removes in-place operations; then replace what has no rule but a decomposition, repeatedly.
         missing: set[Any] = set()
         for _ in range(4):
-            program = program.run_decompositions({op: table[op] for op in missing})
-            targets = {n.target for n in program.graph.nodes if n.op == "call_function"}
-            new = {t for t in targets if not supported(t) and t in table} - missing
-            if not new:
-                return program
+            calls = [n for n in program.graph.nodes if n.op == "call_function"]
+            new = {n.target for n in calls if not supported(n.target) and n.target in table} - missing
+            if not new and not any(_overwrites(n) for n in calls):
+                break
+            # Replaces what has no rule by torch's own decomposition, and removes in-place operations.
             missing |= new
+            program = program.run_decompositions({op: table[op] for op in missing})
         return program
     except Exception as error:
         kind = type(error).__name__
@@ -97,6 +97,17 @@ def _export(module: nn.Module, examples: tuple[Tensor, ...]) -> Any:
                 f"({kind}: {reason})"
             ) from error
         raise CaptureError(f"torch.export could not capture {type(module).__name__} ({kind}: {reason})") from error
+
+
+def _overwrites(call: Any) -> bool:
+    """Whether a call changes in place a value that anything else may see: not one just made and used only here."""
+    schema = getattr(call.target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return False
+    changed = call.args[0]
+    maker = getattr(changed.target, "_schema", None) if changed.op == "call_function" else None
+    fresh = maker is not None and all(r.alias_info is None for r in maker.returns)
+    return not fresh or len(changed.users) > 1
 
 
 def _lower(program: Any, name: str, examples: tuple[Tensor, ...]) -> tuple[Network, torch.dtype]:
@@ -165,7 +176,7 @@ def _call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], origin: st
         with torch.no_grad():
             value: Value = target(*args, **kwargs)  # nothing varies: compute it now
         return _wide(value) if isinstance(value, Tensor) else value
-    rule = RULES.get(getattr(target, "_opname", getattr(target, "__name__", str(target))))
+    rule = RULES.get(op_name(target))
     if rule is None:
         raise UnsupportedOp(
             f"{target} at {origin} is not supported. Supported operations: {', '.join(sorted(RULES))}. "
