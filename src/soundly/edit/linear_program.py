@@ -14,10 +14,13 @@ import numpy as np
 from scipy.linalg import lstsq
 from scipy.sparse import csr_matrix, hstack, identity
 
-from .least_norm import ACCEPTED, Array
+from .least_norm import ACCEPTED, Array, Nearest
+
+LOWER, UPPER = highspy.HighsBasisStatus.kLower, highspy.HighsBasisStatus.kUpper
+BASIC = highspy.HighsBasisStatus.kBasic
 
 BATCH = 300  # rows that enter in one round
-TOLERANCE = 1e-9  # of the solver, for rows and reduced costs, in units where rows and their ends are about 1
+TOLERANCE = 1e-9  # of the solver for rows and reduced costs, in units where the entries of d are about 1
 
 
 @dataclass(frozen=True)
@@ -38,49 +41,54 @@ class Vertex:
 
 
 def smallest_vertex(
-    rows: Array, lower: Array, upper: Array, *, norm: Literal["l1", "linf"], start: Array, bound: float | None, deadline: float
+    rows: Array, lower: Array, upper: Array, *, norm: Literal["l1", "linf"], nearest: Nearest, bound: float | None, deadline: float
 ) -> Vertex:
-    """Minimise the norm of d over lower <= rows d <= upper, |d_j| <= bound, a polyhedron known to have a point other than 0.
+    """Minimise the norm of d over lower <= rows d <= upper and |d_j| <= bound, given the solution in the Euclidean norm.
 
     Args:
         rows: unit rows [m, n].
-        lower, upper: ends [m], lower <= upper, infinite where there is none. Some row excludes 0.
-        start: the rows to begin with, bool [m]; those violated at 0 or active in another norm are good ones.
+        lower, upper: ends [m], lower <= upper, infinite where there is none.
+        nearest: the point of least Euclidean norm, not 0, with its active rows; it fixes the units and the first rows.
         deadline: value of `time.monotonic()` after which to stop.
     """
     m, n = rows.shape
-    side, entered, new = np.zeros(m, dtype=int), np.zeros(0, dtype=int), np.flatnonzero(start)
-    farthest = float(max(lower.max(), (-upper).max()))
-    unit = farthest * np.sqrt(n)  # of d, so that the entries of rows and their ends are about 1 for the solver
+    assert nearest.point is not None
+    unit = float(np.linalg.norm(nearest.point)) / np.sqrt(n)  # of d for the solver, whose tolerances are absolute
     solver = _program(n, norm, np.inf if bound is None else bound / unit)
+    side, entered = np.zeros(m, dtype=np.int64), np.zeros(0, dtype=np.int64)
+    new = np.flatnonzero((nearest.side[:m] != 0) | (lower > 0) | (upper < 0))
     lower_bound, rounds = 0.0, 0
-    while True:
-        block = rows[new] * np.sqrt(n)
+    while len(new):
+        block = rows[new]
         sparse = csr_matrix(np.hstack([block, -block] if norm == "l1" else [block, -block.sum(axis=1, keepdims=True)]))
-        ends = lower[new] / farthest, upper[new] / farthest
-        solver.addRows(len(new), *ends, sparse.nnz, sparse.indptr[:-1], sparse.indices, sparse.data)
+        solver.addRows(len(new), lower[new] / unit, upper[new] / unit, sparse.nnz, sparse.indptr[:-1], sparse.indices, sparse.data)
         entered = np.append(entered, new)
         solver.setOptionValue("time_limit", solver.getRunTime() + min(max(0.0, deadline - time.monotonic()), 1e9))
         solver.run()
         rounds += 1
         if solver.getModelStatus() != highspy.HighsModelStatus.kOptimal:
             return Vertex(None, side, lower_bound, rounds)
-        columns = np.array(solver.getSolution().col_value)
         lower_bound = max(lower_bound, unit * solver.getInfo().objective_function_value)
-        point = unit * (columns[:n] - (columns[n:] if norm == "l1" else columns[n]))
+        columns = unit * np.array(solver.getSolution().col_value)
+        point = columns[:n] - (columns[n:] if norm == "l1" else columns[n])
         excess = _excess(point, rows, lower, upper)
         excess[entered] = 0.0
-        new = np.flatnonzero(excess > TOLERANCE * farthest)
-        if not len(new):
-            break
+        new = np.flatnonzero(excess > TOLERANCE * unit)
         new = new[np.argsort(-excess[new])[:BATCH]]
-    status = np.array(solver.getBasis().row_status[-len(entered) :])
-    side[entered[status == highspy.HighsBasisStatus.kLower]] = 1
-    side[entered[status == highspy.HighsBasisStatus.kUpper]] = -1
-    point = _polish(point, rows, lower, upper, side, norm, bound)
+    basis = solver.getBasis()
+    column, row = np.array(basis.col_status), np.array(basis.row_status)
+    links, ends = row[: -len(entered)], row[-len(entered) :]
+    side[entered[ends == LOWER]], side[entered[ends == UPPER]] = 1, -1
+    if norm == "l1":
+        inner = (column[:n] == BASIC) | (column[n:] == BASIC)
+        together = np.zeros(n)
+    else:
+        inner = (column[:n] == BASIC) & (links == BASIC)
+        together = np.where(inner, 0.0, np.where(column[:n] == BASIC, 1.0, -1.0))
+        point = np.where(inner, point, together * columns[n])
+    point = _polish(point, rows, lower, upper, side, inner, together)
     missed = float(_excess(point, rows, lower, upper).max())
-    kept = missed <= ACCEPTED * max(farthest, float(np.linalg.norm(point)))
-    return Vertex(point if kept else None, side, lower_bound, rounds)
+    return Vertex(point if missed <= ACCEPTED * float(np.linalg.norm(point)) else None, side, lower_bound, rounds)
 
 
 def _program(n: int, norm: str, bound: float) -> highspy.Highs:
@@ -110,21 +118,16 @@ def _excess(point: Array, rows: Array, lower: Array, upper: Array) -> Array:
     return np.maximum(np.maximum(lower - value, value - upper), 0.0)
 
 
-def _polish(point: Array, rows: Array, lower: Array, upper: Array, side: Array, norm: str, bound: float | None) -> Array:
-    """Move within the vertex's own degrees of freedom so that its active rows hold to rounding, not only to TOLERANCE."""
-    size = np.abs(point)
-    largest = float(size.max())
-    inner = size < (largest if bound is None or norm == "linf" else bound) * (1 - 1e-9)
-    inner &= size > 1e-12 * largest if norm == "l1" else True
+def _polish(point: Array, rows: Array, lower: Array, upper: Array, side: Array, inner: Array, together: Array) -> Array:
+    """Move the vertex in its own degrees of freedom so that its active rows hold to rounding, not only to TOLERANCE.
+
+    Those are the entries `inner` (bool [n]) one by one, and all others in the direction `together` [n].
+    """
     active = np.flatnonzero(side)
-    moves = rows[active][:, inner]
-    if norm == "linf":  # the entries at +-t move together
-        moves = np.column_stack([moves, rows[active][:, ~inner] @ np.sign(point[~inner])])
+    moves = np.column_stack([rows[active][:, inner], rows[active] @ together])
     missing = np.where(side > 0, lower, upper)[active] - rows[active] @ point
     step = lstsq(moves, missing, lapack_driver="gelsy", check_finite=False)[0]
-    polished = point.copy()
-    polished[inner] += step[: np.count_nonzero(inner)]
-    if norm == "linf":
-        polished[~inner] += step[-1] * np.sign(point[~inner])
+    polished = point + step[-1] * together
+    polished[inner] += step[:-1]
     better = _excess(polished, rows, lower, upper).max() < _excess(point, rows, lower, upper).max()
     return polished if better else point

@@ -102,9 +102,8 @@ def least_change(
     if norm != "l2":
         floor = math.sqrt(floor / (1 if norm == "l1" else rows.shape[1]))
         if finished and delta.any():
-            start = (side != 0) | ((low > 0) | (high < 0)).cpu().numpy()
             arrays = unit_rows.cpu().numpy(), low.cpu().numpy(), high.cpu().numpy()
-            vertex = smallest_vertex(*arrays, norm=norm, start=start, bound=bound, deadline=deadline)
+            vertex = smallest_vertex(*arrays, norm=norm, nearest=found, bound=bound, deadline=deadline)
             steps, floor, finished = steps + vertex.rounds, max(floor, vertex.lower_bound), vertex.point is not None
             if vertex.point is not None:  # otherwise the change of least Euclidean norm stands: it is admissible
                 side, delta = vertex.side, torch.from_numpy(vertex.point).to(rows.device)

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from soundly.certificate.check import CheckResult, check
 from soundly.certificate.format import Certificate, head_edit
-from soundly.editing.constraints import Constraint, Normalised, Output, at
+from soundly.editing.constraints import Constraint, Normalised
 from soundly.editing.program import Block, Program, compile_program
 from soundly.editing.solve import least_change
-from soundly.editing.trunk import Trunk, trunk_of
+from soundly.editing.trunk import ModuleTrunk, Trunk, trunk_of
 from soundly.errors import EditError, InvalidInput
 from soundly.graph.network import Network
 
@@ -71,7 +71,7 @@ class Edit:
         """
         if self.certificate is None:
             raise EditError(f"there is no proved edit to apply: {self.status}, {self.reason}")
-        return _edited_module(module, layer, self.delta, str(self.certificate.header["model"]["before"]))
+        return _edited_module(module, layer, self.certificate)
 
 
 def edit(
@@ -111,12 +111,12 @@ def edit(
     """
     if norm not in ("l2", "l1", "linf"):
         raise InvalidInput(f'norm must be "l2", "l1" or "linf", not {norm!r}.')
-    if bound is not None and not bound > 0:
-        raise InvalidInput(f"bound must be positive, not {bound}.")
+    if bound is not None and not 0 < bound < math.inf:
+        raise InvalidInput(f"bound must be positive and finite, not {bound}; None for no bound.")
     started = time.perf_counter()
     trunk = trunk_of(model, layer)
     program = compile_program(trunk, constraints)
-    kept = [Output(at(x, name=f"retain[{i}]"), 0).vectors(trunk).cpu() for i, x in enumerate(retain or ())]
+    kept = [torch.nn.functional.pad(trunk.features(x), (0, 1), value=1.0).cpu() for x in retain or ()]
     seconds = {"features": time.perf_counter() - started, "solve": 0.0, "check": 0.0}
     deadline = math.inf if time_limit is None else time.perf_counter() + time_limit
     solver = _Solver(norm, bound, torch.cat(kept) if kept else None, retain_weight, deadline, trunk.weight.dtype)
@@ -172,7 +172,9 @@ class _Solver:
         retain = None
         if self.retain is not None:
             retain = torch.block_diag(*[self.retain] * len(block.classes))
-        bound = None if self.bound is None else self.bound - self.unit * float(w.abs().max() + self.bound)
+        bound = self.bound
+        if bound is not None:  # rounding adds to a change; where it may add more than allowed, nothing can change
+            bound = max(bound - self.unit * float(w.abs().max() + bound), 1e-300)
         solution = least_change(
             block.matrix, lower, upper, norm=self.norm, bound=bound, retain=retain, retain_weight=self.retain_weight,
             time_limit=None if math.isinf(left) else left,
@@ -255,10 +257,10 @@ def _solve_and_prove(
             certificate = _certificate(trunk, program, stored, margins, model)
             result = check(certificate)
             seconds["check"] += time.perf_counter() - started
-            if result.accepted:
-                wide = stored.double()
-                delta = {c: wide[c] - program.weights[c] for c in program.edited}
-                new = _edited(model, trunk, delta, certificate)
+            moved = stored.double() - program.weights
+            if result.accepted and (solver.bound is None or bool((moved.abs() <= solver.bound).all())):
+                delta = {c: moved[c] for c in program.edited}
+                new = _edited(model, trunk, certificate)
                 return Edit(
                     "proved", new, certificate, "", delta, rows, before, result.proven, (), dict(seconds), result
                 )
@@ -319,42 +321,40 @@ def weights_hash(weight: Tensor, bias: Tensor | None) -> str:
     digest = hashlib.sha256()
     for tensor in (weight, bias):
         if tensor is not None:
-            raw = tensor.detach().cpu().contiguous()
+            raw = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
             digest.update(raw.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def _edited(
-    model: Network | nn.Module, trunk: Trunk, delta: dict[int, Tensor], certificate: Certificate
-) -> Network | nn.Module:
+def _edited(model: Network | nn.Module, trunk: Trunk, certificate: Certificate) -> Network | nn.Module:
     if isinstance(model, nn.Module):
-        return _edited_module(model, trunk.layer, delta, str(certificate.header["model"]["before"]))
-    names = {f"{trunk.layer}.weight": trunk.weight, f"{trunk.layer}.bias": trunk.bias}
-    if f"{trunk.layer}.weight" not in model.parameters:
-        names = {trunk.layer: trunk.weight}
-    weight, bias = _changed(trunk.weight, trunk.bias, delta)
-    new = {name: (weight if old is trunk.weight else bias) for name, old in names.items() if old is not None}
-    return model.with_values({name: value for name, value in new.items() if value is not None})
+        return _edited_module(model, trunk.layer, certificate)
+    weight, bias = _changed(trunk.weight, trunk.bias, certificate)
+    name = f"{trunk.layer}.weight" if f"{trunk.layer}.weight" in model.parameters else trunk.layer
+    return model.with_values({name: weight} | ({} if bias is None else {f"{trunk.layer}.bias": bias}))
 
 
-def _changed(weight: Tensor, bias: Tensor | None, delta: dict[int, Tensor]) -> tuple[Tensor, Tensor | None]:
-    """The layer with its changes; exact, since both sides were rounded to the storage type."""
+def _changed(weight: Tensor, bias: Tensor | None, certificate: Certificate) -> tuple[Tensor, Tensor | None]:
+    """The layer with the certificate's rows, bit for bit."""
+    classes = torch.from_numpy(np.array(certificate.arrays["classes"])).to(weight.device)
+    rows = torch.from_numpy(np.array(certificate.arrays["weights"])).view(weight.dtype).to(weight.device)
     weight, bias = weight.detach().clone(), None if bias is None else bias.detach().clone()
-    for c, change in delta.items():
-        weight[c] = (weight[c].double() + change[:-1].to(weight.device)).to(weight.dtype)
-        if bias is not None:
-            bias[c] = (bias[c].double() + change[-1].to(weight.device)).to(bias.dtype)
+    weight[classes] = rows[:, :-1]
+    if bias is not None:
+        bias[classes] = rows[:, -1]
+    if weights_hash(weight, bias) != certificate.header["model"]["after"]:
+        raise EditError("the edited layer is not the one that was proved: its hash differs from the certificate's.")
     return weight, bias
 
 
-def _edited_module(module: nn.Module, layer: str, delta: dict[int, Tensor], before: str) -> nn.Module:
-    head = module.get_submodule(layer)
-    if not isinstance(head, nn.Linear) or weights_hash(head.weight, head.bias) != before:
+def _edited_module(module: nn.Module, layer: str, certificate: Certificate) -> nn.Module:
+    trunk = ModuleTrunk(module, layer)  # refuses layers whose weights something else uses too
+    if weights_hash(trunk.weight, trunk.bias) != certificate.header["model"]["before"]:
         raise EditError(f"layer {layer!r} does not hold the weights that were edited.")
+    weight, bias = _changed(trunk.weight, trunk.bias, certificate)
     edited = copy.deepcopy(module)
     new = edited.get_submodule(layer)
     assert isinstance(new, nn.Linear)
-    weight, bias = _changed(head.weight, head.bias, delta)
     with torch.no_grad():
         new.weight.copy_(weight)
         if bias is not None:

@@ -257,7 +257,8 @@ def compile_program(
     if not constraints:
         raise InvalidInput("constraints: give at least one.")
     build = _Builder(trunk)
-    edited = {t.functional.of for c in constraints if not isinstance(c, Classified) for t in c.expression.terms}
+    stated = [c for c in constraints if isinstance(c, Bounded | Normalised | TopMask)]
+    edited = {t.functional.of for c in stated for t in c.expression.terms}
     edited |= {c.label for c in constraints if isinstance(c, Classified)}
     if any(not 0 <= c < build.classes for c in edited):
         raise InvalidInput(

@@ -255,6 +255,7 @@ RULES["elu"] = lambda leaf, x, alpha=1.0, scale=1.0, input_scale=1.0: elementwis
 RULES["celu"] = lambda leaf, x, alpha=1.0: elementwise.elu(alpha, 1.0, 1 / alpha)(x)
 RULES["selu"] = lambda leaf, x: elementwise.elu(1.6732632423543772, 1.0507009873554805)(x)
 RULES["log_sigmoid"] = lambda leaf, x: scale(elementwise.SOFTPLUS(scale(x, -1)), -1)
+RULES["log1p"] = lambda leaf, x: elementwise.LOG(_add(leaf, x, 1.0))
 RULES["expm1"] = lambda leaf, x: _sub(leaf, elementwise.EXP(x), 1.0)
 
 
@@ -360,6 +361,9 @@ for _name in (
     "positive",
 ):
     RULES[_name] = lambda leaf, x, *args, **kwargs: x
+
+
+RULES["_assert_tensor_metadata"] = lambda leaf, *args, **kwargs: None
 
 
 @rule("to", "_to_copy", "type_as", "float", "double")
@@ -495,6 +499,22 @@ def _index(leaf: Leaf, x: Node, indices: Sequence[Tensor | None]) -> Node:
     merged = reshape(x, (*x.shape[:first], math.prod(x.shape[first:last]), *x.shape[last:]))
     taken = Gather(first, tuple(flat.reshape(-1).tolist()))(merged)
     return reshape(taken, (*x.shape[:first], *shape, *x.shape[last:]))
+
+
+def _moved(move: Callable[..., Tensor]) -> Rule:
+    """What only moves entries: they go where the same operation puts their positions."""
+
+    def taken(leaf: Leaf, x: Node, *args: Any, **kwargs: Any) -> Node:
+        places = move(torch.arange(math.prod(x.shape)).reshape(x.shape), *args, **kwargs)
+        flat = Gather(0, tuple(places.reshape(-1).tolist()))(reshape(x, (math.prod(x.shape),)))
+        return reshape(flat, places.shape)
+
+    return taken
+
+
+RULES["diagonal"] = _moved(torch.diagonal)
+RULES["unfold"] = _moved(Tensor.unfold)
+RULES["gather"] = _moved(lambda places, dim, index, **_: torch.gather(places, dim, index))
 
 
 @rule("flip")

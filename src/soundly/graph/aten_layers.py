@@ -70,6 +70,30 @@ def _std(leaf: Leaf, x: Node, *args: Any, **kwargs: Any) -> Node:
     return elementwise.SQRT(_var(leaf, x, *args, **kwargs))
 
 
+@rule("var_mean")
+def _var_mean(leaf: Leaf, x: Node, dim: Any = None, *args: Any, correction: Any = None, keepdim: bool = False) -> Value:
+    return _var(leaf, x, dim, *args, correction=correction, keepdim=keepdim), _mean(leaf, x, dim, keepdim)
+
+
+@rule("linalg_vector_norm")
+def _vector_norm(
+    leaf: Leaf, x: Node, order: float = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
+) -> Node:
+    if order == 2:
+        return elementwise.SQRT(_sum(leaf, elementwise.SQUARE(x), dim, keepdim))
+    if order == 1:
+        return _sum(leaf, elementwise.ABS(x), dim, keepdim)
+    if order == math.inf:
+        return _extreme(elementwise.ABS(x), dim, keepdim, 1)
+    raise ValueError(f"a norm of order {order}")
+
+
+@rule("cumsum")
+def _cumsum(leaf: Leaf, x: Node, dim: int, *, dtype: Any = None) -> Node:
+    a = _axis(dim, len(x.shape))
+    return resample(leaf, x, a, torch.ones(x.shape[a], x.shape[a], dtype=torch.float64).tril())
+
+
 def _extreme(x: Node, dim: Any, keepdim: bool, sign: int) -> Node:
     axes = _axes(dim, len(x.shape))
     result = scale(x, sign)
@@ -140,9 +164,15 @@ def _matmul(leaf: Leaf, a: Any, b: Any) -> Node:
     return _drop(product, [*([rank - 2] if drop_first else []), *([rank - 1] if drop_last else [])], False)
 
 
-@rule("addmm", "baddbmm", "addbmm")
+@rule("addmm", "baddbmm")
 def _addmm(leaf: Leaf, c: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Node:
     product = _matmul(leaf, a, b)
+    return Combine((float(beta), float(alpha)))(as_node(leaf, c, product.shape), product)
+
+
+@rule("addbmm")
+def _addbmm(leaf: Leaf, c: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Node:
+    product = _sum(leaf, _matmul(leaf, a, b), 0)
     return Combine((float(beta), float(alpha)))(as_node(leaf, c, product.shape), product)
 
 

@@ -73,12 +73,14 @@ def _export(module: nn.Module, examples: tuple[Tensor, ...]) -> Any:
         program = torch.export.export(module, examples)
         table = torch.export.default_decompositions()
         missing: set[Any] = set()
-        for _ in range(4):
+        for attempt in range(5):
             calls = [n for n in program.graph.nodes if n.op == "call_function"]
-            new = {n.target for n in calls if not supported(n.target) and n.target in table} - missing
-            if not new and not any(_overwrites(n) for n in calls):
+            unknown = {n.target for n in calls if not supported(n.target)}
+            new = {target for target in unknown if target in table} - missing
+            if not new and not any(_overwrites(n) for n in calls) and (attempt or not unknown):
                 break
-            # Replaces what has no rule by torch's own decomposition, and removes in-place operations.
+            # Replaces what has no rule by torch's own decomposition (what is only a name for other calls, such as
+            # movedim, always has one), and removes in-place operations.
             missing |= new
             program = program.run_decompositions({op: table[op] for op in missing})
         return program

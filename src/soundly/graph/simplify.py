@@ -120,7 +120,7 @@ def _smaller_sum(node: Node, walls: set[Node]) -> Node:
         if isinstance(child.op, Combine) and len(child.inputs) == 1 and child not in walls:
             factor, child = factor * child.op.coefficients[0], child.inputs[0]
         total[child] = total.get(child, 0.0) + factor
-    if not math.isfinite(constant):
+    if not all(map(math.isfinite, (constant, *total.values()))):
         return node
     total = {child: factor for child, factor in total.items() if factor != 0}
     if not total:

@@ -1,0 +1,215 @@
+"""The smallest change of the weights under which linear constraints hold: the numerical end of every edit.
+
+`least_change` minimises a norm of d subject to lower <= rows @ d <= upper. It scales the rows, chooses the method by the norm and
+measures the outcome against the rows as given. Its answers are candidates: whoever claims a guarantee evaluates the edited
+network with rounding accounted for, and therefore asks for a little more than needed when it states the rows.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import InvalidInput
+from .least_norm import ACCEPTED, Nearest, nearest_point
+from .linear_program import smallest_vertex
+
+Norm = Literal["l2", "l1", "linf"]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The outcome of `least_change`.
+
+    Attributes:
+        delta: the change [n]. With status "limit" the best candidate at hand, which may violate rows: see `residual`. None if
+            infeasible.
+        status: "optimal": every row holds up to `residual`, at most 1e-9 relative to |row| |delta|, and no smaller change does;
+            "infeasible": the rows of `conflict` contradict each other; "limit": neither was reached, for want of time or accuracy.
+        active: indices of the rows that hold with equality and determine delta.
+        conflict: if infeasible, indices of rows that cannot hold together: none of them can be left out, unless
+            other bounds |delta_j| <= bound than those used would replace it.
+        bound_in_conflict: whether the contradiction needs the bound on |delta_j| besides the rows of `conflict`.
+        objective: the norm of delta; for "l2" its square, plus the retain term if there is one; inf if there is no delta.
+        lower_bound: no admissible change has a smaller objective, up to the solver's accuracy; inf if infeasible.
+        iterations: rounds of the methods used.
+        residual: the largest violation of any row at delta, in the units of that row; inf if there is no delta.
+    """
+
+    delta: Tensor | None
+    status: Literal["optimal", "infeasible", "limit"]
+    active: tuple[int, ...]
+    conflict: tuple[int, ...]
+    bound_in_conflict: bool
+    objective: float
+    lower_bound: float
+    iterations: int
+    residual: float
+
+
+def least_change(
+    rows: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    *,
+    norm: Norm = "l2",
+    bound: float | None = None,
+    retain: Tensor | None = None,
+    retain_weight: float = 1.0,
+    time_limit: float | None = None,
+) -> Solution:
+    """Find the smallest d [n] with lower <= rows @ d <= upper and |d_j| <= bound, or rows that contradict each other.
+
+    Args:
+        rows: coefficients [m, n], float64, on any device. Repeated, dependent and zero rows are allowed.
+        lower, upper: ends [m], float64; -inf and inf where there is none. A row with lower > upper is a conflict by itself.
+        norm: "l2" minimises sum d_j^2 (fast, unique), "l1" sum |d_j| (few entries change), "linf" max |d_j|.
+        bound: largest |d_j| allowed; kept exactly.
+        retain: features [r, n] whose values should change little: with norm "l2", retain_weight * mean((retain @ d)^2) is
+            added to the objective.
+        time_limit: seconds after which to stop with status "limit".
+
+    Returns:
+        A `Solution`. "infeasible" rests on multipliers, checked in float64, which exclude every change up to 1e6 times as long
+        as the one that the farthest single row needs.
+
+    Raises:
+        InvalidInput: shapes, types or values do not fit, or `retain` comes with a norm other than "l2".
+    """
+    _check(rows, lower, upper, norm, bound, retain, retain_weight, time_limit)
+    deadline = time.monotonic() + (math.inf if time_limit is None else time_limit)
+    whiten = _whitening(retain, retain_weight)
+    unit_rows, scale = _unit(rows, whiten)
+    low, high = lower / scale, upper / scale
+    zero = ~unit_rows.any(dim=1)
+    impossible = (low > high) | (low == math.inf) | (high == -math.inf) | (zero & ((low > 0) | (high < 0)))
+    if impossible.any():
+        return _infeasible((int(impossible.nonzero()[0]),), False, 0)
+    kept = (~zero & (low.isfinite() | high.isfinite())).nonzero().squeeze(1)
+    unit_rows, low, high = unit_rows[kept], low[kept], high[kept]
+
+    found = _nearest_within(unit_rows, low, high, whiten, bound, deadline)
+    if found.point is None:
+        used = torch.from_numpy(found.certificate != 0).to(kept.device)
+        return _infeasible(tuple(kept[used[: len(kept)]].tolist()), bool(used[len(kept) :].any()), found.steps)
+    delta = whiten(torch.from_numpy(found.point).to(rows.device))
+    side, steps, finished, floor = found.side[: len(kept)], found.steps, found.finished, float(found.point @ found.point)
+    if norm != "l2":
+        floor = math.sqrt(floor / (1 if norm == "l1" else rows.shape[1]))
+        if finished and delta.any():
+            arrays = unit_rows.cpu().numpy(), low.cpu().numpy(), high.cpu().numpy()
+            vertex = smallest_vertex(*arrays, norm=norm, nearest=found, bound=bound, deadline=deadline)
+            steps, floor, finished = steps + vertex.rounds, max(floor, vertex.lower_bound), vertex.point is not None
+            if vertex.point is not None:  # otherwise the change of least Euclidean norm stands: it is admissible
+                side, delta = vertex.side, torch.from_numpy(vertex.point).to(rows.device)
+    if bound is not None:
+        delta = delta.clamp(-bound, bound)
+
+    value = rows @ delta
+    excess = torch.maximum(lower - value, value - upper).clamp(min=0.0)
+    exact = bool((excess <= ACCEPTED * torch.linalg.vector_norm(rows, dim=1) * torch.linalg.vector_norm(delta)).all())
+    objective = float(delta @ delta if norm == "l2" else delta.abs().sum() if norm == "l1" else delta.abs().max())
+    if retain is not None:
+        objective += retain_weight * float((retain @ delta).square().mean())
+    return Solution(
+        delta=delta,
+        status="optimal" if finished and exact else "limit",
+        active=tuple(kept[torch.from_numpy(side != 0).to(kept.device)].tolist()),
+        conflict=(),
+        bound_in_conflict=False,
+        objective=objective,
+        lower_bound=floor,
+        iterations=steps,
+        residual=float(excess.max()) if len(rows) else 0.0,
+    )
+
+
+def _infeasible(conflict: tuple[int, ...], bound_in_conflict: bool, iterations: int) -> Solution:
+    return Solution(None, "infeasible", (), conflict, bound_in_conflict, math.inf, math.inf, iterations, math.inf)
+
+
+def _nearest_within(
+    rows: Tensor, low: Tensor, high: Tensor, whiten: Callable[[Tensor], Tensor], bound: float | None, deadline: float
+) -> Nearest:
+    """The nearest point of all changes within the bound; entries that exceed it become further rows, behind the given ones."""
+    found = nearest_point(rows, low, high, deadline=deadline)
+    steps = found.steps
+    entries = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
+    held = torch.zeros(len(entries), dtype=torch.bool, device=rows.device)
+    while bound is not None and found.finished and found.point is not None:
+        over = (whiten(torch.from_numpy(found.point).to(rows.device)).abs() > bound) & ~held
+        if not over.any():
+            break
+        held |= over
+        further, scale = _unit(entries[over], whiten)
+        rows, low, high = torch.cat([rows, further]), torch.cat([low, -bound / scale]), torch.cat([high, bound / scale])
+        side = np.concatenate([found.side, np.zeros(len(further), dtype=found.side.dtype)])
+        found = nearest_point(rows, low, high, side=torch.from_numpy(side).to(rows.device), deadline=deadline)
+        steps += found.steps
+    return replace(found, steps=steps)
+
+
+def _unit(rows: Tensor, whiten: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Whitened rows of length 1 (or 0) and the factors [m] they were divided by; no square over- or underflows."""
+    peak = rows.abs().amax(dim=1, keepdim=True)
+    scaled = whiten(rows / torch.where(peak > 0, peak, 1.0))
+    length = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
+    length = torch.where(peak > 0, length, 1.0)
+    return scaled / length, (peak * length).squeeze(1).where(peak.squeeze(1) > 0, torch.ones_like(peak.squeeze(1)))
+
+
+def _whitening(retain: Tensor | None, weight: float) -> Callable[[Tensor], Tensor]:
+    """The map x -> x M^(-1/2) on rows, M = 1 + weight/r * retain.T @ retain: in its coordinates the objective is |d|^2.
+
+    With the eigenvalues s and eigenvectors u of retain @ retain.T (Woodbury), M^(-1/2) = 1 + retain.T u f(s) u.T retain where
+    f(s) = ((1 + cs)^(-1/2) - 1) / s, c = weight/r. No n x n matrix is formed.
+    """
+    if retain is None:
+        return lambda x: x
+    basis = retain if len(retain) <= retain.shape[1] else torch.linalg.qr(retain, mode="r").R
+    values, vectors = torch.linalg.eigh(basis @ basis.T)
+    c = weight / len(retain)
+    root = torch.sqrt(1.0 + c * values.clamp(min=0.0))
+    core = (vectors * (-c / (root * (1.0 + root)))) @ vectors.T
+    return lambda x: x + ((x @ basis.T) @ core) @ basis
+
+
+def _check(
+    rows: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    norm: str,
+    bound: float | None,
+    retain: Tensor | None,
+    retain_weight: float,
+    time_limit: float | None,
+) -> None:
+    tensors = {"rows": rows, "lower": lower, "upper": upper} | ({} if retain is None else {"retain": retain})
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float64:
+            raise InvalidInput(f"{name} has dtype {tensor.dtype}; pass {name}.double(): edits are solved in float64.")
+        if tensor.isnan().any() or (name in ("rows", "retain") and tensor.isinf().any()):
+            raise InvalidInput(f"{name} contains nan or infinite entries; only lower and upper may be infinite.")
+    if rows.ndim != 2 or rows.shape[1] == 0:
+        raise InvalidInput(f"rows has shape {tuple(rows.shape)}; it must be [m, n] with n > 0.")
+    if lower.shape != rows.shape[:1] or upper.shape != rows.shape[:1]:
+        raise InvalidInput(f"lower {tuple(lower.shape)} and upper {tuple(upper.shape)} must have one entry per row: [{len(rows)}].")
+    if norm not in ("l2", "l1", "linf"):
+        raise InvalidInput(f'norm is {norm!r}; choose "l2", "l1" or "linf".')
+    if bound is not None and not 0 < bound < math.inf:
+        raise InvalidInput(f"bound is {bound}; it must be positive and finite, or None for no bound.")
+    if time_limit is not None and not time_limit > 0:
+        raise InvalidInput(f"time_limit is {time_limit}; it must be a positive number of seconds, or None.")
+    if retain is None:
+        return
+    if norm != "l2":
+        raise InvalidInput(f'retain needs norm="l2", not {norm!r}: drop retain, or state what must be kept as rows with lower and upper.')
+    if retain.ndim != 2 or retain.shape[1] != rows.shape[1] or len(retain) == 0:
+        raise InvalidInput(f"retain has shape {tuple(retain.shape)}; it must be [r, {rows.shape[1]}] with r > 0, like rows.")
+    if not 0 <= retain_weight < math.inf:
+        raise InvalidInput(f"retain_weight is {retain_weight}; it must be finite and not negative.")
