@@ -193,22 +193,20 @@ def test_models_stay_as_they_were(kind):
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_float32_models_have_float64_tangents_of_the_graph():
+def test_a_float32_model_computes_in_its_own_type_and_a_widened_network_in_float64():
     model, x = made(Cnn)
-    want = jacobian(model.eval().trunk, x)
-    narrow = model.float()
+    narrow, small = model.float().eval(), x.float()
+    wide = made(Cnn)[0].eval()
+    wide.load_state_dict({name: value.double() for name, value in narrow.state_dict().items()})
     directions = torch.randn(3, *x.shape, dtype=torch.float64)
-    small = x.float()
-    graph = GraphTrunk(soundly.load(narrow, small), "fc")
-    assert graph.weight.dtype == torch.float32
-    wide_model = made(Cnn)[0].eval()
-    wide_model.load_state_dict({k: v.to(wide_model.state_dict()[k]) for k, v in narrow.state_dict().items()})
-    exact = along(jacobian(wide_model.trunk, small.double()), directions, x)[:, 0]
-    got = graph.tangents(small, None, directions)[:, 0]
-    torch.testing.assert_close(got, exact, rtol=1e-10, atol=1e-11)
-    assert float((got - along(want, directions, x)[:, 0]).abs().max()) > 1e-9  # the reference is not the same model
-    module = ModuleTrunk(narrow, "fc").tangents(small, None, directions)[:, 0]
-    torch.testing.assert_close(module, exact, rtol=1e-4, atol=1e-5)
+    exact = along(jacobian(wide.trunk, small.double()), directions, x)[:, 0]
+    network = soundly.load(narrow, small)
+    for trunk in (GraphTrunk(network, "fc"), ModuleTrunk(narrow, "fc")):
+        assert trunk.weight.dtype == torch.float32
+        torch.testing.assert_close(trunk.tangents(small, None, directions)[:, 0], exact, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(trunk.features(small), narrow.trunk(small).double(), rtol=0, atol=1e-6)
+    widened = GraphTrunk(network.to(torch.float64), "fc").tangents(small, None, directions)[:, 0]
+    torch.testing.assert_close(widened, exact, rtol=1e-10, atol=1e-11)
 
 
 class InPlace(nn.Module):

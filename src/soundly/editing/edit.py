@@ -48,6 +48,7 @@ class Edit:
         delta: {class: change of its weights and bias [K + 1]}, float64, as stored; empty unless proved.
         rows, rows_before, proven: how many rows there are, how many held before the edit, how many are proven now.
         conflict: names of rows that contradict each other, if infeasible.
+        smallest: False if time ran out before no smaller change was known to exist; the constraints are proved all the same.
         seconds: {"features", "solve", "check"}: wall-clock times of the three phases.
     """
 
@@ -60,6 +61,7 @@ class Edit:
     rows_before: int
     proven: int
     conflict: tuple[str, ...] = ()
+    smallest: bool = True
     seconds: dict[str, float] = field(default_factory=dict)
     check: CheckResult | None = None
 
@@ -179,8 +181,10 @@ class _Solver:
             block.matrix, lower, upper, norm=self.norm, bound=bound, retain=retain, retain_weight=self.retain_weight,
             time_limit=None if math.isinf(left) else left,
         )  # fmt: skip
-        if solution.status == "optimal" and solution.delta is not None:
-            return solution.delta, "optimal", (), margin
+        if solution.delta is not None:
+            value, slack = block.matrix @ solution.delta, margin / 2
+            if bool(((value >= lower - slack) & (value <= upper + slack)).all()):
+                return solution.delta, solution.status, (), margin
         if solution.status == "infeasible":
             rows = tuple(int(block.rows[i]) for i in solution.conflict)
             return None, _why(program, block, rows, solution.bound_in_conflict, self.bound), rows, margin
@@ -219,7 +223,7 @@ def _solve_and_prove(
 
     def failed(status: Status, reason: str, conflict: tuple[int, ...] = (), proven: int = 0) -> Edit:
         names = tuple(dict.fromkeys(program.name_of(r) for r in conflict))
-        return Edit(status, None, None, reason, {}, rows, before, proven, names, dict(seconds))
+        return Edit(status, None, None, reason, {}, rows, before, proven, names, False, dict(seconds))
 
     blocks = list(program.blocks())
     rounding = program.rounding(program.weights)
@@ -227,7 +231,7 @@ def _solve_and_prove(
     for caution in (1.0, 4.0, 16.0, 256.0):
         started = time.perf_counter()
         stored = program.weights.clone()
-        margins = torch.zeros(rows, dtype=torch.float64)
+        margins, smallest = torch.zeros(rows, dtype=torch.float64), True
         for block in blocks:
             if not block.classes:
                 wrong = block.rows[
@@ -241,6 +245,7 @@ def _solve_and_prove(
                 continue
             change, status, conflict, margin = solver(program, block, rounding, caution)
             margins[block.rows] = margin
+            smallest &= status == "optimal"
             if change is None:
                 seconds["solve"] += time.perf_counter() - started
                 if status == "limit":
@@ -262,7 +267,7 @@ def _solve_and_prove(
                 delta = {c: moved[c] for c in program.edited}
                 new = _edited(model, trunk, certificate)
                 return Edit(
-                    "proved", new, certificate, "", delta, rows, before, result.proven, (), dict(seconds), result
+                    "proved", new, certificate, "", delta, rows, before, result.proven, (), smallest, dict(seconds), result
                 )
             continue
         break

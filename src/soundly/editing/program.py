@@ -7,8 +7,9 @@ numbers. Rows that share no edited class do not interact, so each connected set 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -66,24 +67,27 @@ class Program:
     weights: Tensor
     edited: tuple[int, ...]
 
-    @property
+    @cached_property
     def row_of_entry(self) -> Tensor:
         """[nnz]: the row each entry belongs to."""
         return torch.repeat_interleave(torch.arange(len(self.lower)), self.row_start.diff())
 
     def values(self, weights: Tensor) -> Tensor:
         """The value of every row for weights [classes, K + 1], in float64 without error control."""
-        return self._rows(self.vectors, weights, self.row_coefficient)
+        return self._rows(weights, self.row_coefficient, lambda v, w: v @ w)
 
     def rounding(self, weights: Tensor) -> Tensor:
         """[m]: the checker's bound on the rounding error of each row's value (docs/certificates.md)."""
         operations = self.vectors.shape[1] + self.row_start.diff() + 8
-        return operations * 2.0**-53 * self._rows(self.vectors.abs(), weights.abs(), self.row_coefficient.abs())
+        size = self._rows(weights, self.row_coefficient.abs(), lambda v, w: v.abs() @ w.abs())
+        return operations * 2.0**-53 * size
 
-    def _rows(self, vectors: Tensor, weights: Tensor, coefficient: Tensor) -> Tensor:
+    def _rows(self, weights: Tensor, coefficient: Tensor, dot: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         value = torch.empty(len(self.value_vector), dtype=torch.float64)
-        for part in torch.arange(len(value)).split(2**14):
-            value[part] = (vectors[self.value_vector[part]] * weights[self.value_class[part]]).sum(1)
+        classes, counts = self.value_class.sort().values.unique_consecutive(return_counts=True)
+        members = self.value_class.argsort(stable=True).split(counts.tolist())
+        for c, mine in zip(classes.tolist(), members, strict=True):
+            value[mine] = dot(self.vectors[self.value_vector[mine]], weights[c])
         return torch.zeros_like(self.lower).index_add_(0, self.row_of_entry, value[self.row_value] * coefficient)
 
     def satisfied(self, weights: Tensor) -> Tensor:

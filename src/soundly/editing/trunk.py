@@ -242,10 +242,10 @@ class ModuleTrunk:
             seen["place"] = out.clone()
             return out if put is None else put
 
+        if place is not None and place not in self._modules:
+            raise InvalidInput(f"{type(self.module).__name__} has no module {place!r}.")
         hooks = [self._head.register_forward_hook(head_hook)]
         if place is not None:
-            if place not in self._modules:
-                raise InvalidInput(f"{type(self.module).__name__} has no module {place!r}.")
             hooks.append(self._modules[place].register_forward_hook(place_hook))
         try:
             with self._frozen():

@@ -43,7 +43,7 @@ def from_torch(module: nn.Module, example: Tensor | Sequence[Tensor], *, check: 
         UnsupportedOp: an operation has no rule; the message says where the model uses it.
         CaptureMismatch: the graph and the module disagree.
     """
-    examples = (example,) if isinstance(example, Tensor) else tuple(example)
+    examples = tuple(example) if isinstance(example, (tuple, list)) else (example,)
     if not isinstance(module, nn.Module) or not examples or not all(isinstance(e, Tensor) for e in examples):
         raise InvalidInput("from_torch needs an nn.Module and an example: a tensor or a sequence of tensors.")
     with evaluation(module), torch.no_grad(), warnings.catch_warnings():
@@ -150,8 +150,10 @@ def _lower(program: Any, name: str, examples: tuple[Tensor, ...]) -> tuple[Netwo
                     inputs.append(env[node.name])
                 else:
                     env[node.name] = tensor
-            else:
+            elif isinstance(fixed.get(specs[node.name].target), Tensor):
                 env[node.name] = _wide(fixed[specs[node.name].target])
+            else:
+                raise UnsupportedOp(f"{name} uses an operation with side effects, which a graph cannot hold.")
         elif node.op == "call_function":
             origin = _origin(node)
             args = torch.fx.node.map_arg(node.args, lambda n: env[n.name])

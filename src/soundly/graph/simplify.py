@@ -38,12 +38,13 @@ def simplify(network: Network) -> Network:
     known: dict[tuple[object, ...], Node] = {}
 
     def rule(old: Node, node: Node) -> Node:
+        if old in places:  # stays a value of its own: joined with an equal one, its gradient would be that of both
+            walls.add(node)
+            return node
         while (smaller := _smaller(node, walls)) is not node:
             node = smaller
         if not isinstance(node.op, Leaf) or isinstance(node.op, Fill):
             node = known.setdefault((node.op, node.inputs), node)
-        if old in places:
-            walls.add(node)
         return node
 
     return renamed(network, rebuild(network.outputs, rule))
@@ -126,7 +127,7 @@ def _smaller_sum(node: Node, walls: set[Node]) -> Node:
     if not total:
         return Fill(constant, node.shape)()
     if constant:
-        filled = [c for c in node.inputs if isinstance(c.op, Fill) and c.op.value == constant]
+        filled = [c for c in node.inputs if isinstance(c.op, Fill) and c not in walls and c.op.value == constant]
         total[filled[0] if filled else Fill(constant, node.shape)()] = 1.0
     inputs, coefficients = tuple(total), tuple(total.values())
     if coefficients == (1.0,):
