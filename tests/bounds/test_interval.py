@@ -21,7 +21,7 @@ from soundly.graph.network import Network
 from soundly.graph.node import Input, Node, Parameter, topological
 from soundly.graph.product import Conv, Dense, MatMul, Multiply
 
-ACTIVATIONS = [ew.RELU, ew.TANH, ew.SIGMOID, ew.GELU, ew.SILU, ew.ABS, ew.SQUARE, ew.SIN, ew.leaky_relu(0.1), ew.SOFTPLUS]
+ACTIVATIONS = [ew.RELU, ew.TANH, ew.SIGMOID, ew.GELU, ew.SILU, ew.ABS, ew.SQUARE, ew.SIN, ew.leaky_relu(0.1)]
 BATCH, WIDTH = 2, 4
 
 
@@ -127,9 +127,8 @@ def test_the_network_in_its_own_type_is_enclosed_in_any_order_of_summation():
 
 def clarke(op: ew.Elementwise, low: float, high: float) -> tuple[float, float]:
     x = Input("x", (1,))()
-    (slope,) = differentiate(op(x), [x])
-    network = Network((x,), (slope,), {})
-    lower, upper = interval_bounds(network, {x: (torch.tensor([low]), torch.tensor([high]))})[slope]
+    gradient = Network((x,), (op(x),), {}).gradient(of=0)
+    lower, upper = interval_bounds(gradient, {x: (torch.tensor([low]), torch.tensor([high]))})[gradient.output]
     return float(lower), float(upper)
 
 
@@ -210,9 +209,7 @@ def test_a_weight_that_is_no_number_makes_everything_after_it_unknown(value):
     lower, upper = bounds[network.outputs[1]]
     assert (float(lower[0, 0]), float(upper[0, 0])) == (-math.inf, math.inf)
     first = bounds[y]
-    assert not (math.isfinite(float(first.lower[0])) and math.isfinite(float(first.upper[0]))) or (
-        float(first.lower[0]) <= 0 and float(first.upper[0]) >= 1
-    )
+    assert float(first.lower[0]) <= 0.5 and float(first.upper[0]) >= 1, "the whole range of sigmoid after ReLU"
 
 
 def test_a_reciprocal_over_zero_is_unknown():
@@ -227,7 +224,8 @@ def test_a_reciprocal_over_zero_is_unknown():
 def test_a_logarithm_left_of_its_domain_is_unknown():
     x = Input("x", (2,))()
     network = Network((x,), (ew.LOG(x),), {})
-    lower, upper = interval_bounds(network, {x: (torch.tensor([-2.0, -1.0]), torch.tensor([-1.0, 1.0]))})[network.output]
+    region = {x: (torch.tensor([-2.0, -1.0]), torch.tensor([-1.0, 1.0]))}
+    lower, upper = interval_bounds(network, region)[network.output]
     assert (float(lower[0]), float(upper[0])) == (-math.inf, math.inf)
     assert float(lower[1]) == -math.inf
 

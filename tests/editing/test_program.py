@@ -93,23 +93,33 @@ def quantities(kind: type[nn.Module], x: Tensor, other: Tensor, position: int = 
     yield "inner", p.gradient(2, place=kind.place), lambda m: place_and_gradient(m, x, 2, k)[1].flatten()
     yield "directional", p.directional(1, directions), lambda m: directions.flatten(1) @ gradient(m, x, 1, k)
     yield "groups", p.integrated_gradients(1, baseline=0.3 * other, steps=4, groups=groups), grouped
-    yield "difference", p.gradient(0, entries=few) - q.gradient(1, entries=few), lambda m: (
-        gradient(m, x, 0, k) - gradient(m, other, 1, k)
-    )[few]
-    yield "arithmetic", 2.5 * -(p.output(0) - 0.5) + q.output(1) * 3 - p.output(2) + 0.25, lambda m: (
-        -2.5 * (output(m, x, 0) - 0.5) + 3 * output(m, other, 1) - output(m, x, 2) + 0.25
+    yield (
+        "difference",
+        p.gradient(0, entries=few) - q.gradient(1, entries=few),
+        lambda m: (gradient(m, x, 0, k) - gradient(m, other, 1, k))[few],
     )
-    yield "combined", (p.gradient(0, entries=few) + torch.tensor([1.0, 2.0, 3.0])).combined(matrix) - 1.0, lambda m: (
-        matrix @ (gradient(m, x, 0, k)[few] + torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)) - 1
+    yield (
+        "arithmetic",
+        2.5 * -(p.output(0) - 0.5) + q.output(1) * 3 - p.output(2) + 0.25,
+        lambda m: -2.5 * (output(m, x, 0) - 0.5) + 3 * output(m, other, 1) - output(m, x, 2) + 0.25,
     )
-    yield "combined twice", (p.gradient(0, entries=few) - q.gradient(2, entries=few)).combined(matrix).combined(
-        matrix[:, :2]
-    ), lambda m: matrix[:, :2] @ matrix @ (gradient(m, x, 0, k) - gradient(m, other, 2, k))[few]
+    yield (
+        "combined",
+        (p.gradient(0, entries=few) + torch.tensor([1.0, 2.0, 3.0])).combined(matrix) - 1.0,
+        lambda m: matrix @ (gradient(m, x, 0, k)[few] + torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)) - 1,
+    )
+    yield (
+        "combined twice",
+        (p.gradient(0, entries=few) - q.gradient(2, entries=few)).combined(matrix).combined(matrix[:, :2]),
+        lambda m: matrix[:, :2] @ matrix @ (gradient(m, x, 0, k) - gradient(m, other, 2, k))[few],
+    )
     yield "mixed", p.output(1) - q.gradient(1, entries=[0]), lambda m: output(m, x, 1) - gradient(m, other, 1, k)[:1]
     if kind is Cnn:
         yield "Grad-CAM", p.gradcam(3, "block"), lambda m: gradcam(m, x, 3)
-        yield "Grad-CAM change", p.gradcam(3, "block") - q.gradcam(1, "block"), lambda m: gradcam(m, x, 3) - gradcam(
-            m, other, 1
+        yield (
+            "Grad-CAM change",
+            p.gradcam(3, "block") - q.gradcam(1, "block"),
+            lambda m: gradcam(m, x, 3) - gradcam(m, other, 1),
         )
     if kind is Mlp:
         yield "IG", p.integrated_gradients(2, baseline=other, steps=3), lambda m: integrated(m, x, other, 2, 3)
@@ -231,7 +241,9 @@ def holds(program: Program, values: Tensor) -> bool:
             t = int(program.row_value[k])
             assert int(program.value_class[t]) == 0
             vector = map(Fraction, program.vectors[program.value_vector[t]].tolist())
-            row += Fraction(float(program.row_coefficient[k])) * sum(v * w for v, w in zip(vector, weights, strict=True))
+            row += Fraction(float(program.row_coefficient[k])) * sum(
+                v * w for v, w in zip(vector, weights, strict=True)
+            )
         if not lower <= row <= upper:
             return False
     return True

@@ -75,9 +75,7 @@ class Decoder(nn.Module):
         self.fc = nn.Linear(8, classes, bias=bias)
 
     def attend(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            t.reshape(*x.shape[:2], 2, 4).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, dim=-1)
-        )
+        q, k, v = (t.reshape(*x.shape[:2], 2, 4).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, dim=-1))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(x.shape)
 
     def rest(self, z: Tensor, x: Tensor) -> Tensor:

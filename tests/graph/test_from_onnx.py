@@ -177,7 +177,8 @@ CASES: dict[str, Any] = {
     "Dropout opset 7": lambda: one("Dropout", (2, 3), ratio=0.3, opset=7),
     "CastLike": lambda: one("CastLike", (2, 3), w(1)),
     "EyeLike": lambda: build([("Constant", [], ["s"], {"value": numpy_helper.from_array(w(3, 3))}),
-                              ("EyeLike", ["s"], ["e"], {"k": 1}), ("MatMul", ["x", "e"], ["y"], {})], {"x": (2, 3)}, {}, ["y"]),
+                              ("EyeLike", ["s"], ["e"], {"k": 1}), ("MatMul", ["x", "e"], ["y"], {})], {"x": (2, 3)},
+        {}, ["y"]),
     # reductions
     **{op: lambda op=op: one(op, (2, 3, 4), axes=[1], opset=11)
        for op in "ReduceSum ReduceMean ReduceMax ReduceMin ReduceL1 ReduceL2 ReduceSumSquare ReduceLogSumExp ReduceProd".split()},
@@ -204,18 +205,22 @@ CASES: dict[str, Any] = {
     "Gemm transA": lambda: one("Gemm", (3, 2), w(3, 4), w(2, 1), transA=1),
     "Gemm no bias": lambda: one("Gemm", (2, 3), w(3, 4)),
     # convolution
-    "Conv": lambda: one("Conv", (1, 4, 7, 8), w(6, 2, 3, 2), w(6), group=2, strides=[2, 1], pads=[1, 0, 1, 0], dilations=[1, 2]),
+    "Conv": lambda: one("Conv", (1, 4, 7, 8), w(6, 2, 3, 2), w(6), group=2, strides=[2, 1], pads=[1, 0, 1, 0],
+        dilations=[1, 2]),
     "Conv one-sided": lambda: one("Conv", (1, 2, 7, 8), w(3, 2, 3, 3), pads=[0, 1, 2, 0]),
     "Conv 1d": lambda: one("Conv", (2, 2, 7), w(3, 2, 3), w(3), pads=[1, 1]),
     "Conv 3d": lambda: one("Conv", (1, 2, 4, 5, 3), w(3, 2, 2, 2, 2)),
     "Conv SAME_UPPER": lambda: one("Conv", (1, 2, 7, 8), w(3, 2, 3, 2), auto_pad="SAME_UPPER", strides=[2, 2]),
     "Conv SAME_LOWER": lambda: one("Conv", (1, 2, 7, 8), w(3, 2, 4, 2), auto_pad="SAME_LOWER"),
     "Conv VALID": lambda: one("Conv", (1, 2, 7, 8), w(3, 2, 3, 2), auto_pad="VALID"),
-    "ConvTranspose": lambda: one("ConvTranspose", (1, 4, 4, 5), w(4, 3, 3, 3), w(6), group=2, strides=[2, 3], pads=[1, 1, 1, 1],
+    "ConvTranspose": lambda: one("ConvTranspose", (1, 4, 4, 5), w(4, 3, 3, 3), w(6), group=2, strides=[2, 3],
+        pads=[1, 1, 1, 1],
                                  output_padding=[1, 2]),
-    "ConvTranspose one-sided": lambda: one("ConvTranspose", (1, 2, 4, 5), w(2, 3, 3, 3), strides=[2, 2], pads=[0, 1, 2, 0]),
+    "ConvTranspose one-sided": lambda: one("ConvTranspose", (1, 2, 4, 5), w(2, 3, 3, 3), strides=[2, 2], pads=[0, 1,
+        2, 0]),
     "ConvTranspose dilated": lambda: one("ConvTranspose", (1, 2, 4, 5), w(2, 3, 3, 2), dilations=[2, 3]),
-    "ConvTranspose output_shape": lambda: one("ConvTranspose", (1, 2, 4, 5), w(2, 3, 3, 3), strides=[2, 2], output_shape=[8, 10]),
+    "ConvTranspose output_shape": lambda: one("ConvTranspose", (1, 2, 4, 5), w(2, 3, 3, 3), strides=[2, 2],
+        output_shape=[8, 10]),
     "ConvTranspose 1d": lambda: one("ConvTranspose", (1, 2, 4), w(2, 3, 3), strides=[2]),
     # pooling
     "MaxPool": lambda: one("MaxPool", (1, 2, 7, 8), kernel_shape=[3, 2], strides=[2, 2], pads=[1, 1, 1, 1]),
@@ -226,14 +231,19 @@ CASES: dict[str, Any] = {
     "MaxPool 1d": lambda: one("MaxPool", (1, 2, 7), kernel_shape=[3]),
     "AveragePool": lambda: one("AveragePool", (1, 2, 7, 8), kernel_shape=[3, 2], strides=[2, 1], pads=[1, 0, 1, 1]),
     "AveragePool tiles": lambda: one("AveragePool", (1, 2, 7, 8), kernel_shape=[2, 4], strides=[2, 4]),
-    "AveragePool include": lambda: one("AveragePool", (1, 2, 7, 8), kernel_shape=[3, 3], pads=[1, 1, 1, 1], count_include_pad=1),
-    "AveragePool ceil": lambda: one("AveragePool", (1, 2, 7, 8), kernel_shape=[3, 3], strides=[2, 2], ceil_mode=1, opset=19),
-    "AveragePool SAME": lambda: one("AveragePool", (1, 2, 7, 8), kernel_shape=[3, 3], strides=[2, 2], auto_pad="SAME_LOWER"),
+    "AveragePool include": lambda: one("AveragePool", (1, 2, 7, 8), kernel_shape=[3, 3], pads=[1, 1, 1, 1],
+        count_include_pad=1),
+    "AveragePool ceil": lambda: one("AveragePool", (1, 2, 7, 8), kernel_shape=[3, 3], strides=[2, 2], ceil_mode=1,
+        opset=19),
+    "AveragePool SAME": lambda: one("AveragePool", (1, 2, 7, 8), kernel_shape=[3, 3], strides=[2, 2],
+        auto_pad="SAME_LOWER"),
     "GlobalAveragePool": lambda: one("GlobalAveragePool", (1, 2, 3, 4)),
     "GlobalMaxPool": lambda: one("GlobalMaxPool", (1, 2, 3, 4)),
     # normalisation
-    "BatchNormalization": lambda: one("BatchNormalization", (2, 3, 4, 4), w(3), w(3), w(3), np.abs(w(3)) + 0.1, epsilon=1e-3),
-    "BatchNormalization opset 9": lambda: one("BatchNormalization", (2, 3), w(3), w(3), w(3), np.abs(w(3)) + 0.1, opset=9),
+    "BatchNormalization": lambda: one("BatchNormalization", (2, 3, 4, 4), w(3), w(3), w(3), np.abs(w(3)) + 0.1,
+        epsilon=1e-3),
+    "BatchNormalization opset 9": lambda: one("BatchNormalization", (2, 3), w(3), w(3), w(3), np.abs(w(3)) + 0.1,
+        opset=9),
     "InstanceNormalization": lambda: one("InstanceNormalization", (2, 3, 4, 4), w(3), w(3)),
     "LayerNormalization": lambda: one("LayerNormalization", (2, 3, 4), w(3, 4), w(3, 4), axis=1),
     "GroupNormalization": lambda: one("GroupNormalization", (2, 6, 4), w(6), w(6), num_groups=3, opset=21),
@@ -248,7 +258,8 @@ CASES: dict[str, Any] = {
                                     {"m": f(0, -math.inf, 0.5)}, ["y"]),
     # resampling
     "Resize nearest": lambda: one("Resize", (1, 2, 3, 4), None, f(1, 1, 2, 2.5), mode="nearest"),
-    "Resize asymmetric": lambda: one("Resize", (1, 2, 5, 4), None, f(1, 1, 0.6, 2), mode="nearest", nearest_mode="floor",
+    "Resize asymmetric": lambda: one("Resize", (1, 2, 5, 4), None, f(1, 1, 0.6, 2), mode="nearest",
+        nearest_mode="floor",
                                      coordinate_transformation_mode="asymmetric"),
     "Resize linear": lambda: one("Resize", (1, 2, 3, 4), None, None, i(1, 2, 5, 7), mode="linear"),
     "Resize corners": lambda: one("Resize", (1, 2, 3, 4), None, None, i(1, 2, 5, 7), mode="linear",
@@ -258,11 +269,15 @@ CASES: dict[str, Any] = {
     "Upsample": lambda: one("Upsample", (1, 2, 3, 4), f(1, 1, 2, 3), mode="nearest", opset=9),
     "Upsample linear": lambda: one("Upsample", (1, 2, 3, 4), f(1, 1, 2, 3), mode="linear", opset=9),
     # recurrence
-    "LSTM": lambda: one("LSTM", (3, 2, 4), w(1, 20, 4), w(1, 20, 5), w(1, 40), None, w(1, 2, 5), w(1, 2, 5), hidden_size=5, outputs=3),
-    "LSTM both ways": lambda: one("LSTM", (3, 2, 4), w(2, 20, 4), w(2, 20, 5), hidden_size=5, outputs=2, direction="bidirectional"),
+    "LSTM": lambda: one("LSTM", (3, 2, 4), w(1, 20, 4), w(1, 20, 5), w(1, 40), None, w(1, 2, 5), w(1, 2, 5),
+        hidden_size=5, outputs=3),
+    "LSTM both ways": lambda: one("LSTM", (3, 2, 4), w(2, 20, 4), w(2, 20, 5), hidden_size=5, outputs=2,
+        direction="bidirectional"),
     "GRU": lambda: one("GRU", (3, 2, 4), w(1, 15, 4), w(1, 15, 5), w(1, 30), hidden_size=5, outputs=2),
-    "GRU as in torch": lambda: one("GRU", (3, 2, 4), w(1, 15, 4), w(1, 15, 5), w(1, 30), hidden_size=5, outputs=2, linear_before_reset=1),
-    "RNN reversed": lambda: one("RNN", (3, 2, 4), w(1, 5, 4), w(1, 5, 5), w(1, 10), hidden_size=5, outputs=2, direction="reverse"),
+    "GRU as in torch": lambda: one("GRU", (3, 2, 4), w(1, 15, 4), w(1, 15, 5), w(1, 30), hidden_size=5, outputs=2,
+        linear_before_reset=1),
+    "RNN reversed": lambda: one("RNN", (3, 2, 4), w(1, 5, 4), w(1, 5, 5), w(1, 10), hidden_size=5, outputs=2,
+        direction="reverse"),
 }  # fmt: skip
 POSITIVE = {op: lambda op=op: one(op, (2, 3)) for op in ("Log", "Sqrt", "ReduceLogSum")}
 POSITIVE["Div"] = lambda: one("Div", (2, 3), (3,))
@@ -324,7 +339,8 @@ def shape_arithmetic() -> Any:
         ("Mul", ["r", "c"], ["y"], {}),
     ]
     fixed = {
-        "zero": np.array(0, I64), "zero0": np.array(0, I64), "axis": i(0), "seven": np.array(-7, I64), "three": np.array(3, I64),
+        "zero": np.array(0, I64), "zero0": np.array(0, I64), "axis": i(0), "seven": np.array(-7, I64),
+        "three": np.array(3, I64),
         "one": np.array(1, I64), "shape2": i(2, 3),
     }  # fmt: skip
     return build(nodes, {"x": (2, 6)}, fixed, ["y"])
@@ -486,9 +502,9 @@ def test_the_check_forgives_rounding_only() -> None:
     """A sum that cancels: float32 evaluations differ by much more than 1e-5 of the result, and rightly so."""
     column = np.concatenate([np.full(500, 1e4), np.full(500, -1e4)]).astype(np.float32)[:, None]
     nodes = [("Mul", ["x", "zero"], ["z"], {}), ("Add", ["z", "third"], ["a"], {}), ("MatMul", ["a", "k"], ["y"], {})]
-    third = (np.full((1, 1000), 1 / 3) + 1e-6 * rng.normal(size=(1, 1000))).astype(np.float32)
+    third = (np.full((1, 1000), 1 / 3) + 1e-4 * rng.normal(size=(1, 1000))).astype(np.float32)
     model = build(nodes, {"x": (1, 1000)}, {"zero": f(1e-6), "third": third, "k": column}, ["y"])
-    assert compare(from_onnx(model, check=False), model.SerializeToString(), "sum") < 1e-2
+    assert 1e-5 < compare(from_onnx(model), model.SerializeToString(), "sum") < 1e-2
 
 
 def test_inputs_are_named_and_ordered_as_in_the_file() -> None:

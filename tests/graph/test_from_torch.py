@@ -77,6 +77,7 @@ def case(name: str, function: Callable[..., Any], *shapes: tuple[int, ...], posi
     return Sample(name, function, shapes, positive)
 
 
+aten_ops = torch.ops.aten
 MASK = torch.tensor([[True, False, True], [False, True, True]])
 BIAS = rand(4, 4)
 LATE = torch.full((4, 4), -torch.inf, dtype=torch.float64).triu(1)
@@ -252,6 +253,31 @@ FUNCTIONS = [
     case("linear", lambda x: F.interpolate(x, size=7, mode="linear"), (1, 2, 4)),
     case("trilinear", lambda x: F.interpolate(x, size=(3, 4, 2), mode="trilinear"), (1, 1, 2, 3, 2)),
     case("recomputed factors", lambda x: F.interpolate(x, scale_factor=1.6, recompute_scale_factor=True), (1, 1, 5, 4)),
+    # names that only other programs use: called directly
+    case("softmax names", lambda x: aten_ops._softmax(x, 1, False) + aten_ops._log_softmax(x, 0, False), (2, 3)),
+    case("safe softmax", lambda x: aten_ops._safe_softmax(x, 1), (2, 3)),
+    case("constant_pad_nd", lambda x: aten_ops.constant_pad_nd(x, [1, 0], 2.5), (2, 3)),
+    case("arithmetic names", lambda x: torch.multiply(torch.subtract(torch.true_divide(x, 3), x), x), (2, 3)),
+    case("more names", lambda x: torch.positive(x.swapaxes(0, 1)).double().clip(-1, 1).divide(2), (2, 3)),
+    case("alias", lambda x: torch.concat([aten_ops.alias(x), aten_ops.lift_fresh_copy(x)]), (2, 3)),
+    case("pads 1d", lambda x: aten_ops.reflection_pad1d(x, [1, 2]) + aten_ops.replication_pad1d(x, [2, 1]), (1, 2, 4)),
+    case("pads 2d", lambda x: aten_ops.reflection_pad2d(x, [1, 2, 0, 1]), (1, 1, 4, 3)),
+    case("pads 2d replicated", lambda x: aten_ops.replication_pad2d(x, [1, 2, 0, 1]), (1, 1, 4, 3)),
+    case("pads 3d", lambda x: aten_ops.reflection_pad3d(x, [1, 1, 0, 1, 1, 0]), (1, 1, 2, 2, 2)),
+    case("pads 3d replicated", lambda x: aten_ops.replication_pad3d(x, [1, 1, 0, 1, 1, 0]), (1, 1, 2, 2, 2)),
+    case("max pool with indices", lambda x: aten_ops.max_pool2d_with_indices(x, [2, 2], [1, 2])[0], (1, 1, 4, 3)),
+    case("max pool 3d with indices", lambda x: aten_ops.max_pool3d_with_indices(x, [2, 2, 1])[0], (1, 1, 2, 2, 2)),
+    case("adaptive max pool 3d", lambda x: F.adaptive_max_pool3d(x, (2, 1, 2)), (1, 1, 3, 2, 2)),
+    case(
+        "convolution",
+        lambda x, w: (
+            aten_ops.convolution(x, w, None, [2, 1], [1, 0], [1, 1], False, [0, 0], 1)
+            + aten_ops.convolution(x, w, None, [1, 1], [0, 0], [1, 1], True, [0, 0], 1).sum()
+        ),
+        (1, 2, 4, 4),
+        (2, 2, 3, 3),
+    ),
+    case("native layer norm", lambda x, w: aten_ops.native_layer_norm(x, [3], w, w, 1e-3)[0], (2, 3), (3,)),
     # functions
     *(
         case(name, getattr(F, name, None) or getattr(torch, name), (3, 5))
@@ -317,6 +343,19 @@ class Shared(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(self.layer(x)) + x
+
+
+class Native(nn.Module):
+    """Batch norm under the names that other programs use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = statistics(nn.BatchNorm1d(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        given = (x, self.norm.weight, self.norm.bias, self.norm.running_mean, self.norm.running_var)
+        one = aten_ops.native_batch_norm(*given, False, 0.1, 1e-3)[0]
+        return one + aten_ops._native_batch_norm_legit_no_training(*given, 0.1, 1e-2)[0]
 
 
 class Attention(nn.Module):
@@ -390,6 +429,7 @@ MODULES = [
     module("batch norm 1d", lambda: statistics(nn.BatchNorm1d(3)), 2, 3),
     module("batch norm 1d sequences", lambda: statistics(nn.BatchNorm1d(3)), 2, 3, 4),
     module("batch norm 2d", lambda: statistics(nn.BatchNorm2d(3, eps=0.1)), 2, 3, 2, 2),
+    module("batch norm, native", lambda: Native(), 2, 3, 2),
     module("batch norm plain", lambda: statistics(nn.BatchNorm2d(3, affine=False)), 2, 3, 2, 2),
     module("layer norm", lambda: statistics(nn.LayerNorm((3, 2), eps=0.01)), 2, 3, 2),
     module("layer norm plain", lambda: nn.LayerNorm(4, elementwise_affine=False), 2, 4),

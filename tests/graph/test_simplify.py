@@ -20,7 +20,6 @@ from soundly.graph.simplify import simplify
 SHAPE = (2, 3)
 
 
-
 # Every rewriting rule of simplify, and the operations around it, as maps from [2, 3] and [2, 3] to [2, 3].
 STEPS = [
     lambda a, b: Combine((1.0, 1.0))(a, b),

@@ -8,7 +8,7 @@ Rows are unit vectors here; every tolerance is relative to the length of the poi
 
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -94,7 +94,7 @@ def nearest_point(rows: Tensor, lower: Tensor, upper: Tensor, *, side: Tensor | 
         fresh = False
         if certificate is None:
             continue
-        if _excludes(certificate, a, low, high, EMPTY_RADIUS * unit):
+        if excludes(certificate, a, low, high, radius=EMPTY_RADIUS * unit):
             return Nearest(None, active.side, np.zeros(m), certificate, True, step)
         skip[worst] = True
         active.restart()
@@ -178,16 +178,18 @@ class _Active:
         return whole
 
 
-def _excludes(y: Array, a: Array, low: Array, high: Array, radius: float) -> bool:
-    """Whether the multipliers y prove that no d with |d| <= radius has low <= a d <= high.
+def excludes(y: Array, rows: Array, lower: Array, upper: Array, *, radius: float, norm: Literal["l2", "linf"] = "l2") -> bool:
+    """Whether multipliers y [m] prove that no d of norm at most `radius` has lower <= rows d <= upper.
 
-    Such a d has (y a) d >= gap := sum_i y_i * (low_i if y_i > 0 else high_i), but (y a) d <= |y a| radius.
+    Such a d has (y rows) d >= gap, the sum of y_i times the end its sign asks for, but (y rows) d <= |y rows|* radius in the
+    dual norm. Both sides are rounded against the claim; a gap that is not finite proves nothing.
     """
     used = y != 0
-    gap = y[used] @ np.where(y > 0, low, high)[used]
-    rounding = np.finfo(float).eps * len(y) * np.abs(y[used]) @ np.abs(np.where(y > 0, low, high)[used])
-    remainder = float(np.linalg.norm(y[used] @ a[used])) + np.finfo(float).eps * float(np.abs(y).sum())
-    return bool(np.isfinite(gap) and gap > remainder * radius + rounding)
+    terms = y[used] * np.where(y > 0, lower, upper)[used]
+    dual = float(np.linalg.norm(y[used] @ rows[used], 2 if norm == "l2" else 1))
+    rounding = np.finfo(float).eps * len(y) * float(np.abs(y).sum()) * (1.0 if norm == "l2" else np.sqrt(rows.shape[1]))
+    gap = float(terms.sum()) - np.finfo(float).eps * len(y) * float(np.abs(terms).sum())
+    return bool(np.isfinite(gap) and gap > (dual + rounding) * radius)
 
 
 def guess_active(rows: Tensor, lower: Tensor, upper: Tensor, side: Tensor, deadline: float) -> tuple[Tensor, int]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import InvalidInput
 from .least_norm import ACCEPTED, Nearest, nearest_point
-from .linear_program import smallest_vertex
+from .linear_program import contradiction, smallest_vertex
 
 Norm = Literal["l2", "l1", "linf"]
 
@@ -84,7 +84,7 @@ def least_change(
     _check(rows, lower, upper, norm, bound, retain, retain_weight, time_limit)
     deadline = time.monotonic() + (math.inf if time_limit is None else time_limit)
     whiten = _whitening(retain, retain_weight)
-    unit_rows, scale = _unit(rows, whiten)
+    unit_rows, scale = _unit(rows)
     low, high = lower / scale, upper / scale
     zero = ~unit_rows.any(dim=1)
     impossible = (low > high) | (low == math.inf) | (high == -math.inf) | (zero & ((low > 0) | (high < 0)))
@@ -136,31 +136,43 @@ def _infeasible(conflict: tuple[int, ...], bound_in_conflict: bool, iterations: 
 def _nearest_within(
     rows: Tensor, low: Tensor, high: Tensor, whiten: Callable[[Tensor], Tensor], bound: float | None, deadline: float
 ) -> Nearest:
-    """The nearest point of all changes within the bound; entries that exceed it become further rows, behind the given ones."""
-    found = nearest_point(rows, low, high, deadline=deadline)
-    steps = found.steps
+    """The nearest point in whitened coordinates; entries that exceed the bound become further rows, behind the given ones."""
     entries = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
+    white, scale = _unit(whiten(rows))
+    ends = low / scale, high / scale
+    found = nearest_point(white, *ends, deadline=deadline)
+    steps = found.steps
     held = torch.zeros(len(entries), dtype=torch.bool, device=rows.device)
     while bound is not None and found.finished and found.point is not None:
-        over = (whiten(torch.from_numpy(found.point).to(rows.device)).abs() > bound) & ~held
+        delta = whiten(torch.from_numpy(found.point).to(rows.device))
+        over = (delta.abs() > bound) & ~held
         if not over.any():
             break
+        if not held.any() and bound < 1.5 * float(delta.square().mean().sqrt()):
+            # A bound near the mean entry may contradict many rows at once, which takes `nearest_point` many small steps to see.
+            arrays = rows.cpu().numpy(), low.cpu().numpy(), high.cpu().numpy()
+            y = contradiction(*arrays, nearest=found, bound=bound, deadline=deadline)
+            if y is not None:
+                found = replace(found, point=None, certificate=np.concatenate([y, -y @ arrays[0]]))
+                break
         held |= over
-        further, scale = _unit(entries[over], whiten)
-        rows, low, high = torch.cat([rows, further]), torch.cat([low, -bound / scale]), torch.cat([high, bound / scale])
+        further, scale = _unit(whiten(entries[over]))
+        white = torch.cat([white, further])
+        ends = torch.cat([ends[0], -bound / scale]), torch.cat([ends[1], bound / scale])
         side = np.concatenate([found.side, np.zeros(len(further), dtype=found.side.dtype)])
-        found = nearest_point(rows, low, high, side=torch.from_numpy(side).to(rows.device), deadline=deadline)
+        found = nearest_point(white, *ends, side=torch.from_numpy(side).to(rows.device), deadline=deadline)
         steps += found.steps
     return replace(found, steps=steps)
 
 
-def _unit(rows: Tensor, whiten: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Whitened rows of length 1 (or 0) and the factors [m] they were divided by; no square over- or underflows."""
-    peak = rows.abs().amax(dim=1, keepdim=True)
-    scaled = whiten(rows / torch.where(peak > 0, peak, 1.0))
-    length = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
-    length = torch.where(peak > 0, length, 1.0)
-    return scaled / length, (peak * length).squeeze(1).where(peak.squeeze(1) > 0, torch.ones_like(peak.squeeze(1)))
+def _unit(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows at length 1 (zero rows stay) and what they were divided by [m]; no square over- or underflows."""
+    peak = rows.abs().amax(dim=1)
+    peak = torch.where(peak > 0, peak, 1.0)
+    scaled = rows / peak[:, None]
+    length = torch.linalg.vector_norm(scaled, dim=1)
+    length = torch.where(length > 0, length, 1.0)
+    return scaled / length[:, None], peak * length
 
 
 def _whitening(retain: Tensor | None, weight: float) -> Callable[[Tensor], Tensor]:

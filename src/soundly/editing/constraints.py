@@ -91,8 +91,8 @@ class Point:
 
     def classified(self, label: int, *, margin: float = 1e-3) -> Classified:
         """y_label exceeds every other output by at least `margin`."""
-        if not margin >= 0:
-            raise InvalidInput(f"margin must be at least 0, not {margin}.")
+        if not 0 <= margin < math.inf:
+            raise InvalidInput(f"margin must be at least 0 and finite, not {margin}.")
         return Classified(self, label, margin, f"class {label} at {self.name}")
 
 
@@ -347,6 +347,8 @@ class Expression:
         flat = mask.reshape(-1).bool()
         if not 0 < int(flat.sum()) < flat.numel():
             raise InvalidInput(f"keeps_top: the mask of {self.name} must select some entries and leave out some.")
+        if not 0 <= margin < math.inf:
+            raise InvalidInput(f"keeps_top: margin must be at least 0 and finite, not {margin}.")
         return TopMask(self, flat, margin, name or f"top {int(flat.sum())} of {self.name}")
 
 
@@ -399,7 +401,7 @@ class Classified:
 
 
 def _numbers(value: Tensor | float) -> Tensor:
-    return torch.as_tensor(value, dtype=torch.float64).detach().reshape(-1)
+    return torch.as_tensor(value, dtype=torch.float64).detach().reshape(-1).clone()
 
 
 Constraint = Bounded | Normalised | TopMask | Classified

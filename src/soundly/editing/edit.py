@@ -249,7 +249,9 @@ def _solve_and_prove(
             if change is None:
                 seconds["solve"] += time.perf_counter() - started
                 if status == "limit":
-                    return failed("limit", "the time limit was reached before the program was solved")
+                    late = time.perf_counter() > solver.deadline
+                    why = "the time limit was reached" if late else "the solver did not reach the accuracy it needs"
+                    return failed("limit", f"{why} before the program was solved")
                 if caution > 1:
                     break  # feasible, but not with margins as wide as the storage type would need
                 return failed("infeasible", status, conflict)
@@ -267,7 +269,18 @@ def _solve_and_prove(
                 delta = {c: moved[c] for c in program.edited}
                 new = _edited(model, trunk, certificate)
                 return Edit(
-                    "proved", new, certificate, "", delta, rows, before, result.proven, (), smallest, dict(seconds), result
+                    "proved",
+                    new,
+                    certificate,
+                    "",
+                    delta,
+                    rows,
+                    before,
+                    result.proven,
+                    (),
+                    smallest,
+                    dict(seconds),
+                    result,
                 )
             continue
         break

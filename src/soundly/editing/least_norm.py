@@ -20,7 +20,9 @@ Array = NDArray[Any]
 
 FEASIBLE = 1e-13  # a row is violated when it is missed by more than this, relative to the length of the point
 ACCEPTED = 1e-9  # the largest relative violation with which a point may still be called optimal
-DEPENDENT = 1e-13  # a row this close to the span of others, relative to its coefficients there, counts as dependent on them
+DEPENDENT = (
+    1e-13  # a row this close to the span of others, relative to its coefficients there, counts as dependent on them
+)
 EMPTY_RADIUS = 1e6  # "infeasible" excludes all points up to this many times the distance of the farthest single row
 PATIENCE = 8  # rounds of whole-set exchange without fewer wrong rows before it is given up
 STALLED = 50  # single exchanges without progress above rounding before giving up
@@ -50,7 +52,9 @@ class Nearest:
     steps: int
 
 
-def nearest_point(rows: Tensor, lower: Tensor, upper: Tensor, *, side: Tensor | None = None, deadline: float = np.inf) -> Nearest:
+def nearest_point(
+    rows: Tensor, lower: Tensor, upper: Tensor, *, side: Tensor | None = None, deadline: float = np.inf
+) -> Nearest:
     """Find the point nearest to the origin with lower <= rows d <= upper, or prove that there is none.
 
     The dual active-set method of Goldfarb and Idnani ("A numerically stable dual method for solving strictly convex quadratic
@@ -88,7 +92,9 @@ def nearest_point(rows: Tensor, lower: Tensor, upper: Tensor, *, side: Tensor | 
                 fresh = True
                 continue
             missed = float(np.max(np.maximum(low - value, value - high), initial=0.0))
-            return Nearest(point, active.side, active.spread(multipliers), None, missed <= ACCEPTED * max(length, unit), step)
+            return Nearest(
+                point, active.side, active.spread(multipliers), None, missed <= ACCEPTED * max(length, unit), step
+            )
         stalled, best = (0, length) if length > best * (1 + 1e-14) else (stalled + 1, best)
         certificate = active.enter(worst, 1 if low[worst] > value[worst] else -1, excess[worst], multipliers, free)
         fresh = False

@@ -41,7 +41,14 @@ class Vertex:
 
 
 def smallest_vertex(
-    rows: Array, lower: Array, upper: Array, *, norm: Literal["l1", "linf"], nearest: Nearest, bound: float | None, deadline: float
+    rows: Array,
+    lower: Array,
+    upper: Array,
+    *,
+    norm: Literal["l1", "linf"],
+    nearest: Nearest,
+    bound: float | None,
+    deadline: float,
 ) -> Vertex:
     """Minimise the norm of d over lower <= rows d <= upper and |d_j| <= bound, given the solution in the Euclidean norm.
 
@@ -61,7 +68,9 @@ def smallest_vertex(
     while len(new):
         block = rows[new]
         sparse = csr_matrix(np.hstack([block, -block] if norm == "l1" else [block, -block.sum(axis=1, keepdims=True)]))
-        solver.addRows(len(new), lower[new] / unit, upper[new] / unit, sparse.nnz, sparse.indptr[:-1], sparse.indices, sparse.data)
+        solver.addRows(
+            len(new), lower[new] / unit, upper[new] / unit, sparse.nnz, sparse.indptr[:-1], sparse.indices, sparse.data
+        )
         entered = np.append(entered, new)
         solver.setOptionValue("time_limit", solver.getRunTime() + min(max(0.0, deadline - time.monotonic()), 1e9))
         solver.run()

@@ -98,7 +98,12 @@ def least_change(
         used = torch.from_numpy(found.certificate != 0).to(kept.device)
         return _infeasible(tuple(kept[used[: len(kept)]].tolist()), bool(used[len(kept) :].any()), found.steps)
     delta = whiten(torch.from_numpy(found.point).to(rows.device))
-    side, steps, finished, floor = found.side[: len(kept)], found.steps, found.finished, float(found.point @ found.point)
+    side, steps, finished, floor = (
+        found.side[: len(kept)],
+        found.steps,
+        found.finished,
+        float(found.point @ found.point),
+    )
     if norm != "l2":
         floor = math.sqrt(floor / (1 if norm == "l1" else rows.shape[1]))
         if finished and delta.any():
@@ -198,7 +203,9 @@ def _check(
     if rows.ndim != 2 or rows.shape[1] == 0:
         raise InvalidInput(f"rows has shape {tuple(rows.shape)}; it must be [m, n] with n > 0.")
     if lower.shape != rows.shape[:1] or upper.shape != rows.shape[:1]:
-        raise InvalidInput(f"lower {tuple(lower.shape)} and upper {tuple(upper.shape)} must have one entry per row: [{len(rows)}].")
+        raise InvalidInput(
+            f"lower {tuple(lower.shape)} and upper {tuple(upper.shape)} must have one entry per row: [{len(rows)}]."
+        )
     if norm not in ("l2", "l1", "linf"):
         raise InvalidInput(f'norm is {norm!r}; choose "l2", "l1" or "linf".')
     if bound is not None and not 0 < bound < math.inf:
@@ -208,8 +215,12 @@ def _check(
     if retain is None:
         return
     if norm != "l2":
-        raise InvalidInput(f'retain needs norm="l2", not {norm!r}: drop retain, or state what must be kept as rows with lower and upper.')
+        raise InvalidInput(
+            f'retain needs norm="l2", not {norm!r}: drop retain, or state what must be kept as rows with lower and upper.'
+        )
     if retain.ndim != 2 or retain.shape[1] != rows.shape[1] or len(retain) == 0:
-        raise InvalidInput(f"retain has shape {tuple(retain.shape)}; it must be [r, {rows.shape[1]}] with r > 0, like rows.")
+        raise InvalidInput(
+            f"retain has shape {tuple(retain.shape)}; it must be [r, {rows.shape[1]}] with r > 0, like rows."
+        )
     if not 0 <= retain_weight < math.inf:
         raise InvalidInput(f"retain_weight is {retain_weight}; it must be finite and not negative.")

@@ -66,6 +66,8 @@ def integrated_gradients(network: Network, *, of: int | Sequence[int], baseline:
     x = network.input
     if tuple(baseline.shape) != x.shape:
         raise InvalidInput(f"baseline has shape {tuple(baseline.shape)}, but the input has {x.shape}.")
+    if not bool(torch.isfinite(baseline).all()):
+        raise InvalidInput("baseline must consist of finite numbers.")
     if steps < 1:
         raise InvalidInput(f"steps must be at least 1, not {steps}.")
     start = Constant("baseline", x.shape)()
@@ -77,7 +79,7 @@ def integrated_gradients(network: Network, *, of: int | Sequence[int], baseline:
         parts.append(rebuild([slope], lambda old, new, at=between: at if old is x else new)[slope])  # type: ignore[misc]
     average = Combine(tuple(float(w) / 2 for w in weights))(*parts)
     result = multiply(subtract(x, start), average)
-    values = {**network.values, start: baseline.detach().to(network.dtype)}
+    values = {**network.values, start: baseline.detach().to(network.dtype, copy=True)}
     grown = replace(
         network, outputs=(result,), values=values, places={}, name=f"Integrated Gradients of {network.name}"
     )

@@ -268,7 +268,7 @@ def _conv_transpose(
 # -- normalisation
 
 
-@rule("batch_norm", "_native_batch_norm_legit_no_training", "_batch_norm_with_update", "cudnn_batch_norm")
+@rule("cudnn_batch_norm")
 def _batch_norm(leaf: Leaf, x: Node, weight: Any, bias: Any, running_mean: Any, running_var: Any, *args: Any) -> Value:
     eps = args[-1] if isinstance(args[-1], float) else args[-2]
     if running_mean is None or running_var is None or (args and args[0] is True):

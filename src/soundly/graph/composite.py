@@ -141,7 +141,8 @@ class Softmax(Composite):
             growth = torch.exp(others.unsqueeze(i) - own.unsqueeze(i + 1))
             total = torch.where(counted, growth, torch.zeros_like(growth)).sum(i + 1)
             ends.append(torch.where(keep, 1 / (1 + total), torch.zeros_like(own)))
-        # Each exponential inherits the rounding of its exponent, the sum that of n terms; twice, for our value and theirs.
+        # Each exponential inherits the rounding of its exponent, the sum that of n terms; twice, for our value and
+        # theirs.
         spread = upper.amax(i, keepdim=True) - lower.amin(i, keepdim=True)
         slack = 4 * unit * (n + 8 + spread)
         tiny = torch.finfo(lower.dtype).tiny  # what underflow may lose

@@ -96,7 +96,7 @@ class Elementwise(Op):
         for lower, upper, piece in zip(ends, ends[1:], self.derivative.pieces, strict=False):
             grid = _SCAN[(lower < _SCAN) & (upper > _SCAN)]
             if self.ring.period:
-                # From an arbitrary point, and a step more than a period: a crossing at the seam lies between two points.
+                # A step more than a period, so that a crossing at the seam lies between two points.
                 grid = torch.linspace(-1.0, 4097 / 4096 * self.ring.period - 1.0, 4098, dtype=torch.float64)
             excess = self.ring.evaluate(piece, grid) - slope
             # Where the value drowns in its own rounding error (saturated tails), its sign says nothing.

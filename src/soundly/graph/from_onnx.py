@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -163,7 +164,10 @@ class _Reader:
                 )
             self.assumed += [f"{name}: {d} = 1" for d in dims[:1] if isinstance(d, str)]
             shape = tuple(1 if isinstance(d, str) else d for d in dims)
-        node = Input(name, self.room(shape))()
+        try:
+            node = Input(name, self.room(shape))()
+        except ModelFileError as error:
+            raise ModelFileError(f"{where}: {error}.") from error
         self.varying.add(node)
         self.values[name] = Value(name, dtype, shape, node=node)
         return node
@@ -246,7 +250,10 @@ class _Reader:
             origin = self.origins.get(old, "")
             return node if origin == node.origin else Node(node.op, node.inputs, node.shape, origin)
 
-        return simplify(renamed(network, rebuild(network.outputs, located)))
+        network = simplify(renamed(network, rebuild(network.outputs, located)))
+        if not network.values:  # a network without values would forget its floating type
+            network = replace(network, values={Constant("floating type", (0,))(): torch.zeros(0, dtype=self.dtype)})
+        return network
 
     def _call(self, proto: onnx.NodeProto, origin: str) -> dict[str, Value]:
         """Reads one operation; every failure names the file and the operation."""

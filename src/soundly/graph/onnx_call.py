@@ -20,7 +20,7 @@ from soundly.graph.node import Node, Shape
 Array = np.ndarray[Any, Any]
 Result = Any
 """A node, an array, or a list of these and of None for outputs that are not available."""
-INDICES = 2**24
+INDICES = 2**22
 """The most positions that one operation may gather."""
 
 FLOAT, INT, BOOL = np.dtype(np.float32), np.dtype(np.int64), np.dtype(np.bool_)

@@ -72,7 +72,7 @@ class Ring:
         return total
 
     def evaluate(self, p: Polynomial, x: Tensor, *, absolute: bool = False) -> Tensor:
-        """The polynomial at x; with `absolute` the sum of its terms' absolute values, which scales its rounding error."""
+        """The polynomial at x; with `absolute` the sum of its terms' absolute values: the scale of its rounding error."""
         needed = [any(e[i] for e, _ in p) for i in range(len(self.rules) + 1)]
         bases = self.bases(x) if any(needed[1:]) else (x,) * len(self.rules)
         values = [v.abs() if absolute else v for v in (x, *bases)]
@@ -99,7 +99,7 @@ def _softplus(x: Tensor) -> Tensor:
 
 
 def _gauss(rate: float) -> Callable[[Tensor], Tensor]:
-    """exp(-rate x^2) to a few units in the last place: rounding x^2 alone would cost |rate x^2| of them in the tails."""
+    """exp(-rate x^2) to a few units in the last place; rounding x^2 alone would cost |rate x^2| of them."""
 
     def base(x: Tensor) -> Tensor:
         x = x.clamp(-40, 40)  # beyond which it is 0

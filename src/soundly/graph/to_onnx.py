@@ -322,9 +322,9 @@ def _conv_kernel(w: _Writer, node: Node, x: str, y: str) -> str:
 
 
 _NAMED: dict[Elementwise, str] = {
-    ew.RELU: "Relu", ew.ABS: "Abs", ew.SIGN: "Sign", ew.SIGMOID: "Sigmoid", ew.TANH: "Tanh", ew.EXP: "Exp",
-    ew.LOG: "Log", ew.SQRT: "Sqrt", ew.RECIPROCAL: "Reciprocal", ew.SIN: "Sin", ew.COS: "Cos", ew.ERF: "Erf", ew.ATAN: "Atan",
-    ew.SOFTPLUS: "Softplus", ew.GELU: "Gelu", ew.HARDSWISH: "HardSwish", ew.MISH: "Mish",
+    ew.RELU: "Relu", ew.ABS: "Abs", ew.ABS.derivative: "Sign", ew.SIGN: "Sign", ew.SIGMOID: "Sigmoid", ew.TANH: "Tanh", ew.EXP: "Exp",
+    ew.LOG: "Log", ew.SQRT: "Sqrt", ew.RECIPROCAL: "Reciprocal", ew.SIN: "Sin", ew.COS: "Cos", ew.ERF: "Erf",
+    ew.ATAN: "Atan", ew.SOFTPLUS: "Softplus", ew.GELU: "Gelu", ew.HARDSWISH: "HardSwish", ew.MISH: "Mish",
 }  # fmt: skip
 _SINCE = {"Gelu": 20, "Mish": 18}
 _SINGLE = ("Gelu", "HardSwish", "Mish")  # onnxruntime has these in float32 only
