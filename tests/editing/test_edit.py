@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import linprog, nnls
+from tests.editing.test_program import Values, gradcam, gradient, integrated, normalised, place_and_gradient
+from tests.editing.test_trunk import Cnn, Decoder, Mlp, Tied, made
 from torch import Tensor, nn
 
 import soundly
@@ -23,8 +25,6 @@ from soundly.editing.program import Program, compile_program
 from soundly.editing.trunk import trunk_of
 from soundly.errors import CertificateError, EditError, InvalidInput
 from soundly.graph.network import Network
-from tests.editing.test_program import Values, gradcam, gradient, integrated, normalised, place_and_gradient
-from tests.editing.test_trunk import Cnn, Decoder, Mlp, Tied, made
 
 editor = importlib.import_module("soundly.editing.edit")
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
@@ -398,7 +398,7 @@ def test_a_gradient_that_no_weight_moves_is_infeasible():
 
 
 def test_rows_without_room_for_the_storage_type_are_not_proved_in_it():
-    model, x = made(Mlp)
+    _, x = made(Mlp)
     for dtype, width in ((torch.float64, 1e-6), (torch.float32, 1e-3), (torch.bfloat16, 0.2)):
         m, y = made(Mlp)[0].to(dtype), x.to(dtype)
         fine = soundly.edit(m, [at(y).output(0).equals(0.7, tolerance=width)], layer="fc")

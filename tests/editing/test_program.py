@@ -1,7 +1,7 @@
 """Compiled rows against autograd, for any weights of the edited layer, and the decomposition into blocks.
 
-The decisive test: put other weights into the model, compute the constrained quantity with reverse-mode autograd, and find
-it in the rows. What holds for random weights holds for whatever the solver returns.
+The decisive test: put other weights into the model, compute the constrained quantity with reverse-mode autograd, and
+find it in the rows. What holds for random weights holds for whatever the solver returns.
 """
 
 import importlib
@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.editing.test_trunk import Cnn, Decoder, Mlp, made
 from torch import Tensor, nn
 
 import soundly
@@ -21,7 +22,6 @@ from soundly.editing.constraints import Constraint, Expression
 from soundly.editing.program import GRID, Program, compile_program
 from soundly.editing.trunk import trunk_of
 from soundly.errors import InvalidInput
-from tests.editing.test_trunk import Cnn, Decoder, Mlp, made
 
 compiler = importlib.import_module("soundly.editing.program")
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")

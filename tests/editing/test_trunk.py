@@ -305,7 +305,7 @@ def test_a_layer_that_is_unknown_or_not_linear_is_refused_with_those_there_are()
     for kind in ("graph", "module"):
         assert "'wide'" in refused(model, x, kind=kind, layer="wide")
         assert "'stem'" in refused(model, x, kind=kind, layer="stem")
-    with pytest.raises(InvalidInput, match="must be a soundly Network or an nn.Module"):
+    with pytest.raises(InvalidInput, match="must be a soundly Network"):
         trunk_of("model.onnx", "fc")
 
 

@@ -108,8 +108,8 @@ CASES: dict[str, Any] = {
     "Clip opset 7": lambda: one("Clip", (2, 3), min=-0.5, max=1.5, opset=7),
     # functions
     **{op: lambda op=op: one(op, (2, 3)) for op in (
-        "Relu Sigmoid Tanh Erf Softplus Sin Cos Tan Atan Exp Sign Softsign HardSigmoid HardSwish LeakyRelu Elu Selu Celu "
-        "Mish ThresholdedRelu Shrink Sinh Cosh Floor Ceil Round Identity Reciprocal"
+        "Relu Sigmoid Tanh Erf Softplus Sin Cos Tan Atan Exp Sign Softsign HardSigmoid HardSwish LeakyRelu Elu "
+        "Selu Celu Mish ThresholdedRelu Shrink Sinh Cosh Floor Ceil Round Identity Reciprocal"
     ).split()},
     "Gelu": lambda: one("Gelu", (2, 3), opset=20),
     "Gelu tanh": lambda: one("Gelu", (2, 3), approximate="tanh", opset=20),
@@ -181,7 +181,8 @@ CASES: dict[str, Any] = {
         {}, ["y"]),
     # reductions
     **{op: lambda op=op: one(op, (2, 3, 4), axes=[1], opset=11)
-       for op in "ReduceSum ReduceMean ReduceMax ReduceMin ReduceL1 ReduceL2 ReduceSumSquare ReduceLogSumExp ReduceProd".split()},
+       for op in "ReduceSum ReduceMean ReduceMax ReduceMin ReduceL1 ReduceL2 ReduceSumSquare ReduceLogSumExp "
+       "ReduceProd".split()},
     "ReduceSum operand": lambda: one("ReduceSum", (2, 3, 4), i(0, -1), keepdims=0),
     "ReduceSum all": lambda: one("ReduceSum", (2, 3, 4)),
     "ReduceSum none": lambda: one("ReduceSum", (2, 3, 4), i(), noop_with_empty_axes=1),

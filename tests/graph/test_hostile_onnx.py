@@ -45,7 +45,7 @@ def small() -> Any:
     nodes = [
         ("Conv", ["x", "w", "b"], ["c"], {"pads": [1, 1, 1, 1], "strides": [2, 2]}),
         ("Relu", ["c"], ["r"], {}),
-        ("MaxPool", ["r"], ["p"], {"kernel_shape": [2, 2]}),
+        ("MaxPool", ["r"], ["p"], {"kernel_shape": [2, 2], "strides": [2, 2]}),
         ("Reshape", ["p", "s"], ["flat"], {}),
         ("Gemm", ["flat", "m"], ["g"], {}),
         ("Softmax", ["g"], ["y"], {"axis": 1}),
@@ -214,7 +214,8 @@ BOMBS: dict[str, Any] = {
     "Tile": [("Tile", ["x", "nn"], ["y"], {})],
     "Pad": [("Pad", ["x", "pads"], ["y"], {})],
     "Pad reflect": [("Pad", ["x", "pads"], ["y"], {"mode": "reflect"})],
-    "Range": [("Range", ["zero", "big", "step"], ["r"], {}), ("Cast", ["r"], ["c"], {"to": 1}), ("Add", ["x", "c"], ["y"], {})],
+    "Range": [("Range", ["zero", "big", "step"], ["r"], {}), ("Cast", ["r"], ["c"], {"to": 1}), ("Add", ["x", "c"],
+        ["y"], {})],
     "Range of nothing": [("Range", ["zero", "big", "zero"], ["r"], {}), ("Cast", ["r"], ["y"], {"to": 1})],
     "OneHot": [("ArgMax", ["x"], ["k"], {"axis": 1}), ("OneHot", ["k", "big1", "ends"], ["y"], {})],
     "broadcast": [
@@ -230,12 +231,14 @@ BOMBS: dict[str, Any] = {
         ("Add", ["x", "t40"], ["y"], {}),
     ],
     "outer product": [
-        ("ConstantOfShape", ["m"], ["a"], {}), ("Unsqueeze", ["a", "axis"], ["b"], {}), ("Unsqueeze", ["a", "zero1"], ["d"], {}),
+        ("ConstantOfShape", ["m"], ["a"], {}), ("Unsqueeze", ["a", "axis"], ["b"], {}), ("Unsqueeze", ["a", "zero1"],
+        ["d"], {}),
         ("MatMul", ["b", "d"], ["c"], {}), ("ReduceSum", ["c"], ["s"], {"keepdims": 0}), ("Add", ["x", "s"], ["y"], {}),
     ],
 }  # fmt: skip
 FIXED = {
-    "n": i(BIG), "nn": i(1, BIG), "pads": i(0, BIG, 0, 0), "zero": np.array(0, I64), "big": np.array(BIG, I64), "one": f(1),
+    "n": i(BIG), "nn": i(1, BIG), "pads": i(0, BIG, 0, 0), "zero": np.array(0, I64), "big": np.array(BIG, I64),
+        "one": f(1),
     "step": np.array(1, I64), "big1": i(BIG), "ends": f(0, 1), "m": i(10**6), "axis": i(1), "zero1": i(0),
 }  # fmt: skip
 
@@ -321,6 +324,10 @@ def test_external_data_that_does_not_fit(key: str, value: str, tmp_path: Path) -
 
 
 # -- fuzzing
+
+
+def test_the_model_that_is_mutated_is_read() -> None:
+    assert attempt(small())
 
 
 def attempt(source: Any) -> bool:

@@ -1,9 +1,10 @@
 """The point of a polyhedron {lower <= rows d <= upper} nearest to the origin, by two active-set methods on the dual.
 
-At the optimum d = rows[active].T @ multipliers, so all the work is to find which rows are active. `guess_active` exchanges whole
-sets of rows and is right within a few rounds on most problems, but it may cycle. `nearest_point` starts from any guess, changes one row at a
-time, strictly raises the distance with each change and therefore ends: at the optimum, or with a Farkas certificate that there is no point.
-Rows are unit vectors here; every tolerance is relative to the length of the point sought.
+At the optimum d = rows[active].T @ multipliers, so all the work is to find which rows are active. `guess_active`
+exchanges whole sets of rows and is right within a few rounds on most problems, but it may cycle. `nearest_point`
+starts from any guess, changes one row at a time, raises the distance with each change and therefore ends: at the
+optimum, or with a Farkas certificate that there is no point. Rows are unit vectors here; tolerances are relative to
+the length of the point.
 """
 
 import time
@@ -20,7 +21,7 @@ Array = NDArray[Any]
 
 FEASIBLE = 1e-13  # a row is violated when it is missed by more than this, relative to the length of the point
 ACCEPTED = 1e-9  # the largest relative violation with which a point may still be called optimal
-DEPENDENT = 1e-13  # a row this close to the span of others, relative to its coefficients there, counts as dependent on them
+DEPENDENT = 1e-13  # a row this close to the span of others, relative to its coefficients there, counts as dependent
 EMPTY_RADIUS = 1e6  # "infeasible" excludes all points up to this many times the distance of the farthest single row
 PATIENCE = 8  # rounds of whole-set exchange without fewer wrong rows before it is given up
 STALLED = 50  # single exchanges without progress above rounding before giving up
@@ -31,13 +32,13 @@ class Nearest:
     """What `nearest_point` found.
 
     Attributes:
-        point: the last iterate [n]; None if there is no point. It is the nearest point of the polyhedron that the active
-            rows alone describe, so its length bounds the distance from below whether or not the other rows hold.
+        point: the last iterate [n]; None if there is no point. It is the nearest point of the polyhedron that the
+            active rows alone describe, so its length bounds the distance from below whether or not the others hold.
         side: per row [m], 1 where its lower end is active, -1 where its upper end is, 0 elsewhere.
-        multipliers: per row [m], with point = rows.T @ multipliers; nonnegative on lower ends, nonpositive on upper ends;
-            zeros if there is no point.
-        certificate: if there is no point, y [m] with rows.T @ y = 0 up to rounding and sum of max(y * lower, y * upper) > 0,
-            y >= 0 (<= 0) standing for a lower (upper) end. Its support is a circuit: leave out any row and the rest is consistent.
+        multipliers: per row [m], with point = rows.T @ multipliers; nonnegative on lower ends, nonpositive on upper
+            ends of rows with two different ends; zeros if there is no point.
+        certificate: if there is no point, y [m] with rows.T @ y = 0 up to rounding although y asks for more than 0: the
+            sum of y_i lower_i over y_i > 0 and of y_i upper_i over y_i < 0 is positive. None if there is a point.
         finished: False when time or numerical accuracy ran out before either answer.
         steps: rounds of both methods.
     """
@@ -50,18 +51,23 @@ class Nearest:
     steps: int
 
 
-def nearest_point(rows: Tensor, lower: Tensor, upper: Tensor, *, side: Tensor | None = None, deadline: float = np.inf) -> Nearest:
+def nearest_point(
+    rows: Tensor, lower: Tensor, upper: Tensor, *, side: Tensor | None = None, deadline: float = np.inf
+) -> Nearest:
     """Find the point nearest to the origin with lower <= rows d <= upper, or prove that there is none.
 
-    The dual active-set method of Goldfarb and Idnani ("A numerically stable dual method for solving strictly convex quadratic
-    programs", Mathematical Programming 27, 1983) with orthogonal factors of the active rows. It needs no regularity: repeated,
-    opposite and dependent rows are resolved by exchanging them at zero step length.
+    The dual active-set method with orthogonal factors of the active rows. It needs no regularity: repeated, opposite
+    and dependent rows are exchanged without moving the point. The active rows are independent, so the support of a
+    certificate is a circuit: leave out any of its rows and the others are consistent.
 
     Args:
         rows: unit rows [m, n], float64; products with them run on their device, the factors are kept on the CPU.
         lower, upper: ends [m], lower <= upper, infinite where there is none.
         side: rows to start from, as in `Nearest.side`.
         deadline: value of `time.monotonic()` after which to stop.
+
+    Reference: Goldfarb, Idnani, "A numerically stable dual method for solving strictly convex quadratic programs",
+    Mathematical Programming 27, 1983.
     """
     nothing = torch.zeros(len(rows), dtype=torch.int8, device=rows.device)
     start, rounds = guess_active(rows, lower, upper, nothing if side is None else side, deadline)
@@ -88,7 +94,8 @@ def nearest_point(rows: Tensor, lower: Tensor, upper: Tensor, *, side: Tensor | 
                 fresh = True
                 continue
             missed = float(np.max(np.maximum(low - value, value - high), initial=0.0))
-            return Nearest(point, active.side, active.spread(multipliers), None, missed <= ACCEPTED * max(length, unit), step)
+            finished = missed <= ACCEPTED * max(length, unit)
+            return Nearest(point, active.side, active.spread(multipliers), None, finished, step)
         stalled, best = (0, length) if length > best * (1 + 1e-14) else (stalled + 1, best)
         certificate = active.enter(worst, 1 if low[worst] > value[worst] else -1, excess[worst], multipliers, free)
         fresh = False
@@ -178,11 +185,13 @@ class _Active:
         return whole
 
 
-def excludes(y: Array, rows: Array, lower: Array, upper: Array, *, radius: float, norm: Literal["l2", "linf"] = "l2") -> bool:
+def excludes(
+    y: Array, rows: Array, lower: Array, upper: Array, *, radius: float, norm: Literal["l2", "linf"] = "l2"
+) -> bool:
     """Whether multipliers y [m] prove that no d of norm at most `radius` has lower <= rows d <= upper.
 
-    Such a d has (y rows) d >= gap, the sum of y_i times the end its sign asks for, but (y rows) d <= |y rows|* radius in the
-    dual norm. Both sides are rounded against the claim; a gap that is not finite proves nothing.
+    Such a d has (y rows) d >= gap, the sum of y_i times the end its sign asks for, but (y rows) d <= |y rows|* radius
+    in the dual norm. Both sides are rounded against the claim; a gap that is not finite proves nothing.
     """
     used = y != 0
     terms = y[used] * np.where(y > 0, lower, upper)[used]
@@ -195,13 +204,14 @@ def excludes(y: Array, rows: Array, lower: Array, upper: Array, *, radius: float
 def guess_active(rows: Tensor, lower: Tensor, upper: Tensor, side: Tensor, deadline: float) -> tuple[Tensor, int]:
     """Guess the active rows by exchanging all wrong ones at once (primal-dual active set).
 
-    Each round solves for the multipliers of the present set, lets go of those with the wrong sign and takes in all violated
-    rows. The matrix is regularised, so dependent rows are no obstacle, and the answer is only a guess.
+    Each round solves for the multipliers of the present set, lets go of those with the wrong sign and takes in all
+    violated rows. The matrix is regularised, so dependent rows are no obstacle, and the answer is only a guess.
 
     Returns:
         side [m] as in `Nearest.side` (the argument itself if the rounds lead nowhere), and the number of rounds.
 
-    Reference: Hintermueller, Ito, Kunisch, "The primal-dual active set strategy as a semismooth Newton method", SIAM J. Optim. 2002.
+    Reference: Hintermueller, Ito, Kunisch, "The primal-dual active set strategy as a semismooth Newton method",
+    SIAM Journal on Optimization 13, 2002.
     """
     gram, start, value = _Gram(rows), side, torch.zeros_like(lower)
     small = 1e-11 * float(torch.maximum(lower, -upper).clamp(min=0).max()) if len(rows) else 0.0

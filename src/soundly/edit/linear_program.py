@@ -1,8 +1,8 @@
-"""The smallest point of a polyhedron {lower <= rows d <= upper} in the sum or maximum norm, by linear programs (HiGHS).
+"""The smallest point of a polyhedron {lower <= rows d <= upper} in the sum or maximum norm, by linear programs.
 
-Two choices make dense rows affordable. Each norm is stated with few rows of its own: d = p - q with p, q >= 0 for the sum,
-d = s - t with 0 <= s <= 2t for the maximum. And the given rows enter when they are violated, the most violated first, from
-a warm start; so the value of each round bounds the optimum from below.
+Two choices make dense rows affordable. Each norm is stated with few rows of its own: d = p - q with p, q >= 0 for
+the sum, d = s - t with 0 <= s <= 2t for the maximum. And the given rows enter when they are violated, the most violated
+first, from a warm start; so the value of each round bounds the optimum from below. The solver is HiGHS.
 """
 
 import time
@@ -41,9 +41,16 @@ class Vertex:
 
 
 def smallest_vertex(
-    rows: Array, lower: Array, upper: Array, *, norm: Literal["l1", "linf"], nearest: Nearest, bound: float | None, deadline: float
+    rows: Array,
+    lower: Array,
+    upper: Array,
+    *,
+    norm: Literal["l1", "linf"],
+    nearest: Nearest,
+    bound: float | None,
+    deadline: float,
 ) -> Vertex:
-    """Minimise the norm of d over lower <= rows d <= upper and |d_j| <= bound, given the solution in the Euclidean norm.
+    """Minimise the norm of d over lower <= rows d <= upper and |d_j| <= bound, given the least Euclidean solution.
 
     Args:
         rows: unit rows [m, n].
@@ -90,11 +97,13 @@ def smallest_vertex(
     return Vertex(point if missed <= ACCEPTED * float(np.linalg.norm(point)) else None, side, lower_bound, rounds)
 
 
-def contradiction(rows: Array, lower: Array, upper: Array, *, nearest: Nearest, bound: float, deadline: float) -> Array | None:
+def contradiction(
+    rows: Array, lower: Array, upper: Array, *, nearest: Nearest, bound: float, deadline: float
+) -> Array | None:
     """Look for rows that no d with |d_j| <= bound satisfies, given the nearest point without the bound.
 
     Returns:
-        multipliers y [m], positive on lower and negative on upper ends, that `excludes` confirms; they come from an extreme
+        multipliers y [m], positive on lower and negative on upper ends, that `excludes` confirms; they are an extreme
         ray, so no row or bound they use can be left out. None if the rows are consistent or the search took too long.
     """
     n = rows.shape[1]
@@ -107,13 +116,14 @@ def contradiction(rows: Array, lower: Array, upper: Array, *, nearest: Nearest, 
         entered = np.append(entered, new)
         outcome = _run(solver, deadline)
         if outcome == highspy.HighsModelStatus.kInfeasible:
-            _, exists, ray = solver.getDualRay()
+            _, exists, ray = solver.getDualRay()  # type: ignore[attr-defined] # missing in highspy's stubs
             y = np.zeros(len(rows))
             y[entered] = np.where(np.abs(ray) > 1e-12 * np.max(np.abs(ray)), ray, 0.0) if exists else 0.0
             return next((z for z in (y, -y) if excludes(z, rows, lower, upper, radius=bound, norm="linf")), None)
         if outcome != OPTIMAL:
             return None
-        new = _violated(bound * np.array(solver.getSolution().col_value), rows, lower, upper, entered, TOLERANCE * bound)
+        point = bound * np.array(solver.getSolution().col_value)
+        new = _violated(point, rows, lower, upper, entered, TOLERANCE * bound)
     return None
 
 

@@ -1,8 +1,8 @@
 """The smallest change of the weights under which linear constraints hold: the numerical end of every edit.
 
-`least_change` minimises a norm of d subject to lower <= rows @ d <= upper. It scales the rows, chooses the method by the norm and
-measures the outcome against the rows as given. Its answers are candidates: whoever claims a guarantee evaluates the edited
-network with rounding accounted for, and therefore asks for a little more than needed when it states the rows.
+`least_change` minimises a norm of d subject to lower <= rows @ d <= upper. It scales the rows, chooses the method by
+the norm and measures the outcome against the rows as given. Its answers are candidates: whoever claims a guarantee
+evaluates the edited network with rounding accounted for, and so asks for a little more than needed when stating rows.
 """
 
 import math
@@ -27,18 +27,18 @@ class Solution:
     """The outcome of `least_change`.
 
     Attributes:
-        delta: the change [n]. With status "limit" the best candidate at hand, which may violate rows: see `residual`. None if
-            infeasible.
-        status: "optimal": every row holds up to `residual`, at most 1e-9 relative to |row| |delta|, and no smaller change does;
-            "infeasible": the rows of `conflict` contradict each other; "limit": neither was reached, for want of time or accuracy.
+        delta: the change [n]; None if infeasible. With status "limit" it is the best candidate at hand: with "l1" and
+            "linf" usually the admissible change of least "l2", otherwise one that violates rows. `residual` tells.
+        status: "optimal": every row holds up to 1e-9 |row| |delta|, and no smaller change does; "infeasible": the rows
+            of `conflict` contradict each other; "limit": neither was established, for want of time or accuracy.
         active: indices of the rows that hold with equality and determine delta.
-        conflict: if infeasible, indices of rows that cannot hold together: none of them can be left out, unless
-            other bounds |delta_j| <= bound than those used would replace it.
+        conflict: if infeasible, indices of rows that cannot hold together. None of them can be left out, unless
+            bounds |delta_j| <= bound on other entries take its place.
         bound_in_conflict: whether the contradiction needs the bound on |delta_j| besides the rows of `conflict`.
-        objective: the norm of delta; for "l2" its square, plus the retain term if there is one; inf if there is no delta.
+        objective: the norm of delta; for "l2" its square, plus the retain term if there is one; inf if infeasible.
         lower_bound: no admissible change has a smaller objective, up to the solver's accuracy; inf if infeasible.
-        iterations: rounds of the methods used.
-        residual: the largest violation of any row at delta, in the units of that row; inf if there is no delta.
+        iterations: rounds of all methods used.
+        residual: the largest violation of any row by delta, in the units of that row; inf if infeasible.
     """
 
     delta: Tensor | None
@@ -67,16 +67,16 @@ def least_change(
 
     Args:
         rows: coefficients [m, n], float64, on any device. Repeated, dependent and zero rows are allowed.
-        lower, upper: ends [m], float64; -inf and inf where there is none. A row with lower > upper is a conflict by itself.
+        lower, upper: ends [m], float64; -inf and inf where there is none. A row with lower > upper is a conflict.
         norm: "l2" minimises sum d_j^2 (fast, unique), "l1" sum |d_j| (few entries change), "linf" max |d_j|.
         bound: largest |d_j| allowed; kept exactly.
-        retain: features [r, n] whose values should change little: with norm "l2", retain_weight * mean((retain @ d)^2) is
-            added to the objective.
+        retain: features [r, n] whose values should change little: with norm "l2",
+            retain_weight * mean((retain @ d)^2) is added to the objective.
         time_limit: seconds after which to stop with status "limit".
 
     Returns:
-        A `Solution`. "infeasible" rests on multipliers, checked in float64, which exclude every change up to 1e6 times as long
-        as the one that the farthest single row needs.
+        A `Solution`. "infeasible" rests on multipliers, checked in float64 with rounding accounted for, which exclude
+        every change up to 1e6 times as long as the farthest single row asks for.
 
     Raises:
         InvalidInput: shapes, types or values do not fit, or `retain` comes with a norm other than "l2".
@@ -98,7 +98,8 @@ def least_change(
         used = torch.from_numpy(found.certificate != 0).to(kept.device)
         return _infeasible(tuple(kept[used[: len(kept)]].tolist()), bool(used[len(kept) :].any()), found.steps)
     delta = whiten(torch.from_numpy(found.point).to(rows.device))
-    side, steps, finished, floor = found.side[: len(kept)], found.steps, found.finished, float(found.point @ found.point)
+    side, steps, finished = found.side[: len(kept)], found.steps, found.finished
+    floor = float(found.point @ found.point)
     if norm != "l2":
         floor = math.sqrt(floor / (1 if norm == "l1" else rows.shape[1]))
         if finished and delta.any():
@@ -136,7 +137,7 @@ def _infeasible(conflict: tuple[int, ...], bound_in_conflict: bool, iterations: 
 def _nearest_within(
     rows: Tensor, low: Tensor, high: Tensor, whiten: Callable[[Tensor], Tensor], bound: float | None, deadline: float
 ) -> Nearest:
-    """The nearest point in whitened coordinates; entries that exceed the bound become further rows, behind the given ones."""
+    """The nearest point in whitened coordinates; entries beyond the bound become further rows, after the given ones."""
     entries = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
     white, scale = _unit(whiten(rows))
     ends = low / scale, high / scale
@@ -149,7 +150,7 @@ def _nearest_within(
         if not over.any():
             break
         if not held.any() and bound < 1.5 * float(delta.square().mean().sqrt()):
-            # A bound near the mean entry may contradict many rows at once, which takes `nearest_point` many small steps to see.
+            # A bound near the mean entry may contradict many rows at once: `nearest_point` needs many steps to see it.
             arrays = rows.cpu().numpy(), low.cpu().numpy(), high.cpu().numpy()
             y = contradiction(*arrays, nearest=found, bound=bound, deadline=deadline)
             if y is not None:
@@ -178,8 +179,8 @@ def _unit(rows: Tensor) -> tuple[Tensor, Tensor]:
 def _whitening(retain: Tensor | None, weight: float) -> Callable[[Tensor], Tensor]:
     """The map x -> x M^(-1/2) on rows, M = 1 + weight/r * retain.T @ retain: in its coordinates the objective is |d|^2.
 
-    With the eigenvalues s and eigenvectors u of retain @ retain.T (Woodbury), M^(-1/2) = 1 + retain.T u f(s) u.T retain where
-    f(s) = ((1 + cs)^(-1/2) - 1) / s, c = weight/r. No n x n matrix is formed.
+    With c = weight/r, the eigenvalues s and eigenvectors u of retain @ retain.T, as in Woodbury's identity,
+    M^(-1/2) = 1 + retain.T u f(s) u.T retain where f(s) = ((1 + cs)^(-1/2) - 1) / s. No n x n matrix is formed.
     """
     if retain is None:
         return lambda x: x
@@ -210,7 +211,8 @@ def _check(
     if rows.ndim != 2 or rows.shape[1] == 0:
         raise InvalidInput(f"rows has shape {tuple(rows.shape)}; it must be [m, n] with n > 0.")
     if lower.shape != rows.shape[:1] or upper.shape != rows.shape[:1]:
-        raise InvalidInput(f"lower {tuple(lower.shape)} and upper {tuple(upper.shape)} must have one entry per row: [{len(rows)}].")
+        shapes = f"lower {tuple(lower.shape)} and upper {tuple(upper.shape)}"
+        raise InvalidInput(f"{shapes} must have one entry per row: [{len(rows)}].")
     if norm not in ("l2", "l1", "linf"):
         raise InvalidInput(f'norm is {norm!r}; choose "l2", "l1" or "linf".')
     if bound is not None and not 0 < bound < math.inf:
@@ -220,8 +222,10 @@ def _check(
     if retain is None:
         return
     if norm != "l2":
-        raise InvalidInput(f'retain needs norm="l2", not {norm!r}: drop retain, or state what must be kept as rows with lower and upper.')
+        raise InvalidInput(
+            f'retain needs norm="l2", not {norm!r}: drop it, or state what to keep as rows with two ends.'
+        )
     if retain.ndim != 2 or retain.shape[1] != rows.shape[1] or len(retain) == 0:
-        raise InvalidInput(f"retain has shape {tuple(retain.shape)}; it must be [r, {rows.shape[1]}] with r > 0, like rows.")
+        raise InvalidInput(f"retain has shape {tuple(retain.shape)}; it must be [r, {rows.shape[1]}] with r > 0.")
     if not 0 <= retain_weight < math.inf:
         raise InvalidInput(f"retain_weight is {retain_weight}; it must be finite and not negative.")

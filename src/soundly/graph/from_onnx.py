@@ -251,7 +251,7 @@ class _Reader:
             return node if origin == node.origin else Node(node.op, node.inputs, node.shape, origin)
 
         network = simplify(renamed(network, rebuild(network.outputs, located)))
-        if not network.values:  # a network without values would forget its floating type
+        if not network.values and self.dtype != torch.get_default_dtype():  # it would forget its floating type
             network = replace(network, values={Constant("floating type", (0,))(): torch.zeros(0, dtype=self.dtype)})
         return network
 

@@ -72,7 +72,7 @@ class Ring:
         return total
 
     def evaluate(self, p: Polynomial, x: Tensor, *, absolute: bool = False) -> Tensor:
-        """The polynomial at x; with `absolute` the sum of its terms' absolute values: the scale of its rounding error."""
+        """The polynomial at x; with `absolute` the sum of its terms' absolute values, the scale of its rounding."""
         needed = [any(e[i] for e, _ in p) for i in range(len(self.rules) + 1)]
         bases = self.bases(x) if any(needed[1:]) else (x,) * len(self.rules)
         values = [v.abs() if absolute else v for v in (x, *bases)]

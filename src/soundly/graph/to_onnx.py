@@ -322,7 +322,8 @@ def _conv_kernel(w: _Writer, node: Node, x: str, y: str) -> str:
 
 
 _NAMED: dict[Elementwise, str] = {
-    ew.RELU: "Relu", ew.ABS: "Abs", ew.ABS.derivative: "Sign", ew.SIGN: "Sign", ew.SIGMOID: "Sigmoid", ew.TANH: "Tanh", ew.EXP: "Exp",
+    ew.RELU: "Relu", ew.ABS: "Abs", ew.ABS.derivative: "Sign", ew.SIGN: "Sign", ew.SIGMOID: "Sigmoid",
+    ew.TANH: "Tanh", ew.EXP: "Exp",
     ew.LOG: "Log", ew.SQRT: "Sqrt", ew.RECIPROCAL: "Reciprocal", ew.SIN: "Sin", ew.COS: "Cos", ew.ERF: "Erf",
     ew.ATAN: "Atan", ew.SOFTPLUS: "Softplus", ew.GELU: "Gelu", ew.HARDSWISH: "HardSwish", ew.MISH: "Mish",
 }  # fmt: skip
@@ -352,8 +353,11 @@ def _elementwise(w: _Writer, node: Node, x: str) -> str:
         ends = (*lower, -math.inf)[0], (*upper, math.inf)[0]
         if op.breaks and ends[0] < ends[1] and op == ew.clip(*ends):
             return w.emit("Clip", x, w.number(ends[0]) if lower else "", w.number(ends[1]) if upper else "")
-    if op.breaks == (0.0,) and op.pieces[1] == _IDENTITY and op == ew.leaky_relu(dict(op.pieces[0]).get((1,), 0.0)):
-        return w.emit("LeakyRelu", x, alpha=dict(op.pieces[0])[(1,)])
+    if op.breaks == (0.0,) and op.pieces[1] == _IDENTITY:
+        slope = dict(op.pieces[0]).get((1,), 0.0)
+        # Attributes are float32: a slope that is not must be written as a constant.
+        if op == ew.leaky_relu(slope) and w.dtype.type(np.float32(slope)) == w.dtype.type(slope):
+            return w.emit("LeakyRelu", x, alpha=slope)
     return _pieces(w, op, x, node.shape)
 
 
