@@ -73,6 +73,12 @@ class Sample:
     positive: bool
 
 
+def causal(scores: torch.Tensor) -> torch.Tensor:
+    """Attention weights as they are often written by hand."""
+    late = torch.ones(scores.shape[-2:]).triu(1) > 0
+    return scores.masked_fill(late, float("-inf")).softmax(-1)
+
+
 def case(name: str, function: Callable[..., Any], *shapes: tuple[int, ...], positive: bool = False) -> Sample:
     return Sample(name, function, shapes, positive)
 
@@ -120,6 +126,9 @@ FUNCTIONS = [
     case("comparisons", lambda x: ((x > 0.1) & (x < 1)).to(x.dtype) * x + (~(x >= 0.2)) * x + (x <= 0) * 3, (2, 3)),
     case("logical", lambda x: torch.logical_not(x > 0) * x + torch.logical_and(x > 0, x < 1) * x, (2, 3)),
     case("masked fill", lambda x: x.masked_fill(MASK, 7.0), (2, 3)),
+    case("hand-written causal attention", lambda x: causal(x) @ x, (3, 3)),
+    case("additive causal mask", lambda x: (x @ x.T + torch.full((3, 3), -torch.inf).triu(1)).softmax(-1) @ x, (3, 3)),
+    case("masks on masks", lambda x: causal(x.masked_fill(MASK[1], -torch.inf)), (2, 3, 3)),
     case("masked fill node", lambda x: x.masked_fill(x > 0, 7.0), (2, 3)),
     case("clamp", lambda x: x.clamp(-0.5, 0.7) + x.clamp(min=0.1) + x.clamp(max=0.2), (2, 3)),
     case("clamp tensors", lambda x, y: torch.clamp(x, min=y, max=y + 1), (2, 3), (3,)),
@@ -632,7 +641,8 @@ def test_an_unsupported_operation_is_named_with_its_place():
         lambda x: x + torch.tensor([torch.inf, 0.0, 0.0]),
         lambda x: F.batch_norm(x[None].T, None, None, training=True),
         lambda x: x.norm(3),
-        lambda x: (x[:, None] * x).masked_fill(torch.ones(3, 3).triu(1) > 0, -torch.inf).softmax(-1),
+        lambda x: (x[:, None] * x).masked_fill(torch.ones(3, 3).triu(1) > 0, -torch.inf).relu(),
+        lambda x: (x[:, None] * x).masked_fill(torch.ones(3, 3).triu(1) > 0, -torch.inf),
     ],
 )
 def test_forms_without_a_rule_are_refused(function):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -119,7 +120,12 @@ def _spread(value: int | Sequence[int], n: int) -> tuple[int, ...]:
 
 
 @rule("add")
-def _add(leaf: Leaf, a: Any, b: Any, *, alpha: float = 1) -> Node:
+def _add(leaf: Leaf, a: Any, b: Any, *, alpha: float = 1) -> Any:
+    for x, mask in ((a, b), (b, a)):
+        if isinstance(mask, Tensor) and isinstance(x, Node) and bool(torch.isneginf(mask).any()):
+            hidden = torch.isneginf(mask)
+            scores = _add(leaf, x, mask.masked_fill(hidden, 0.0))
+            return Masked(scores, ~hidden.expand(scores.shape))
     x, y = _pair(leaf, a, b)
     return add(x, y) if alpha == 1 else Combine((1.0, float(alpha)))(x, y)
 
@@ -224,10 +230,26 @@ def _where(leaf: Leaf, condition: Any, a: Any, b: Any) -> Node:
     return add(y, multiply(chosen, subtract(x, y)))
 
 
+@dataclass(frozen=True)
+class Masked:
+    """Scores of which only some count, the others being minus infinity: on the way to a softmax and of no other use."""
+
+    scores: Node
+    kept: Tensor
+
+    @property
+    def shape(self) -> Shape:
+        return self.scores.shape
+
+
 @rule("masked_fill")
-def _masked_fill(leaf: Leaf, x: Any, mask: Any, value: Any) -> Node:
-    if isinstance(value, float) and math.isinf(value):
-        raise ValueError("filling with an infinite value outside of attention")
+def _masked_fill(leaf: Leaf, x: Any, mask: Any, value: Any) -> Node | Masked:
+    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    if number == -math.inf and isinstance(mask, Tensor) and isinstance(x, (Node, Masked)):
+        scores, kept = (x.scores, x.kept) if isinstance(x, Masked) else (x, torch.ones(x.shape, dtype=torch.bool))
+        return Masked(scores, kept & ~mask.bool().expand(scores.shape))
+    if isinstance(number, float) and math.isinf(number):
+        raise ValueError("filling with an infinite value, other than minus infinity before a softmax")
     return _where(leaf, mask, value, x)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from soundly.graph import elementwise
-from soundly.graph.aten import RULES, Leaf, Rule, Value, _add, _axes, _axis, _drop, _mul, _spread, as_node, rule
+from soundly.graph.aten import RULES, Leaf, Masked, Rule, Value, _add, _axes, _axis, _drop, _mul, _spread, as_node, rule
 from soundly.graph.composite import MaxPool, Normalise, Softmax, maximum_over
 from soundly.graph.linear import (
     Combine,
@@ -120,8 +120,11 @@ RULES["max"], RULES["min"] = _max(1), _max(-1)
 
 
 @rule("softmax", "_softmax", "_safe_softmax")
-def _softmax(leaf: Leaf, x: Node, dim: int, *args: Any, **kwargs: Any) -> Node:
-    return Softmax(_axis(dim, len(x.shape)))(x)
+def _softmax(leaf: Leaf, x: Node | Masked, dim: int, *args: Any, **kwargs: Any) -> Node:
+    softmax = Softmax(_axis(dim, len(x.shape)))
+    if isinstance(x, Node):
+        return softmax(x)
+    return softmax(x.scores) if bool(x.kept.all()) else softmax(x.scores, leaf(x.kept.double(), "attention mask"))
 
 
 @rule("logsumexp")
@@ -196,17 +199,10 @@ def _attention(
 def _masked_softmax(leaf: Leaf, scores: Node, mask: Any) -> Node:
     last = len(scores.shape) - 1
     if mask is None:
-        return Softmax(last)(scores)
-    if isinstance(mask, Node):
-        return Softmax(last)(_add(leaf, scores, mask))
-    mask = mask.expand(scores.shape)
-    kept = mask if mask.dtype == torch.bool else ~torch.isneginf(mask)
-    if mask.dtype != torch.bool:
-        # A finite bias is added; an infinite one excludes the entry.
-        scores = _add(leaf, scores, torch.where(kept, mask, torch.zeros_like(mask)))
-    if bool(kept.all()):
-        return Softmax(last)(scores)
-    return Softmax(last)(scores, leaf(kept.double(), "attention mask"))
+        return _softmax(leaf, scores, last)
+    if isinstance(mask, Tensor) and mask.dtype == torch.bool:
+        return _softmax(leaf, Masked(scores, mask.expand(scores.shape)), last)
+    return _softmax(leaf, _add(leaf, scores, mask), last)
 
 
 @rule("conv1d", "conv2d", "conv3d")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from soundly.errors import CaptureError, CaptureMismatch, DynamicModel, InvalidInput, UnsupportedOp
-from soundly.graph.aten import Value, op_name, supported
+from soundly.graph.aten import Masked, Value, op_name, supported
 from soundly.graph.aten_layers import RULES
 from soundly.graph.differentiate import differentiate
 from soundly.graph.network import Network
@@ -166,6 +166,8 @@ def _lower(program: Any, name: str, examples: tuple[Tensor, ...]) -> tuple[Netwo
                         places[path] = value
         elif node.op == "output":
             results = [env[s.arg.name] for s in program.graph_signature.output_specs if s.kind.name == "USER_OUTPUT"]
+            if any(isinstance(r, Masked) for r in results):
+                raise UnsupportedOp(f"{name}: an output is masked with minus infinity and no softmax follows.")
             if not results or not all(isinstance(r, Node) for r in results):
                 raise CaptureError(f"{name}: an output does not depend on the floating-point inputs or weights.")
             return Network(tuple(inputs), tuple(r for r in results if isinstance(r, Node)), values, places, name), dtype
@@ -176,7 +178,7 @@ def _lower(program: Any, name: str, examples: tuple[Tensor, ...]) -> tuple[Netwo
 
 def _call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], origin: str, leaf: Any) -> Value:
     flat = torch.utils._pytree.tree_leaves((args, kwargs))
-    if not any(isinstance(a, Node) for a in flat):
+    if not any(isinstance(a, (Node, Masked)) for a in flat):
         with torch.no_grad():
             value: Value = target(*args, **kwargs)  # nothing varies: compute it now
         return _wide(value) if isinstance(value, Tensor) else value
@@ -188,7 +190,7 @@ def _call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], origin: st
         )
     try:
         value = rule(leaf, *args, **kwargs)
-    except (ValueError, TypeError, IndexError) as error:
+    except (ValueError, TypeError, IndexError, AttributeError) as error:
         raise UnsupportedOp(f"{target} at {origin} is used in a way soundly has no rule for: {error}") from error
     return _with_origin(value, origin)
 
