@@ -37,7 +37,8 @@ def resnet() -> nn.Module:
     """A small residual network on 64 x 64 images."""
     torch.manual_seed(0)
     stem = [nn.Conv2d(3, 64, 7, 2, 3), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
-    return nn.Sequential(*stem, *(Block(64) for _ in range(6)), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)]
+    return nn.Sequential(*stem, *(Block(64) for _ in range(6)), *head)
 
 
 def model() -> tuple[str, nn.Module, Tensor]:

@@ -212,8 +212,10 @@ def compare(
         Picture(heat(noisy, old), "Noisy, before the edit", f"{class_name(was)} {p_was:.2f}; gap {gaps[0]:.2f}"),
         Picture(heat(noisy, new), "Noisy, after the edit", f"{class_name(now)} {p_now:.2f}; gap {gaps[1]:.4f}"),
     ]
-    cosines = [cosine(m - m.mean(), target - target.mean()) for m in (old, new)]
-    return Row(noisy.name, pictures), (noisy.name, class_name(was), class_name(now), *cosines, *gaps)
+    centred = target - target.mean()
+    similar = [cosine(m - m.mean(), centred) for m in (old, new)]
+    figures = (noisy.name, class_name(was), class_name(now), similar[0], similar[1], gaps[0], gaps[1])
+    return Row(noisy.name, pictures), figures
 
 
 if __name__ == "__main__":

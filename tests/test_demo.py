@@ -1,4 +1,4 @@
-"""The demo does what the README says: it edits a real ImageNet network, proves the edit, and draws a page worth seeing."""
+"""The demo does what the README says: it edits a real ImageNet network, proves the edit, and draws a page."""
 
 import base64
 import importlib.util

@@ -83,6 +83,7 @@ def least_change(
     """
     _check(rows, lower, upper, norm, bound, retain, retain_weight, time_limit)
     deadline = time.monotonic() + (math.inf if time_limit is None else time_limit)
+    rows, lower, upper = rows.detach(), lower.detach(), upper.detach()
     whiten = _whitening(retain, retain_weight)
     unit_rows, scale = _unit(rows)
     low, high = lower / scale, upper / scale
@@ -113,7 +114,7 @@ def least_change(
 
     value = rows @ delta
     excess = torch.maximum(lower - value, value - upper).clamp(min=0.0)
-    exact = bool((excess <= ACCEPTED * torch.linalg.vector_norm(rows, dim=1) * torch.linalg.vector_norm(delta)).all())
+    exact = bool((excess <= ACCEPTED * scale * torch.linalg.vector_norm(delta)).all())
     objective = float(delta @ delta if norm == "l2" else delta.abs().sum() if norm == "l1" else delta.abs().max())
     if retain is not None:
         objective += retain_weight * float((retain @ delta).square().mean())

@@ -48,7 +48,7 @@ class Edit:
         delta: {class: change of its weights and bias [K + 1]}, float64, as stored; empty unless proved.
         rows, rows_before, proven: how many rows there are, how many held before the edit, how many are proven now.
         conflict: names of rows that contradict each other, if infeasible.
-        smallest: False if time ran out before no smaller change was known to exist; the constraints are proved all the same.
+        smallest: False if time ran out before it was known that no smaller change exists; the proof stands all the same.
         seconds: {"features", "solve", "check"}: wall-clock times of the three phases.
     """
 
@@ -102,7 +102,7 @@ def edit(
 
     Returns:
         An `Edit`. Its model holds the constraints in the layer's own storage type. What is proved: every row, over the
-        reals, for the features of the frozen part as computed here in its own type, and the weights as stored. If no such
+        reals, for the features of the frozen part as computed here in its own type and the weights as stored. If no such
         weights exist, the reason; never a best effort.
 
     Raises:

@@ -48,8 +48,10 @@ class Trunk(Protocol):
         ...
 
     def tangents(self, x: Tensor, place: str | None, directions: Tensor) -> Tensor:
-        """D h[d] for each direction d at a place: [m, *shape] to [m, positions, K], as float64; the shape of a direction
-        is that of the place's value, or broadcasts to it."""
+        """D h[d] for each direction d at a place: [m, *shape] to [m, positions, K], as float64.
+
+        The shape of a direction is that of the place's value, or broadcasts to it.
+        """
         ...
 
 

@@ -54,9 +54,9 @@ def from_onnx(
         source: a path (.onnx or .onnx.gz), the bytes of such a file, or a message in memory.
         example_shapes: a shape per input name, needed where the file leaves dimensions open. A leading dimension that
             is open is taken to be 1 if this is not given, and the network's name says so.
-        check: compare with onnxruntime, run on the same model, at three random inputs (one if an
-            evaluation takes seconds): to 1e-5 of the largest output
-            entry, or to the rounding that float32 shows against float64.
+        check: compare with onnxruntime, run on the same model, at three random inputs (one if an evaluation takes
+            seconds): to 1e-5 of the largest output entry, or to the rounding that float32 shows against float64, at
+            most 1e-2; half precision to 2e-2.
 
     Returns:
         A network whose parameters are the file's float weights by name, and whose places are its tensor names. It
