@@ -1,8 +1,8 @@
 """Least changes against references that share nothing with the solver.
 
-An optimum in the Euclidean norm is recognised by the Karush-Kuhn-Tucker conditions, checked from scratch on the change alone:
-scipy's non-negative least squares must write its gradient as a combination of active rows with the right signs. The other
-norms, feasibility and conflicts are compared with one plain, unsplit linear program (scipy.optimize.linprog).
+An optimum in the Euclidean norm is recognised by the Karush-Kuhn-Tucker conditions, checked from scratch on the change
+alone: scipy's non-negative least squares must write its gradient as a combination of active rows with the right signs.
+The other norms, feasibility and conflicts are compared with one plain, unsplit linear program (scipy.optimize.linprog).
 """
 
 import math
@@ -80,7 +80,7 @@ def consistent(problem: Problem, rows: tuple[int, ...], bound: float = INF) -> b
 
 
 def feasible_problem(seed: int, m: int, n: int) -> Problem:
-    """Rows around a known solution with every kind of degeneracy: repeated, opposite, dependent, zero, badly scaled, equal ends."""
+    """Rows around a known solution: repeated, opposite, dependent, zero, badly scaled; equal and missing ends."""
     draw = np.random.default_rng(seed)
     rows = draw.standard_normal((m, n))
     if seed % 2:  # rank at most 3
@@ -117,7 +117,7 @@ def integer_problem(seed: int, m: int, n: int) -> Problem:
 def gradcam_problem(
     images: int, n: int, *, eps: float = 0.05, seed: int = 0
 ) -> tuple[Problem, Array, list[Array], list[Array]]:
-    """Normalised Grad-CAM rows for one class on synthetic features; also the weights, the map operators and the targets."""
+    """Normalised Grad-CAM rows of one class on synthetic features; also the weights, map operators and targets."""
     draw = np.random.default_rng(seed)
     weights = 0.02 * draw.standard_normal(n)
     rows, lower, maps, targets = [], [], [], []

@@ -286,10 +286,24 @@ def test_a_map_that_satisfies_the_rows_is_near_and_a_near_map_satisfies_rows(tar
         assert holds(map_program(target, eps, extremes=own, spread=spread), values)
 
 
-@pytest.mark.parametrize("eps", [0.01, 0.25, 0.25 - 2**-40, 1 / 3, 2.0**-30, math.nextafter(0.5, 0)])
+@pytest.mark.parametrize(
+    "eps", [0.01, 0.25, 0.25 - 2**-40, 1 / 3, 2.0**-30, math.nextafter(0.125, 0), math.nextafter(0.5, 0)]
+)
 def test_corners_of_the_normalised_rows_are_inside(eps):
     # Targets at which target -+ eps meets 0, 1 or the grid, or rounds outwards.
-    corners = [0.0, eps, math.nextafter(eps, 1), 1 - eps, 0.5, eps + 2**-40, 1 / 3, 0.1, math.nextafter(1.0, 0), 1.0]
+    corners = [
+        0.0,
+        0.75,
+        eps,
+        math.nextafter(eps, 1),
+        1 - eps,
+        0.5,
+        eps + 2**-40,
+        1 / 3,
+        0.1,
+        math.nextafter(1.0, 0),
+        1.0,
+    ]
     target = torch.tensor(corners, dtype=torch.float64)
     program = map_program(target, eps)
     p, q = 0, len(target) - 1
@@ -506,6 +520,16 @@ def test_positions_of_one_input_do_not_mix():
     for position in (None, 4, -5):
         with pytest.raises(InvalidInput, match="positions"):
             compiled(model, x, [at(x, position=position).output(0).at_least(0)], False)
+
+
+def test_a_widened_network_integrates_in_float64_whatever_the_types_of_the_points():
+    model, x = made(Mlp)
+    x, start = x.float(), torch.randn(1, 4)
+    network = soundly.load(model.float(), x).to(torch.float64)
+    constraint = at(x).integrated_gradients(1, baseline=start, steps=3).within(-9, 9)
+    program = compile_program(trunk_of(network, "fc"), [constraint])
+    want = integrated(model.double().eval(), x.double(), start.double(), 1, 3)
+    torch.testing.assert_close(program.values(program.weights), want, rtol=1e-12, atol=1e-12)
 
 
 def test_sizes_and_outputs_that_do_not_fit_are_refused():

@@ -317,6 +317,8 @@ class Tied(nn.Module):
             self.fc.weight = self.embed.weight
         elif what == "bias":
             self.fc.bias = self.embed.bias
+        elif what == "memory of the bias":
+            self.fc.bias = nn.Parameter(self.embed.bias.detach())
         elif what == "memory":
             self.fc.weight = nn.Parameter(self.embed.weight.detach())
         elif what == "part of the memory":
@@ -331,7 +333,9 @@ class Tied(nn.Module):
         return self.fc(h + self.fc.weight.mean(0) if self.functional else h)
 
 
-@pytest.mark.parametrize("what", ["weight", "bias", "memory", "part of the memory", "buffer", "functional"])
+@pytest.mark.parametrize(
+    "what", ["weight", "bias", "memory", "memory of the bias", "part of the memory", "buffer", "functional"]
+)
 def test_a_layer_whose_weights_act_elsewhere_too_is_refused(what):
     torch.manual_seed(0)
     model, x = Tied(what), torch.randn(1, 6)

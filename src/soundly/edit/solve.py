@@ -180,17 +180,16 @@ def _unit(rows: Tensor) -> tuple[Tensor, Tensor]:
 def _whitening(retain: Tensor | None, weight: float) -> Callable[[Tensor], Tensor]:
     """The map x -> x M^(-1/2) on rows, M = 1 + weight/r * retain.T @ retain: in its coordinates the objective is |d|^2.
 
-    With c = weight/r, the eigenvalues s and eigenvectors u of retain @ retain.T, as in Woodbury's identity,
-    M^(-1/2) = 1 + retain.T u f(s) u.T retain where f(s) = ((1 + cs)^(-1/2) - 1) / s. No n x n matrix is formed.
+    M is 1 off the row space of retain; there its eigenvectors v [n, min(r, n)] come from factors of retain, without
+    inverting anything that may be singular. No n x n matrix is formed unless r > n.
     """
     if retain is None:
         return lambda x: x
-    basis = retain if len(retain) <= retain.shape[1] else torch.linalg.qr(retain, mode="r").R
-    values, vectors = torch.linalg.eigh(basis @ basis.T)
-    c = weight / len(retain)
-    root = torch.sqrt(1.0 + c * values.clamp(min=0.0))
-    core = (vectors * (-c / (root * (1.0 + root)))) @ vectors.T
-    return lambda x: x + ((x @ basis.T) @ core) @ basis
+    q, triangle = torch.linalg.qr(retain.detach().T)
+    values, vectors = torch.linalg.eigh(triangle @ triangle.T)
+    v = q @ vectors
+    shrinkage = 1.0 - torch.rsqrt(1.0 + weight / len(retain) * values.clamp(min=0.0))
+    return lambda x: x - ((x @ v) * shrinkage) @ v.T
 
 
 def _check(
