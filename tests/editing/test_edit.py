@@ -672,6 +672,20 @@ def test_models_keep_their_class_their_buffers_and_their_modes():
     assert torch.equal(x, kept) and not any(m._forward_hooks for m in [*model.modules(), *new.modules()])
 
 
+def test_a_model_whose_copy_still_calls_the_original_is_refused():
+    class Closed(Mlp):
+        def __init__(self) -> None:
+            super().__init__()
+            self.run = lambda x: self.fc(self.trunk(x))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.run(x)
+
+    model, x = made(Closed)
+    with pytest.raises(EditError, match="'fc'"):
+        soundly.edit(model, [at(x).output(1).at_least(2.0)], layer="fc")
+
+
 def test_networks_stay_as_they_were():
     model, x = made(Cnn)
     network = soundly.load(model, x)

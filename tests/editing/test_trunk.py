@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 
 import soundly
 from soundly.editing.trunk import GraphTrunk, ModuleTrunk, Trunk, trunk_of
-from soundly.errors import EditError, InvalidInput
+from soundly.errors import CaptureError, EditError, InvalidInput
 
 # Raised inside torch (2.13) the first time forward-mode differentiation is used.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
@@ -281,17 +281,20 @@ def test_shapes_after_the_layer_do_not_matter(after):
         torch.testing.assert_close(GraphTrunk(soundly.load(model, x), "fc").features(x), want, rtol=0, atol=1e-6)
 
 
-def test_a_bias_along_the_wrong_axis_is_not_the_layers():
+@pytest.mark.parametrize(
+    "change", [lambda b: b[:, None], torch.relu, torch.abs, torch.neg, lambda b: 2 * b, lambda b: b.flip(0), torch.mean]
+)
+def test_what_is_made_from_the_bias_is_not_the_bias(change):
     class Square(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.fc = nn.Linear(4, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            return F.linear(x.tanh(), self.fc.weight) + self.fc.bias[:, None]
+            return F.linear(x.tanh(), self.fc.weight) + change(self.fc.bias)
 
     torch.manual_seed(0)
-    assert "bias" in refused(Square().double(), torch.randn(1, 3, 4, dtype=torch.float64), kind="graph")
+    assert "'fc'" in refused(Square().double(), torch.randn(1, 3, 4, dtype=torch.float64), kind="graph")
 
 
 def test_a_layer_that_is_unknown_or_not_linear_is_refused_with_those_there_are():
@@ -355,9 +358,9 @@ def test_a_layer_in_a_common_block_of_memory_is_not_tied():
 
 
 class Twice(nn.Module):
-    def __init__(self, again: str) -> None:
+    def __init__(self, again: str, bias: bool) -> None:
         super().__init__()
-        self.a, self.fc, self.again = nn.Linear(4, 4), nn.Linear(4, 4), again
+        self.a, self.fc, self.again = nn.Linear(4, 4), nn.Linear(4, 4, bias=bias), again
 
     def forward(self, x: Tensor) -> Tensor:
         h = torch.tanh(self.a(x))
@@ -366,9 +369,10 @@ class Twice(nn.Module):
 
 @pytest.mark.parametrize("kind", ["graph", "module"])
 @pytest.mark.parametrize("again", ["nested", "side by side"])
-def test_a_layer_applied_twice_is_refused(kind, again):
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_applied_twice_is_refused(kind, again, bias):
     torch.manual_seed(0)
-    assert "'fc'" in refused(Twice(again), torch.randn(1, 4), kind=kind)
+    assert "'fc'" in refused(Twice(again, bias), torch.randn(1, 4), kind=kind)
 
 
 def test_a_layer_registered_under_two_names_is_refused_as_a_module():
@@ -403,6 +407,53 @@ def test_layers_that_only_look_like_a_linear_one_are_refused():
         model, x = made(Mlp)
         change(model)
         assert "'fc'" in refused(model, x, kind="graph"), change.__name__
+
+
+class Before(Mlp):
+    """What is before the layer, as the test wants it."""
+
+    def __init__(self, before) -> None:
+        super().__init__()
+        self.before = before
+
+    def trunk(self, x: Tensor) -> Tensor:
+        return self.before(self, x)
+
+
+def test_a_random_trunk_is_refused():
+    torch.manual_seed(0)
+    model, x = Before(lambda m, x: torch.dropout(m.b(m.a(x)), 0.5, True)), torch.randn(1, 4)
+    assert "random" in refused(model, x, kind="module")
+    with pytest.raises(CaptureError):
+        soundly.load(model, x)
+
+
+def test_a_trunk_that_overwrites_its_input_works_on_a_copy():
+    torch.manual_seed(0)
+    model, x = Before(lambda m, x: m.b(m.a(x.mul_(0.5)))).double(), torch.randn(1, 4, dtype=torch.float64)
+    kept = x.clone()
+    trunk = ModuleTrunk(model, "fc")
+    directions = torch.eye(4, dtype=torch.float64)[:, None]
+    for _ in range(2):
+        torch.testing.assert_close(trunk.features(x), model.b(model.a(0.5 * kept)).detach())
+        torch.testing.assert_close(trunk.tangents(x, None, directions)[:, 0], 0.5 * (model.b.weight @ model.a.weight).T)
+        assert torch.equal(x, kept)
+
+
+def test_a_layer_called_by_keyword_is_refused():
+    class Keyword(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(input=self.trunk(x))
+
+    torch.manual_seed(0)
+    assert "by position" in refused(Keyword(), torch.randn(1, 4), kind="module")
+
+
+def test_the_output_may_be_in_a_container_but_not_be_one_of_several():
+    torch.manual_seed(0)
+    x = torch.randn(1, 4)
+    assert ModuleTrunk(Mlp(lambda m, y: {"logits": y}), "fc").features(x).shape == (1, 6)
+    assert "'fc'" in refused(Mlp(lambda m, y: (y, y)), x, kind="module")
 
 
 class Places(nn.Module):

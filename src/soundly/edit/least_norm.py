@@ -21,7 +21,7 @@ Array = NDArray[Any]
 
 FEASIBLE = 1e-13  # a row is violated when it is missed by more than this, relative to the length of the point
 ACCEPTED = 1e-9  # the largest relative violation with which a point may still be called optimal
-DEPENDENT = 1e-13  # a row this close to the span of others, relative to its coefficients there, counts as dependent
+DEPENDENT = 1e-13  # a row this close to the span of others, in units of its coefficients there, counts as dependent
 EMPTY_RADIUS = 1e6  # "infeasible" excludes all points up to this many times the distance of the farthest single row
 PATIENCE = 8  # rounds of whole-set exchange without fewer wrong rows before it is given up
 STALLED = 50  # single exchanges without progress above rounding before giving up
@@ -52,7 +52,13 @@ class Nearest:
 
 
 def nearest_point(
-    rows: Tensor, lower: Tensor, upper: Tensor, *, side: Tensor | None = None, deadline: float = np.inf
+    rows: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    *,
+    side: Tensor | None = None,
+    noise: Tensor | None = None,
+    deadline: float = np.inf,
 ) -> Nearest:
     """Find the point nearest to the origin with lower <= rows d <= upper, or prove that there is none.
 
@@ -64,6 +70,8 @@ def nearest_point(
         rows: unit rows [m, n], float64; products with them run on their device, the factors are kept on the CPU.
         lower, upper: ends [m], lower <= upper, infinite where there is none.
         side: rows to start from, as in `Nearest.side`.
+        noise: relative error of each row [m] in units of a float64 rounding, at least 1; 1 if None. Rows that are
+            dependent up to their noise count as dependent.
         deadline: value of `time.monotonic()` after which to stop.
 
     Reference: Goldfarb, Idnani, "A numerically stable dual method for solving strictly convex quadratic programs",
@@ -75,7 +83,7 @@ def nearest_point(
     m, n = a.shape
     free = low == high  # the multiplier of an equality has either sign
     unit = max(0.0, float(np.max(low, initial=0.0)), float(np.max(-high, initial=0.0)))
-    active = _Active(a, low, high, start.cpu().numpy())
+    active = _Active(a, low, high, start.cpu().numpy(), np.ones(m) if noise is None else noise.cpu().numpy())
     active.restart()
     skip = np.zeros(m, dtype=bool)  # dependent rows that are missed by too little to prove anything
     best, stalled, fresh = -1.0, 0, True
@@ -111,15 +119,16 @@ def nearest_point(
 class _Active:
     """The active rows, linearly independent, with factors a[index].T = q @ r, q.T @ q = 1, r upper triangular."""
 
-    def __init__(self, a: Array, low: Array, high: Array, side: Array) -> None:
-        self.a, self.low, self.high, self.side = a, low, high, side.astype(np.int64)
+    def __init__(self, a: Array, low: Array, high: Array, side: Array, noise: Array) -> None:
+        self.a, self.low, self.high, self.side, self.noise = a, low, high, side.astype(np.int64), noise
 
     def restart(self) -> None:
         """Factorise afresh; drop rows until the rest is independent and every multiplier has the sign of its side."""
         self.index = np.flatnonzero(self.side)
         while True:
             self.q, self.r, order = qr(self.a[self.index].T, mode="economic", pivoting=True, check_finite=False)
-            rank = int(np.count_nonzero(np.abs(np.diag(self.r)) > 10 * DEPENDENT))
+            blurred = 10 * DEPENDENT * np.max(self.noise[self.index], initial=1.0)
+            rank = int(np.count_nonzero(np.abs(np.diag(self.r)) > blurred))
             self.index, self.q, self.r = self.index[order[:rank]], self.q[:, :rank], self.r[:rank, :rank]
             _, multipliers = self.solve()
             signed = multipliers * self.side[self.index]
@@ -140,7 +149,6 @@ class _Active:
 
         Returns a Farkas certificate if the row depends on active rows none of which gives way; else None.
         """
-        entering = 0.0
         while True:
             normal = sign * self.a[row]
             inside = self.q.T @ normal
@@ -154,13 +162,12 @@ class _Active:
             shrinking = (rate * side > 1e-13 * np.max(np.abs(rate), initial=0.0)) & ~free[self.index]
             ratio = np.full(len(rate), np.inf)
             ratio[shrinking] = np.maximum(multipliers * side, 0.0)[shrinking] / (rate * side)[shrinking]
-            dependent = distance <= DEPENDENT * (1.0 + float(np.abs(rate).sum()))
+            dependent = distance <= DEPENDENT * (self.noise[row] + np.abs(rate) @ self.noise[self.index])
             full = np.inf if dependent else excess / distance**2
             blocking = int(np.argmin(ratio)) if len(ratio) else -1
             if blocking < 0 or full <= ratio[blocking]:
                 break
             multipliers = multipliers - ratio[blocking] * rate
-            entering += ratio[blocking]
             excess -= 0.0 if dependent else ratio[blocking] * distance**2
             self.side[self.index[blocking]] = 0
             rank = len(self.index) - 1

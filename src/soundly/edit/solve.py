@@ -141,8 +141,8 @@ def _nearest_within(
     """The nearest point in whitened coordinates; entries beyond the bound become further rows, after the given ones."""
     entries = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
     white, scale = _unit(whiten(rows))
-    ends = low / scale, high / scale
-    found = nearest_point(white, *ends, deadline=deadline)
+    ends, noise = (low / scale, high / scale), 1.0 / scale  # what whitening shortens, it also blurs
+    found = nearest_point(white, *ends, noise=noise, deadline=deadline)
     steps = found.steps
     held = torch.zeros(len(entries), dtype=torch.bool, device=rows.device)
     while bound is not None and found.finished and found.point is not None:
@@ -161,8 +161,10 @@ def _nearest_within(
         further, scale = _unit(whiten(entries[over]))
         white = torch.cat([white, further])
         ends = torch.cat([ends[0], -bound / scale]), torch.cat([ends[1], bound / scale])
+        noise = torch.cat([noise, 1.0 / scale])
         side = np.concatenate([found.side, np.zeros(len(further), dtype=found.side.dtype)])
-        found = nearest_point(white, *ends, side=torch.from_numpy(side).to(rows.device), deadline=deadline)
+        start = torch.from_numpy(side).to(rows.device)
+        found = nearest_point(white, *ends, side=start, noise=noise, deadline=deadline)
         steps += found.steps
     return replace(found, steps=steps)
 

@@ -346,7 +346,10 @@ def weights_hash(weight: Tensor, bias: Tensor | None) -> str:
 
 def _edited(model: Network | nn.Module, trunk: Trunk, certificate: Certificate) -> Network | nn.Module:
     if isinstance(model, nn.Module):
-        return _edited_module(model, trunk.layer, certificate)
+        new = _edited_module(model, trunk.layer, certificate)
+        if isinstance(trunk, ModuleTrunk) and trunk.tried is not None:
+            ModuleTrunk(new, trunk.layer).try_other_weights(trunk.tried)  # a copy may still call the original's layer
+        return new
     weight, bias = _changed(trunk.weight, trunk.bias, certificate)
     name = f"{trunk.layer}.weight" if f"{trunk.layer}.weight" in model.parameters else trunk.layer
     return model.with_values({name: weight} | ({} if bias is None else {f"{trunk.layer}.bias": bias}))

@@ -215,7 +215,8 @@ class ModuleTrunk:
         self._head = head
         self.weight = head.weight.detach()
         self.bias: Tensor | None = None if head.bias is None else head.bias.detach()
-        self._modules, self._tried = modules, False
+        self._modules = modules
+        self.tried: Tensor | None = None
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:
@@ -234,6 +235,8 @@ class ModuleTrunk:
         def head_hook(m: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
             if "head" in seen:
                 raise EditError(f"layer {self.layer!r} is applied more than once in a call.")
+            if len(args) != 1:
+                raise EditError(f"layer {self.layer!r} must be called with its input alone, by position.")
             seen["head"], seen["logits"] = args[0].clone(), out.clone()  # what follows may write into them
 
         def place_hook(m: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
@@ -252,7 +255,7 @@ class ModuleTrunk:
         try:
             with self._frozen():
                 given = x if place is not None or put is None else put
-                out = torch.func.functional_call(self.module, weights or {}, (given,))
+                out = torch.func.functional_call(self.module, weights or {}, (given.clone(),))  # it may overwrite it
         finally:
             for hook in hooks:
                 hook.remove()
@@ -264,10 +267,10 @@ class ModuleTrunk:
             raise EditError(f"layer {self.layer!r} does not produce the output of {type(self.module).__name__}.")
         return {**seen, "out": tensors[0]}
 
-    def _try_other_weights(self, x: Tensor) -> None:
+    def try_other_weights(self, x: Tensor) -> None:
         """That the layer is last and its weights are used nowhere else, tried once with other weights in their place:
         features must not move, and output and layer's output must agree (also far away, where a clamp would act)."""
-        if self._tried:
+        if self.tried is not None:
             return
         with torch.no_grad():
             features = self._run(x)["head"]
@@ -281,13 +284,15 @@ class ModuleTrunk:
                 }
                 seen = self._run(x, weights=weights)
                 if not torch.equal(seen["head"], features):
-                    raise EditError(f"what is before layer {self.layer!r} uses its weights too. Untie (clone) them.")
+                    raise EditError(
+                        f"what is before layer {self.layer!r} is random or uses its weights too. Untie (clone) them."
+                    )
                 if not torch.equal(seen["logits"].double().reshape(-1), seen["out"].double().reshape(-1)):
                     raise EditError(f"layer {self.layer!r} is not the last operation: the output differs from its own.")
-        self._tried = True
+        self.tried = x
 
     def features(self, x: Tensor) -> Tensor:
-        self._try_other_weights(x)
+        self.try_other_weights(x)
         with torch.no_grad():
             seen = self._run(x)
         features: Tensor = seen["head"].reshape(-1, self.weight.shape[1]).double()
@@ -301,7 +306,7 @@ class ModuleTrunk:
         return value
 
     def tangents(self, x: Tensor, place: str | None, directions: Tensor) -> Tensor:
-        self._try_other_weights(x)
+        self.try_other_weights(x)
         here = self.value(x, place)
         try:
             here.new_empty(directions.shape[1:]).expand(here.shape)

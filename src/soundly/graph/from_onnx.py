@@ -253,9 +253,7 @@ class _Reader:
             return node if origin == node.origin else Node(node.op, node.inputs, node.shape, origin)
 
         network = simplify(renamed(network, rebuild(network.outputs, located)))
-        if not network.values and self.dtype != torch.get_default_dtype():  # it would forget its floating type
-            network = replace(network, values={Constant("floating type", (0,))(): torch.zeros(0, dtype=self.dtype)})
-        return network
+        return replace(network, like=torch.empty(0, dtype=self.dtype))
 
     def _call(self, proto: onnx.NodeProto, origin: str) -> dict[str, Value]:
         """Reads one operation; every failure names the file and the operation."""
