@@ -278,6 +278,7 @@ def test_every_single_exchange_raises_the_distance(monkeypatch: pytest.MonkeyPat
 
     def recorded(self: least_norm._Active) -> tuple[Array, Array]:
         point, multipliers = honest(self)
+        assert not lengths or (multipliers * self.side[self.index] >= -1e-12).all()
         lengths.append(float(np.linalg.norm(point)))
         return point, multipliers
 
@@ -312,6 +313,13 @@ def test_rows_that_only_a_very_long_change_satisfies_are_not_called_infeasible()
     assert bounded.status == "infeasible" and bounded.conflict == (0, 1) and bounded.bound_in_conflict
 
 
+def test_what_rounding_blurs_is_neither_solved_nor_called_infeasible() -> None:
+    rows = np.array([[1.0, 0.0], [1.0, 5e-14]])  # d = (1, -2e5) solves the problem below
+    problem = rows, np.array([1.0, -INF]), np.array([INF, 1.0 - 1e-8])
+    found = solve(problem)
+    assert found.status == "limit" and found.delta is not None and found.residual == pytest.approx(1e-8)
+
+
 def test_a_bound_that_contradicts_many_rows_at_once() -> None:
     problem, *_ = gradcam_problem(1, 200, seed=1)
     smallest = smallest_norm(problem, "linf")
@@ -343,14 +351,17 @@ def test_a_certificate_is_believed_only_if_it_excludes() -> None:
     assert not excludes(np.array([0.0, 0.0, 1.0]), rows, lower, upper, radius=1.5, norm="linf")
 
 
-def test_rows_within_a_bound_have_no_contradiction() -> None:
+def test_a_contradiction_exists_only_below_the_least_bound() -> None:
     (rows, lower, upper), *_ = gradcam_problem(1, 200, seed=1)
     size = np.linalg.norm(rows, axis=1)
     unit = rows / size[:, None], lower / size, upper / size
     nearest = nearest_point(*(torch.from_numpy(x) for x in unit))
     assert nearest.point is not None
-    bound = float(np.abs(nearest.point).max())
-    assert contradiction(*unit, nearest=nearest, bound=bound, deadline=INF) is None
+    smallest = smallest_norm((rows, lower, upper), "linf")
+    assert smallest is not None
+    assert contradiction(*unit, nearest=nearest, bound=1.01 * smallest, deadline=INF) is None
+    y = contradiction(*unit, nearest=nearest, bound=0.9 * smallest, deadline=INF)
+    assert y is not None and not consistent((rows, lower, upper), tuple(np.flatnonzero(y)), 0.9 * smallest)
 
 
 FAULTS = {

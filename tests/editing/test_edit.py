@@ -27,6 +27,7 @@ from soundly.errors import CertificateError, EditError, InvalidInput
 from soundly.graph.network import Network
 
 editor = importlib.import_module("soundly.editing.edit")
+search = importlib.import_module("soundly.editing.candidate")
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 
 
@@ -271,8 +272,8 @@ def _in_type(expression, dtype):
 
 def test_a_solver_that_ignores_the_bound_is_not_believed(monkeypatch):
     model, constraints, program = problem()
-    honest = editor.least_change
-    monkeypatch.setattr(editor, "least_change", lambda *args, bound, **options: honest(*args, bound=None, **options))
+    honest = search.least_change
+    monkeypatch.setattr(search, "least_change", lambda *args, bound, **options: honest(*args, bound=None, **options))
     result = soundly.edit(model, constraints, layer="fc", bound=0.9 * least(program, "linf"))
     assert result.status == "unproven" and result.model is None
 
@@ -458,7 +459,7 @@ def test_numbers_that_are_not_finite_prove_nothing(bad, where):
 
 def planted(fault):
     """A solver whose answers are changed by `fault`."""
-    honest = editor.least_change
+    honest = search.least_change
 
     def solver(*args, **options):
         solution = honest(*args, **options)
@@ -482,7 +483,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_wrong_answer_of_the_solver_is_never_proved(fault, monkeypatch):
     model, constraints, _ = problem()
-    monkeypatch.setattr(editor, "least_change", planted(FAULTS[fault]))
+    monkeypatch.setattr(search, "least_change", planted(FAULTS[fault]))
     result = soundly.edit(model, constraints, layer="fc")
     assert result.status in ("unproven", "limit") and result.model is None and result.certificate is None
     assert result.delta == {} and result.proven < result.rows and "time" not in result.reason
@@ -511,16 +512,16 @@ def test_a_wrong_block_is_never_proved(fault, monkeypatch):
 
 def test_a_wrong_answer_that_satisfies_the_rows_is_still_a_proof(monkeypatch):
     model, x = made(Mlp)
-    monkeypatch.setattr(editor, "least_change", planted(lambda d: 3 * d))
+    monkeypatch.setattr(search, "least_change", planted(lambda d: 3 * d))
     result = soundly.edit(model, [at(x).output(1).at_least(2.0)], layer="fc")
     assert float(deployed(result, model)(x)[0, 1].detach()) >= 2.0
 
 
 def test_a_solver_that_calls_a_feasible_program_infeasible_returns_nothing(monkeypatch):
     model, constraints, _ = problem()
-    honest = editor.least_change
+    honest = search.least_change
     monkeypatch.setattr(
-        editor,
+        search,
         "least_change",
         lambda *a, **o: dataclasses.replace(honest(*a, **o), delta=None, status="infeasible", conflict=(0,)),
     )
@@ -733,3 +734,28 @@ def test_a_tied_model_is_not_edited_through_its_untied_graph():
     assert result.status == "proved"
     with pytest.raises(EditError, match="embed"):
         result.applied_to(model, layer="fc")
+
+
+def test_two_maps_may_both_need_other_extremes():
+    """Each map's own extreme positions are contradicted by an output box; neighbours within eps of them are not."""
+    torch.manual_seed(3)
+    weight = torch.eye(4, dtype=torch.float64)[:1].repeat(2, 1)
+    layer = nn.Linear(4, 2).double()
+    with torch.no_grad():
+        layer.weight.copy_(weight + 0.1 * torch.randn_like(weight))
+        layer.bias.zero_()
+    model = nn.Sequential(nn.Identity(), layer)
+    point = at(torch.ones(1, 4, dtype=torch.float64))
+    target = torch.tensor([0.0, 0.02, 0.5, 1.0], dtype=torch.float64)
+    constraints = []
+    for c in (0, 1):
+        gradient = point.gradient(c)  # the row w_c itself
+        constraints.append(gradient.normalised_near(target, eps=0.1, spread=0.5))
+        difference = torch.tensor([[1.0, -1.0, 0.0, 0.0]], dtype=torch.float64)
+        constraints.append(gradient.combined(difference).at_least(0.01))  # entry 0 must not be the smallest
+    result = soundly.edit(model, constraints, layer="1")
+    assert result.status == "proved", result.reason
+    rows = result.model[1].weight.detach()
+    for row in rows:
+        scaled = (row - row.min()) / (row.max() - row.min())
+        assert float((scaled - target).abs().max()) <= 0.1 + 1e-12 and float(row[0] - row[1]) >= 0.01 - 1e-12

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import itertools
 import math
 import platform
 import time
@@ -23,14 +22,13 @@ from torch import Tensor, nn
 
 from soundly.certificate.check import CheckResult, check
 from soundly.certificate.format import Certificate, head_edit
-from soundly.editing.constraints import Constraint, Normalised
-from soundly.editing.program import Block, Program, compile_program
-from soundly.editing.solve import least_change
+from soundly.editing.candidate import Candidate, Failure, Norm, Search
+from soundly.editing.constraints import Constraint, Functional, Normalised, Point
+from soundly.editing.program import Program, compile_program
 from soundly.editing.trunk import ModuleTrunk, Trunk, trunk_of
 from soundly.errors import EditError, InvalidInput
 from soundly.graph.network import Network
 
-Norm = Literal["l2", "l1", "linf"]
 Status = Literal["proved", "infeasible", "unproven", "limit"]
 
 
@@ -39,31 +37,32 @@ class Edit:
     """The outcome of an edit.
 
     Attributes:
-        status: "proved": all rows hold, by the checker. "infeasible": no weights satisfy the rows (see `reason`).
+        status: "proved": all rows hold, by the checker. "infeasible": no weights satisfy the rows with the margins that
+            a proof needs, and other positions of the extremes of normalised maps did not help (see `reason`).
             "unproven": a candidate was found but not every row could be proven in the storage type.
             "limit": time ran out.
-        model: the edited model, of the class that was given (a copy); None unless proved.
-        certificate: the proof, None unless proved.
-        reason: why there is no model, in words: conflicting constraints by name, ranks, bounds.
-        delta: {class: change of its weights and bias [K + 1]}, float64, as stored; empty unless proved.
         rows, rows_before, proven: how many rows there are, how many held before the edit, how many are proven now.
-        conflict: names of rows that contradict each other, if infeasible.
-        smallest: False if time ran out before it was known that no smaller change exists; the proof stands all the same.
         seconds: {"features", "solve", "check"}: wall-clock times of the three phases.
+        model: the edited model, of the class that was given (a copy); None unless proved.
+        certificate, check: the proof, and what the checker said of it; None unless proved.
+        delta: {class: change of its weights and bias [K + 1]}, float64, as stored; empty unless proved.
+        smallest: False if time ran out before no smaller change was known to exist; the proof stands all the same.
+        reason: why there is no model, in words: conflicting constraints by name, ranks, bounds.
+        conflict: names of rows that contradict each other, if infeasible.
     """
 
     status: Status
-    model: Network | nn.Module | None
-    certificate: Certificate | None
-    reason: str
-    delta: dict[int, Tensor]
     rows: int
     rows_before: int
     proven: int
-    conflict: tuple[str, ...] = ()
-    smallest: bool = True
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float]
+    model: Network | nn.Module | None = None
+    certificate: Certificate | None = None
     check: CheckResult | None = None
+    delta: dict[int, Tensor] = field(default_factory=dict)
+    smallest: bool = False
+    reason: str = ""
+    conflict: tuple[str, ...] = ()
 
     def applied_to(self, module: nn.Module, *, layer: str) -> nn.Module:
         """A copy of a module with the edited rows in its layer: for edits of a captured network.
@@ -102,8 +101,8 @@ def edit(
 
     Returns:
         An `Edit`. Its model holds the constraints in the layer's own storage type. What is proved: every row, over the
-        reals, for the features of the frozen part as computed here in its own type and the weights as stored. If no such
-        weights exist, the reason; never a best effort.
+        reals, for the features of the frozen part as computed here in its own type and the weights as stored. If no
+        such weights are found, the reason; never a best effort.
 
     Raises:
         InvalidInput, EditError: the constraints do not fit the model, or the layer is not its last operation.
@@ -117,184 +116,83 @@ def edit(
         raise InvalidInput(f"bound must be positive and finite, not {bound}; None for no bound.")
     started = time.perf_counter()
     trunk = trunk_of(model, layer)
-    program = compile_program(trunk, constraints)
+    evaluated: dict[Functional | Point, Tensor] = {}
+    program = compile_program(trunk, constraints, evaluated=evaluated)
     kept = [torch.nn.functional.pad(trunk.features(x), (0, 1), value=1.0).cpu() for x in retain or ()]
     seconds = {"features": time.perf_counter() - started, "solve": 0.0, "check": 0.0}
     deadline = math.inf if time_limit is None else time.perf_counter() + time_limit
-    solver = _Solver(norm, bound, torch.cat(kept) if kept else None, retain_weight, deadline, trunk.weight.dtype)
+    search = Search(trunk.weight.dtype, norm, bound, torch.cat(kept) if kept else None, retain_weight, deadline)
 
-    outcome: Edit | None = None
-    for extremes in _orders(constraints):
-        if extremes:
-            program = compile_program(trunk, constraints, extremes=extremes)
-        outcome = _solve_and_prove(model, trunk, program, solver, seconds)
-        # Only another choice of a normalised map's extreme positions can turn infeasible into feasible.
-        if outcome.status != "infeasible" or time.perf_counter() > deadline:
-            break
-    assert outcome is not None
-    return outcome
-
-
-def _orders(constraints: Sequence[Constraint]) -> list[dict[int, tuple[int, int]]]:
-    """The default positions of every normalised map, then each map's alternatives one at a time."""
-    orders: list[dict[int, tuple[int, int]]] = [{}]
-    for i, c in enumerate(constraints):
-        if isinstance(c, Normalised):
-            orders += [{i: pq} for pq in itertools.islice(c.extremes(), 1, 5)]
-    return orders
-
-
-@dataclass(frozen=True, eq=False)
-class _Solver:
-    norm: Norm
-    bound: float | None
-    retain: Tensor | None
-    retain_weight: float
-    deadline: float
-    dtype: torch.dtype
-
-    def __call__(
-        self, program: Program, block: Block, rounding: Tensor, caution: float
-    ) -> tuple[Tensor | None, str, tuple[int, ...], Tensor]:
-        """(change of the block's weights, status or reason, conflicting rows of the program, margins)."""
-        w = program.weights[list(block.classes)].reshape(-1)
-        margin = self.margin(block, w, rounding, caution)
-        now = block.matrix @ w + block.frozen
-        lower, upper = program.lower[block.rows] - now + margin, program.upper[block.rows] - now - margin
-        if bool((lower > upper).any()):
-            i = int((lower - upper).argmax())
-            row = int(block.rows[i])
-            width = float(program.upper[row] - program.lower[row])
-            reason = f"{program.name_of(row)} leaves {width:.3g} between its bounds, less than the two margins of "
-            reason += f"{float(margin[i]):.3g} that proof in {self.dtype} needs; widen it"
-            return None, reason, (row,), margin
-        left = self.deadline - time.perf_counter()
-        if left <= 0:
-            return None, "limit", (), margin
-        retain = None
-        if self.retain is not None:
-            retain = torch.block_diag(*[self.retain] * len(block.classes))
-        bound = self.bound
-        if bound is not None:  # rounding adds to a change; where it may add more than allowed, nothing can change
-            bound = max(bound - self.unit * float(w.abs().max() + bound), 1e-300)
-        solution = least_change(
-            block.matrix, lower, upper, norm=self.norm, bound=bound, retain=retain, retain_weight=self.retain_weight,
-            time_limit=None if math.isinf(left) else left,
-        )  # fmt: skip
-        if solution.delta is not None:
-            value, slack = block.matrix @ solution.delta, margin / 2
-            if bool(((value >= lower - slack) & (value <= upper + slack)).all()):
-                return solution.delta, solution.status, (), margin
-        if solution.status == "infeasible":
-            rows = tuple(int(block.rows[i]) for i in solution.conflict)
-            return None, _why(program, block, rows, solution.bound_in_conflict, self.bound), rows, margin
-        return None, "limit", (), margin
-
-    @property
-    def unit(self) -> float:
-        """The unit roundoff of the storage type."""
-        return torch.finfo(self.dtype).eps / 2
-
-    def margin(self, block: Block, w: Tensor, rounding: Tensor, caution: float) -> Tensor:
-        """Slack for rounding to the storage type (typical size, times caution), for the checker and for the solver."""
-        terms = block.matrix * (w.abs() + w.abs().mean())
-        spread = terms.square().sum(1).sqrt()
-        storage = self.unit * torch.minimum(4 * spread, 2 * terms.abs().sum(1))
-        return caution * (storage + 8 * rounding[block.rows]) + 1e-9 * spread
-
-
-def _why(program: Program, block: Block, rows: tuple[int, ...], with_bound: bool, bound: float | None) -> str:
-    names = list(dict.fromkeys(program.name_of(r) for r in rows))
-    shown = "; ".join(names[:6]) + (f"; and {len(names) - 6} more" if len(names) > 6 else "")
-    local = [int((block.rows == r).nonzero()[0, 0]) for r in rows]
-    part = block.matrix[local]
-    rank = int(torch.linalg.matrix_rank(part)) if len(local) else 0
-    text = f"{len(rows)} rows (rank {rank}, outputs {', '.join(map(str, block.classes))}) contradict each other"
-    if with_bound:
-        text += f" as long as no weight may change by more than {bound:g}"
-    return f"{text}: {shown}"
+    first = outcome = _solve_and_prove(model, trunk, program, search, seconds)
+    # A normalised map allows several positions of its extremes; another choice may turn infeasible into feasible.
+    extremes: dict[int, tuple[int, int]] = {}
+    left = {i: c.extremes()[1:5] for i, c in enumerate(constraints) if isinstance(c, Normalised)}
+    while outcome.status == "infeasible" and time.perf_counter() < deadline:
+        names = [claim.name for claim in program.claims]  # one claim for each constraint
+        rows = [row.split(" [row ")[0] for row in outcome.conflict]
+        blamed = [i for i, choices in left.items() if choices and names[i] in rows]
+        if not blamed:
+            return first
+        extremes[blamed[0]] = left[blamed[0]].pop(0)
+        program = compile_program(trunk, constraints, extremes=extremes, evaluated=evaluated)
+        outcome = _solve_and_prove(model, trunk, program, search, seconds)
+    return first if outcome.status == "infeasible" else outcome
 
 
 def _solve_and_prove(
-    model: Network | nn.Module, trunk: Trunk, program: Program, solver: _Solver, seconds: dict[str, float]
+    model: Network | nn.Module, trunk: Trunk, program: Program, search: Search, seconds: dict[str, float]
 ) -> Edit:
-    before = int(program.satisfied(program.weights).sum())
-    rows = len(program.lower)
-
-    def failed(status: Status, reason: str, conflict: tuple[int, ...] = (), proven: int = 0) -> Edit:
-        names = tuple(dict.fromkeys(program.name_of(r) for r in conflict))
-        return Edit(status, None, None, reason, {}, rows, before, proven, names, False, dict(seconds))
-
+    """Looks for a candidate and has it proved; with growing margins while a proof fails for want of them."""
     blocks = list(program.blocks())
-    rounding = program.rounding(program.weights)
-    result: CheckResult | None = None
+    held = int(program.satisfied(program.weights).sum())
+    proven = 0
+
+    def failed(status: Status, reason: str, rows: tuple[int, ...] = ()) -> Edit:
+        names = tuple(dict.fromkeys(program.name_of(r) for r in rows))
+        return Edit(
+            status=status,
+            reason=reason,
+            rows=len(program.lower),
+            rows_before=held,
+            proven=proven,
+            conflict=names,
+            seconds=dict(seconds),
+        )
+
     for caution in (1.0, 4.0, 16.0, 256.0):
         started = time.perf_counter()
-        stored = program.weights.clone()
-        margins, smallest = torch.zeros(rows, dtype=torch.float64), True
-        for block in blocks:
-            if not block.classes:
-                wrong = block.rows[
-                    ~((program.lower <= (v := program.values(stored))) & (v <= program.upper))[block.rows]
-                ]
-                if len(wrong):
-                    row = int(wrong[0])
-                    return failed(
-                        "infeasible", f"{program.name_of(row)} involves no edited output and does not hold", (row,)
-                    )
-                continue
-            change, status, conflict, margin = solver(program, block, rounding, caution)
-            margins[block.rows] = margin
-            smallest &= status == "optimal"
-            if change is None:
-                seconds["solve"] += time.perf_counter() - started
-                if status == "limit":
-                    late = time.perf_counter() > solver.deadline
-                    why = "the time limit was reached" if late else "the solver did not reach the accuracy it needs"
-                    return failed("limit", f"{why} before the program was solved")
-                if caution > 1:
-                    break  # feasible, but not with margins as wide as the storage type would need
-                return failed("infeasible", status, conflict)
-            width = program.vectors.shape[1]
-            stored[list(block.classes)] += change.cpu().reshape(-1, width)
-        else:
-            stored = stored.to(trunk.weight.dtype)  # rounded as it will be stored
-            seconds["solve"] += time.perf_counter() - started
-            started = time.perf_counter()
-            certificate = _certificate(trunk, program, stored, margins, model)
-            result = check(certificate)
-            seconds["check"] += time.perf_counter() - started
-            moved = stored.double() - program.weights
-            if result.accepted and (solver.bound is None or bool((moved.abs() <= solver.bound).all())):
-                delta = {c: moved[c] for c in program.edited}
-                new = _edited(model, trunk, certificate)
-                return Edit(
-                    "proved",
-                    new,
-                    certificate,
-                    "",
-                    delta,
-                    rows,
-                    before,
-                    result.proven,
-                    (),
-                    smallest,
-                    dict(seconds),
-                    result,
-                )
-            continue
-        break
-    proven = result.proven if result else 0
-    text = (
-        f"weights exist, but in {trunk.weight.dtype} only {proven} of {rows} rows could be proven; widen the tightest "
-    )
-    return failed("unproven", text + "constraints, or store the layer in a wider type", proven=proven)
+        candidate = search(program, blocks, caution)
+        seconds["solve"] += time.perf_counter() - started
+        if isinstance(candidate, Failure):
+            if candidate.status == "infeasible" and caution > 1:
+                break  # feasible, but not with margins as wide as the storage type would need
+            return failed(candidate.status, candidate.reason, candidate.rows)
+        started = time.perf_counter()
+        certificate = _certificate(trunk, program, candidate, model)
+        result = check(certificate)
+        seconds["check"] += time.perf_counter() - started
+        moved = candidate.weights.double() - program.weights
+        if result.accepted and (search.bound is None or bool((moved.abs() <= search.bound).all())):
+            return Edit(
+                status="proved",
+                model=_edited(model, trunk, certificate),
+                certificate=certificate,
+                delta={c: moved[c] for c in program.edited},
+                rows=len(program.lower),
+                rows_before=held,
+                proven=result.proven,
+                smallest=candidate.smallest,
+                seconds=dict(seconds),
+                check=result,
+            )
+        proven = result.proven
+    reason = f"weights exist, but in {search.dtype} only {proven} of {len(program.lower)} rows could be proven; "
+    return failed("unproven", reason + "widen the tightest constraints, or store the layer in a wider type")
 
 
-def _certificate(
-    trunk: Trunk, program: Program, stored: Tensor, margins: Tensor, model: Network | nn.Module
-) -> Certificate:
+def _certificate(trunk: Trunk, program: Program, candidate: Candidate, model: Network | nn.Module) -> Certificate:
     """The rows, the features and the stored weights of every class that a row mentions."""
+    stored = candidate.weights
     classes = program.value_class.unique()
     index = torch.full((len(stored),), -1)
     index[classes] = torch.arange(len(classes))
@@ -314,7 +212,7 @@ def _certificate(
         row_coefficient=program.row_coefficient.numpy(),
         lower=program.lower.numpy(),
         upper=program.upper.numpy(),
-        margin=margins.numpy(),
+        margin=candidate.margins.numpy(),
         error=program.rounding(stored.double()).numpy(),
         claims=[{"name": c.name, "rows": [c.start, c.stop]} for c in program.claims],
         model={

@@ -1,14 +1,15 @@
 """The point of a polyhedron {lower <= rows d <= upper} nearest to the origin, by two active-set methods on the dual.
 
-At the optimum d = rows[active].T @ multipliers, so all the work is to find which rows are active. `guess_active` exchanges whole
-sets of rows and is right within a few rounds on most problems, but it may cycle. `nearest_point` starts from any guess, changes one row at a
-time, strictly raises the distance with each change and therefore ends: at the optimum, or with a Farkas certificate that there is no point.
-Rows are unit vectors here; every tolerance is relative to the length of the point sought.
+At the optimum d = rows[active].T @ multipliers, so all the work is to find which rows are active. `guess_active`
+exchanges whole sets of rows and is right within a few rounds on most problems, but it may cycle. `nearest_point`
+starts from any guess, changes one row at a time, raises the distance with each change and therefore ends: at the
+optimum, or with a Farkas certificate that there is no point. Rows are unit vectors here; tolerances are relative to
+the length of the point.
 """
 
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,9 +21,7 @@ Array = NDArray[Any]
 
 FEASIBLE = 1e-13  # a row is violated when it is missed by more than this, relative to the length of the point
 ACCEPTED = 1e-9  # the largest relative violation with which a point may still be called optimal
-DEPENDENT = (
-    1e-13  # a row this close to the span of others, relative to its coefficients there, counts as dependent on them
-)
+DEPENDENT = 1e-13  # a row this close to the span of others, in units of its coefficients there, counts as dependent
 EMPTY_RADIUS = 1e6  # "infeasible" excludes all points up to this many times the distance of the farthest single row
 PATIENCE = 8  # rounds of whole-set exchange without fewer wrong rows before it is given up
 STALLED = 50  # single exchanges without progress above rounding before giving up
@@ -33,13 +32,13 @@ class Nearest:
     """What `nearest_point` found.
 
     Attributes:
-        point: the last iterate [n]; None if there is no point. It is the nearest point of the polyhedron that the active
-            rows alone describe, so its length bounds the distance from below whether or not the other rows hold.
+        point: the last iterate [n]; None if there is no point. It is the nearest point of the polyhedron that the
+            active rows alone describe, so its length bounds the distance from below whether or not the others hold.
         side: per row [m], 1 where its lower end is active, -1 where its upper end is, 0 elsewhere.
-        multipliers: per row [m], with point = rows.T @ multipliers; nonnegative on lower ends, nonpositive on upper ends;
-            zeros if there is no point.
-        certificate: if there is no point, y [m] with rows.T @ y = 0 up to rounding and sum of max(y * lower, y * upper) > 0,
-            y >= 0 (<= 0) standing for a lower (upper) end. Its support is a circuit: leave out any row and the rest is consistent.
+        multipliers: per row [m], with point = rows.T @ multipliers; nonnegative on lower ends, nonpositive on upper
+            ends of rows with two different ends; zeros if there is no point.
+        certificate: if there is no point, y [m] with rows.T @ y = 0 up to rounding although y asks for more than 0: the
+            sum of y_i lower_i over y_i > 0 and of y_i upper_i over y_i < 0 is positive. None if there is a point.
         finished: False when time or numerical accuracy ran out before either answer.
         steps: rounds of both methods.
     """
@@ -53,19 +52,30 @@ class Nearest:
 
 
 def nearest_point(
-    rows: Tensor, lower: Tensor, upper: Tensor, *, side: Tensor | None = None, deadline: float = np.inf
+    rows: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    *,
+    side: Tensor | None = None,
+    noise: Tensor | None = None,
+    deadline: float = np.inf,
 ) -> Nearest:
     """Find the point nearest to the origin with lower <= rows d <= upper, or prove that there is none.
 
-    The dual active-set method of Goldfarb and Idnani ("A numerically stable dual method for solving strictly convex quadratic
-    programs", Mathematical Programming 27, 1983) with orthogonal factors of the active rows. It needs no regularity: repeated,
-    opposite and dependent rows are resolved by exchanging them at zero step length.
+    The dual active-set method with orthogonal factors of the active rows. It needs no regularity: repeated, opposite
+    and dependent rows are exchanged without moving the point. The active rows are independent, so the support of a
+    certificate is a circuit: leave out any of its rows and the others are consistent.
 
     Args:
         rows: unit rows [m, n], float64; products with them run on their device, the factors are kept on the CPU.
         lower, upper: ends [m], lower <= upper, infinite where there is none.
         side: rows to start from, as in `Nearest.side`.
+        noise: relative error of each row [m] in units of a float64 rounding, at least 1; 1 if None. Rows that are
+            dependent up to their noise count as dependent.
         deadline: value of `time.monotonic()` after which to stop.
+
+    Reference: Goldfarb, Idnani, "A numerically stable dual method for solving strictly convex quadratic programs",
+    Mathematical Programming 27, 1983.
     """
     nothing = torch.zeros(len(rows), dtype=torch.int8, device=rows.device)
     start, rounds = guess_active(rows, lower, upper, nothing if side is None else side, deadline)
@@ -73,7 +83,7 @@ def nearest_point(
     m, n = a.shape
     free = low == high  # the multiplier of an equality has either sign
     unit = max(0.0, float(np.max(low, initial=0.0)), float(np.max(-high, initial=0.0)))
-    active = _Active(a, low, high, start.cpu().numpy())
+    active = _Active(a, low, high, start.cpu().numpy(), np.ones(m) if noise is None else noise.cpu().numpy())
     active.restart()
     skip = np.zeros(m, dtype=bool)  # dependent rows that are missed by too little to prove anything
     best, stalled, fresh = -1.0, 0, True
@@ -92,15 +102,14 @@ def nearest_point(
                 fresh = True
                 continue
             missed = float(np.max(np.maximum(low - value, value - high), initial=0.0))
-            return Nearest(
-                point, active.side, active.spread(multipliers), None, missed <= ACCEPTED * max(length, unit), step
-            )
+            finished = missed <= ACCEPTED * max(length, unit)
+            return Nearest(point, active.side, active.spread(multipliers), None, finished, step)
         stalled, best = (0, length) if length > best * (1 + 1e-14) else (stalled + 1, best)
         certificate = active.enter(worst, 1 if low[worst] > value[worst] else -1, excess[worst], multipliers, free)
         fresh = False
         if certificate is None:
             continue
-        if _excludes(certificate, a, low, high, EMPTY_RADIUS * unit):
+        if excludes(certificate, a, low, high, radius=EMPTY_RADIUS * unit):
             return Nearest(None, active.side, np.zeros(m), certificate, True, step)
         skip[worst] = True
         active.restart()
@@ -110,15 +119,16 @@ def nearest_point(
 class _Active:
     """The active rows, linearly independent, with factors a[index].T = q @ r, q.T @ q = 1, r upper triangular."""
 
-    def __init__(self, a: Array, low: Array, high: Array, side: Array) -> None:
-        self.a, self.low, self.high, self.side = a, low, high, side.astype(np.int64)
+    def __init__(self, a: Array, low: Array, high: Array, side: Array, noise: Array) -> None:
+        self.a, self.low, self.high, self.side, self.noise = a, low, high, side.astype(np.int64), noise
 
     def restart(self) -> None:
         """Factorise afresh; drop rows until the rest is independent and every multiplier has the sign of its side."""
         self.index = np.flatnonzero(self.side)
         while True:
             self.q, self.r, order = qr(self.a[self.index].T, mode="economic", pivoting=True, check_finite=False)
-            rank = int(np.count_nonzero(np.abs(np.diag(self.r)) > 10 * DEPENDENT))
+            blurred = 10 * DEPENDENT * np.max(self.noise[self.index], initial=1.0)
+            rank = int(np.count_nonzero(np.abs(np.diag(self.r)) > blurred))
             self.index, self.q, self.r = self.index[order[:rank]], self.q[:, :rank], self.r[:rank, :rank]
             _, multipliers = self.solve()
             signed = multipliers * self.side[self.index]
@@ -139,7 +149,6 @@ class _Active:
 
         Returns a Farkas certificate if the row depends on active rows none of which gives way; else None.
         """
-        entering = 0.0
         while True:
             normal = sign * self.a[row]
             inside = self.q.T @ normal
@@ -153,13 +162,12 @@ class _Active:
             shrinking = (rate * side > 1e-13 * np.max(np.abs(rate), initial=0.0)) & ~free[self.index]
             ratio = np.full(len(rate), np.inf)
             ratio[shrinking] = np.maximum(multipliers * side, 0.0)[shrinking] / (rate * side)[shrinking]
-            dependent = distance <= DEPENDENT * (1.0 + float(np.abs(rate).sum()))
+            dependent = distance <= DEPENDENT * (self.noise[row] + np.abs(rate) @ self.noise[self.index])
             full = np.inf if dependent else excess / distance**2
             blocking = int(np.argmin(ratio)) if len(ratio) else -1
             if blocking < 0 or full <= ratio[blocking]:
                 break
             multipliers = multipliers - ratio[blocking] * rate
-            entering += ratio[blocking]
             excess -= 0.0 if dependent else ratio[blocking] * distance**2
             self.side[self.index[blocking]] = 0
             rank = len(self.index) - 1
@@ -184,28 +192,33 @@ class _Active:
         return whole
 
 
-def _excludes(y: Array, a: Array, low: Array, high: Array, radius: float) -> bool:
-    """Whether the multipliers y prove that no d with |d| <= radius has low <= a d <= high.
+def excludes(
+    y: Array, rows: Array, lower: Array, upper: Array, *, radius: float, norm: Literal["l2", "linf"] = "l2"
+) -> bool:
+    """Whether multipliers y [m] prove that no d of norm at most `radius` has lower <= rows d <= upper.
 
-    Such a d has (y a) d >= gap := sum_i y_i * (low_i if y_i > 0 else high_i), but (y a) d <= |y a| radius.
+    Such a d has (y rows) d >= gap, the sum of y_i times the end its sign asks for, but (y rows) d <= |y rows|* radius
+    in the dual norm. Both sides are rounded against the claim; a gap that is not finite proves nothing.
     """
     used = y != 0
-    gap = y[used] @ np.where(y > 0, low, high)[used]
-    rounding = np.finfo(float).eps * len(y) * np.abs(y[used]) @ np.abs(np.where(y > 0, low, high)[used])
-    remainder = float(np.linalg.norm(y[used] @ a[used])) + np.finfo(float).eps * float(np.abs(y).sum())
-    return bool(np.isfinite(gap) and gap > remainder * radius + rounding)
+    terms = y[used] * np.where(y > 0, lower, upper)[used]
+    dual = float(np.linalg.norm(y[used] @ rows[used], 2 if norm == "l2" else 1))
+    rounding = np.finfo(float).eps * len(y) * float(np.abs(y).sum()) * (1.0 if norm == "l2" else np.sqrt(rows.shape[1]))
+    gap = float(terms.sum()) - np.finfo(float).eps * len(y) * float(np.abs(terms).sum())
+    return bool(np.isfinite(gap) and gap > (dual + rounding) * radius)
 
 
 def guess_active(rows: Tensor, lower: Tensor, upper: Tensor, side: Tensor, deadline: float) -> tuple[Tensor, int]:
     """Guess the active rows by exchanging all wrong ones at once (primal-dual active set).
 
-    Each round solves for the multipliers of the present set, lets go of those with the wrong sign and takes in all violated
-    rows. The matrix is regularised, so dependent rows are no obstacle, and the answer is only a guess.
+    Each round solves for the multipliers of the present set, lets go of those with the wrong sign and takes in all
+    violated rows. The matrix is regularised, so dependent rows are no obstacle, and the answer is only a guess.
 
     Returns:
         side [m] as in `Nearest.side` (the argument itself if the rounds lead nowhere), and the number of rounds.
 
-    Reference: Hintermueller, Ito, Kunisch, "The primal-dual active set strategy as a semismooth Newton method", SIAM J. Optim. 2002.
+    Reference: Hintermueller, Ito, Kunisch, "The primal-dual active set strategy as a semismooth Newton method",
+    SIAM Journal on Optimization 13, 2002.
     """
     gram, start, value = _Gram(rows), side, torch.zeros_like(lower)
     small = 1e-11 * float(torch.maximum(lower, -upper).clamp(min=0).max()) if len(rows) else 0.0

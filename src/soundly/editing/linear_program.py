@@ -1,8 +1,8 @@
-"""The smallest point of a polyhedron {lower <= rows d <= upper} in the sum or maximum norm, by linear programs (HiGHS).
+"""The smallest point of a polyhedron {lower <= rows d <= upper} in the sum or maximum norm, by linear programs.
 
-Two choices make dense rows affordable. Each norm is stated with few rows of its own: d = p - q with p, q >= 0 for the sum,
-d = s - t with 0 <= s <= 2t for the maximum. And the given rows enter when they are violated, the most violated first, from
-a warm start; so the value of each round bounds the optimum from below.
+Two choices make dense rows affordable. Each norm is stated with few rows of its own: d = p - q with p, q >= 0 for
+the sum, d = s - t with 0 <= s <= 2t for the maximum. And the given rows enter when they are violated, the most violated
+first, from a warm start; so the value of each round bounds the optimum from below. The solver is HiGHS.
 """
 
 import time
@@ -14,10 +14,10 @@ import numpy as np
 from scipy.linalg import lstsq
 from scipy.sparse import csr_matrix, hstack, identity
 
-from .least_norm import ACCEPTED, Array, Nearest
+from .least_norm import ACCEPTED, Array, Nearest, excludes
 
-LOWER, UPPER = highspy.HighsBasisStatus.kLower, highspy.HighsBasisStatus.kUpper
-BASIC = highspy.HighsBasisStatus.kBasic
+AT_LOWER, AT_UPPER = highspy.HighsBasisStatus.kLower, highspy.HighsBasisStatus.kUpper
+BASIC, OPTIMAL = highspy.HighsBasisStatus.kBasic, highspy.HighsModelStatus.kOptimal
 
 BATCH = 300  # rows that enter in one round
 TOLERANCE = 1e-9  # of the solver for rows and reduced costs, in units where the entries of d are about 1
@@ -50,7 +50,7 @@ def smallest_vertex(
     bound: float | None,
     deadline: float,
 ) -> Vertex:
-    """Minimise the norm of d over lower <= rows d <= upper and |d_j| <= bound, given the solution in the Euclidean norm.
+    """Minimise the norm of d over lower <= rows d <= upper and |d_j| <= bound, given the least Euclidean solution.
 
     Args:
         rows: unit rows [m, n].
@@ -61,33 +61,30 @@ def smallest_vertex(
     m, n = rows.shape
     assert nearest.point is not None
     unit = float(np.linalg.norm(nearest.point)) / np.sqrt(n)  # of d for the solver, whose tolerances are absolute
-    solver = _program(n, norm, np.inf if bound is None else bound / unit)
-    side, entered = np.zeros(m, dtype=np.int64), np.zeros(0, dtype=np.int64)
-    new = np.flatnonzero((nearest.side[:m] != 0) | (lower > 0) | (upper < 0))
-    lower_bound, rounds = 0.0, 0
+    limit = np.inf if bound is None else bound / unit
+    if norm == "l1":  # columns p, q
+        solver = _solver(np.ones(2 * n), np.zeros(2 * n), np.full(2 * n, limit))
+    else:  # columns s, t with rows s_j - 2t <= 0
+        solver = _solver(np.append(np.zeros(n), 1.0), np.zeros(n + 1), np.append(np.full(n, np.inf), limit))
+        _enter(solver, hstack([identity(n), np.full((n, 1), -2.0)]), np.full(n, -np.inf), np.zeros(n))
+    side, entered, lower_bound, rounds = np.zeros(m, dtype=np.int64), np.zeros(0, dtype=np.int64), 0.0, 0
+    new = _first(lower, upper, nearest)
     while len(new):
         block = rows[new]
-        sparse = csr_matrix(np.hstack([block, -block] if norm == "l1" else [block, -block.sum(axis=1, keepdims=True)]))
-        solver.addRows(
-            len(new), lower[new] / unit, upper[new] / unit, sparse.nnz, sparse.indptr[:-1], sparse.indices, sparse.data
-        )
+        block = np.hstack([block, -block] if norm == "l1" else [block, -block.sum(axis=1, keepdims=True)])
+        _enter(solver, block, lower[new] / unit, upper[new] / unit)
         entered = np.append(entered, new)
-        solver.setOptionValue("time_limit", solver.getRunTime() + min(max(0.0, deadline - time.monotonic()), 1e9))
-        solver.run()
         rounds += 1
-        if solver.getModelStatus() != highspy.HighsModelStatus.kOptimal:
+        if _run(solver, deadline) != OPTIMAL:
             return Vertex(None, side, lower_bound, rounds)
         lower_bound = max(lower_bound, unit * solver.getInfo().objective_function_value)
         columns = unit * np.array(solver.getSolution().col_value)
         point = columns[:n] - (columns[n:] if norm == "l1" else columns[n])
-        excess = _excess(point, rows, lower, upper)
-        excess[entered] = 0.0
-        new = np.flatnonzero(excess > TOLERANCE * unit)
-        new = new[np.argsort(-excess[new])[:BATCH]]
+        new = _violated(point, rows, lower, upper, entered, TOLERANCE * unit)
     basis = solver.getBasis()
     column, row = np.array(basis.col_status), np.array(basis.row_status)
     links, ends = row[: -len(entered)], row[-len(entered) :]
-    side[entered[ends == LOWER]], side[entered[ends == UPPER]] = 1, -1
+    side[entered[ends == AT_LOWER]], side[entered[ends == AT_UPPER]] = 1, -1
     if norm == "l1":
         inner = (column[:n] == BASIC) | (column[n:] == BASIC)
         together = np.zeros(n)
@@ -100,26 +97,74 @@ def smallest_vertex(
     return Vertex(point if missed <= ACCEPTED * float(np.linalg.norm(point)) else None, side, lower_bound, rounds)
 
 
-def _program(n: int, norm: str, bound: float) -> highspy.Highs:
-    """The program without rows: columns (p, q) for d = p - q, or (s, t) for d = s - t with rows s_j - 2t <= 0."""
-    columns = 2 * n if norm == "l1" else n + 1
-    links = hstack([identity(n), np.full((n, 1), -2.0)]).tocsr() if norm == "linf" else csr_matrix((0, columns))
+def contradiction(
+    rows: Array, lower: Array, upper: Array, *, nearest: Nearest, bound: float, deadline: float
+) -> Array | None:
+    """Look for rows that no d with |d_j| <= bound satisfies, given the nearest point without the bound.
+
+    Returns:
+        multipliers y [m], positive on lower and negative on upper ends, that `excludes` confirms; they are an extreme
+        ray, so no row or bound they use can be left out. None if the rows are consistent or the search took too long.
+    """
+    n = rows.shape[1]
+    solver = _solver(np.zeros(n), np.full(n, -1.0), np.full(n, 1.0))
+    solver.setOptionValue("presolve", "off")  # it may find infeasibility without a ray
+    solver.setOptionValue("simplex_iteration_limit", 2 * n)
+    entered, new = np.zeros(0, dtype=np.int64), _first(lower, upper, nearest)
+    while len(new):
+        _enter(solver, rows[new], lower[new] / bound, upper[new] / bound)
+        entered = np.append(entered, new)
+        outcome = _run(solver, deadline)
+        if outcome == highspy.HighsModelStatus.kInfeasible:
+            _, exists, ray = solver.getDualRay()  # type: ignore[attr-defined] # missing in highspy's stubs
+            y = np.zeros(len(rows))
+            y[entered] = np.where(np.abs(ray) > 1e-12 * np.max(np.abs(ray)), ray, 0.0) if exists else 0.0
+            return next((z for z in (y, -y) if excludes(z, rows, lower, upper, radius=bound, norm="linf")), None)
+        if outcome != OPTIMAL:
+            return None
+        point = bound * np.array(solver.getSolution().col_value)
+        new = _violated(point, rows, lower, upper, entered, TOLERANCE * bound)
+    return None
+
+
+def _solver(cost: Array, lower: Array, upper: Array) -> highspy.Highs:
+    """A linear program over columns with these costs and bounds, and no rows yet."""
     program = highspy.HighsLp()
-    program.num_col_, program.num_row_ = columns, links.shape[0]
-    program.col_cost_ = np.ones(columns) if norm == "l1" else np.append(np.zeros(n), 1.0)
-    program.col_lower_ = np.zeros(columns)
-    program.col_upper_ = np.full(columns, bound) if norm == "l1" else np.append(np.full(n, np.inf), bound)
-    program.row_lower_, program.row_upper_ = np.full(links.shape[0], -np.inf), np.zeros(links.shape[0])
-    matrix = program.a_matrix_
-    matrix.format_ = highspy.MatrixFormat.kRowwise
-    matrix.start_, matrix.index_, matrix.value_ = links.indptr, links.indices, links.data
+    program.num_col_, program.num_row_ = len(cost), 0
+    program.col_cost_, program.col_lower_, program.col_upper_ = cost, lower, upper
+    program.a_matrix_.start_ = np.zeros(len(cost) + 1, dtype=np.int32)
     solver = highspy.Highs()
-    options = {"output_flag": False, "threads": 1, "small_matrix_value": 1e-12}
-    options |= {"primal_feasibility_tolerance": TOLERANCE, "dual_feasibility_tolerance": TOLERANCE}
-    for name, choice in options.items():
-        solver.setOptionValue(name, choice)
+    solver.setOptionValue("output_flag", False)
+    solver.setOptionValue("threads", 1)
+    solver.setOptionValue("small_matrix_value", 1e-12)
+    solver.setOptionValue("primal_feasibility_tolerance", TOLERANCE)
+    solver.setOptionValue("dual_feasibility_tolerance", TOLERANCE)
     solver.passModel(program)
     return solver
+
+
+def _enter(solver: highspy.Highs, rows: Array, lower: Array, upper: Array) -> None:
+    sparse = csr_matrix(rows)
+    solver.addRows(len(lower), lower, upper, sparse.nnz, sparse.indptr[:-1], sparse.indices, sparse.data)
+
+
+def _run(solver: highspy.Highs, deadline: float) -> highspy.HighsModelStatus:
+    # HiGHS compares its limit with the time of all runs together.
+    solver.setOptionValue("time_limit", solver.getRunTime() + min(max(0.0, deadline - time.monotonic()), 1e9))
+    solver.run()
+    return solver.getModelStatus()
+
+
+def _first(lower: Array, upper: Array, nearest: Nearest) -> Array:
+    return np.flatnonzero((nearest.side[: len(lower)] != 0) | (lower > 0) | (upper < 0))
+
+
+def _violated(point: Array, rows: Array, lower: Array, upper: Array, entered: Array, tolerance: float) -> Array:
+    """The rows to enter next: those violated most, among the ones that the program does not have yet."""
+    excess = _excess(point, rows, lower, upper)
+    excess[entered] = 0.0
+    worst = np.argsort(-excess)[:BATCH]
+    return worst[excess[worst] > tolerance]
 
 
 def _excess(point: Array, rows: Array, lower: Array, upper: Array) -> Array:

@@ -7,7 +7,7 @@ numbers. Rows that share no edited class do not interact, so each connected set 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,6 +22,7 @@ from soundly.editing.constraints import (
     Functional,
     Normalised,
     Output,
+    Point,
     TopMask,
 )
 from soundly.editing.trunk import Trunk
@@ -168,13 +169,13 @@ class Block:
 
 
 class _Builder:
-    def __init__(self, trunk: Trunk) -> None:
-        self.trunk = trunk
+    def __init__(self, trunk: Trunk, evaluated: dict[Functional | Point, Tensor]) -> None:
+        self.trunk, self.evaluated = trunk, evaluated
         self.classes = trunk.weight.shape[0]
         bias = torch.zeros(self.classes) if trunk.bias is None else trunk.bias
         self.weights = torch.cat([trunk.weight.detach().double(), bias.detach().double()[:, None]], 1).cpu()
         self.count = 0
-        self.known: dict[Functional, tuple[int, Tensor]] = {}
+        self.known: dict[Functional | Point, tuple[int, Tensor]] = {}
         self.value_vector: list[Tensor] = []
         self.value_class: list[Tensor] = []
         self.counts = {"values": 0, "rows": 0}
@@ -182,17 +183,20 @@ class _Builder:
         self.bounds: list[tuple[Tensor, Tensor]] = []
         self.claims: list[Claim] = []
 
-    def vectors_of(self, functional: Functional) -> tuple[int, Tensor]:
-        """Where a functional's vectors start, and the vectors [m, K + 1]."""
-        if functional not in self.known:
+    def vectors_of(self, functional: Functional, *, shared: Point | None = None) -> tuple[int, Tensor]:
+        """Where a functional's vectors start, and the vectors [m, K + 1]; `shared` stands for equal functionals."""
+        key = shared or functional
+        if key not in self.evaluated:
             found = functional.vectors(self.trunk).cpu()
             if not bool(torch.isfinite(found).all()):
                 raise InvalidInput(f"the features at {functional.point.name} are not finite.")
             if self.trunk.bias is None:
                 found[:, -1] = 0
-            self.known[functional] = self.count, found
-            self.count += len(found)
-        return self.known[functional]
+            self.evaluated[key] = found
+        if key not in self.known:
+            self.known[key] = self.count, self.evaluated[key]
+            self.count += len(self.evaluated[key])
+        return self.known[key]
 
     def values_of(self, vector: Tensor, cls: Tensor) -> Tensor:
         """Indices of new values."""
@@ -247,20 +251,25 @@ class _Builder:
 
 
 def compile_program(
-    trunk: Trunk, constraints: Sequence[Constraint], *, extremes: dict[int, tuple[int, int]] | None = None
+    trunk: Trunk,
+    constraints: Sequence[Constraint],
+    *,
+    extremes: Mapping[int, tuple[int, int]] | None = None,
+    evaluated: dict[Functional | Point, Tensor] | None = None,
 ) -> Program:
     """Evaluates the frozen part at every point and writes the constraints as rows.
 
     Args:
         extremes: for the i-th constraint, if it is a normalised map, the (argmin, argmax) positions to impose instead
             of the target's own.
+        evaluated: feature vectors of an earlier program at the same points; filled in.
 
     Raises:
         InvalidInput: a constraint does not fit the model.
     """
     if not constraints:
         raise InvalidInput("constraints: give at least one.")
-    build = _Builder(trunk)
+    build = _Builder(trunk, {} if evaluated is None else evaluated)
     stated = [c for c in constraints if isinstance(c, Bounded | Normalised | TopMask)]
     edited = {t.functional.of for c in stated for t in c.expression.terms}
     edited |= {c.label for c in constraints if isinstance(c, Classified)}
@@ -268,7 +277,6 @@ def compile_program(
         raise InvalidInput(
             f"constraints name outputs {sorted(edited)}; layer {trunk.layer!r} has 0..{build.classes - 1}."
         )
-    features: dict[int, Output] = {}
     for i, constraint in enumerate(constraints):
         match constraint:
             case Bounded():
@@ -278,8 +286,7 @@ def compile_program(
             case TopMask():
                 _top(build, constraint)
             case Classified():
-                shared = features.setdefault(id(constraint.point), Output(constraint.point, constraint.label))
-                _classified(build, constraint, shared)
+                _classified(build, constraint)
             case _:
                 raise InvalidInput(
                     f"constraints[{i}] is a {type(constraint).__name__}; finish it with .within, .classified, ..."
@@ -366,11 +373,11 @@ def _top(build: _Builder, c: TopMask) -> None:
     _bounded(build, c.expression.combined(matrix).at_least(c.margin, name=c.name))
 
 
-def _classified(build: _Builder, c: Classified, features: Output) -> None:
+def _classified(build: _Builder, c: Classified) -> None:
     """y_label >= t + margin and y_k <= t for every other k, with one threshold t: rows of single classes."""
     if build.classes < 2:
         raise InvalidInput(f"{c.name}: the edited layer has one output, so there is nothing to exceed.")
-    start, h = build.vectors_of(features)
+    start, h = build.vectors_of(Output(c.point, c.label), shared=c.point)
     y = build.weights @ h[0]
     rival = float(torch.cat([y[: c.label], y[c.label + 1 :]]).max())
     # Room on both sides of the threshold where the point has it already, half the margin otherwise.

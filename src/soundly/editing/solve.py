@@ -1,8 +1,8 @@
 """The smallest change of the weights under which linear constraints hold: the numerical end of every edit.
 
-`least_change` minimises a norm of d subject to lower <= rows @ d <= upper. It scales the rows, chooses the method by the norm and
-measures the outcome against the rows as given. Its answers are candidates: whoever claims a guarantee evaluates the edited
-network with rounding accounted for, and therefore asks for a little more than needed when it states the rows.
+`least_change` minimises a norm of d subject to lower <= rows @ d <= upper. It scales the rows, chooses the method by
+the norm and measures the outcome against the rows as given. Its answers are candidates: whoever claims a guarantee
+evaluates the edited network with rounding accounted for, and so asks for a little more than needed when stating rows.
 """
 
 import math
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import InvalidInput
 from .least_norm import ACCEPTED, Nearest, nearest_point
-from .linear_program import smallest_vertex
+from .linear_program import contradiction, smallest_vertex
 
 Norm = Literal["l2", "l1", "linf"]
 
@@ -27,18 +27,18 @@ class Solution:
     """The outcome of `least_change`.
 
     Attributes:
-        delta: the change [n]. With status "limit" the best candidate at hand, which may violate rows: see `residual`. None if
-            infeasible.
-        status: "optimal": every row holds up to `residual`, at most 1e-9 relative to |row| |delta|, and no smaller change does;
-            "infeasible": the rows of `conflict` contradict each other; "limit": neither was reached, for want of time or accuracy.
+        delta: the change [n]; None if infeasible. With status "limit" it is the best candidate at hand: with "l1" and
+            "linf" usually the admissible change of least "l2", otherwise one that violates rows. `residual` tells.
+        status: "optimal": every row holds up to 1e-9 |row| |delta|, and no smaller change does; "infeasible": the rows
+            of `conflict` contradict each other; "limit": neither was established, for want of time or accuracy.
         active: indices of the rows that hold with equality and determine delta.
-        conflict: if infeasible, indices of rows that cannot hold together: none of them can be left out, unless
-            other bounds |delta_j| <= bound than those used would replace it.
+        conflict: if infeasible, indices of rows that cannot hold together. None of them can be left out, unless
+            bounds |delta_j| <= bound on other entries take its place.
         bound_in_conflict: whether the contradiction needs the bound on |delta_j| besides the rows of `conflict`.
-        objective: the norm of delta; for "l2" its square, plus the retain term if there is one; inf if there is no delta.
+        objective: the norm of delta; for "l2" its square, plus the retain term if there is one; inf if infeasible.
         lower_bound: no admissible change has a smaller objective, up to the solver's accuracy; inf if infeasible.
-        iterations: rounds of the methods used.
-        residual: the largest violation of any row at delta, in the units of that row; inf if there is no delta.
+        iterations: rounds of all methods used.
+        residual: the largest violation of any row by delta, in the units of that row; inf if infeasible.
     """
 
     delta: Tensor | None
@@ -67,24 +67,25 @@ def least_change(
 
     Args:
         rows: coefficients [m, n], float64, on any device. Repeated, dependent and zero rows are allowed.
-        lower, upper: ends [m], float64; -inf and inf where there is none. A row with lower > upper is a conflict by itself.
+        lower, upper: ends [m], float64; -inf and inf where there is none. A row with lower > upper is a conflict.
         norm: "l2" minimises sum d_j^2 (fast, unique), "l1" sum |d_j| (few entries change), "linf" max |d_j|.
         bound: largest |d_j| allowed; kept exactly.
-        retain: features [r, n] whose values should change little: with norm "l2", retain_weight * mean((retain @ d)^2) is
-            added to the objective.
+        retain: features [r, n] whose values should change little: with norm "l2",
+            retain_weight * mean((retain @ d)^2) is added to the objective.
         time_limit: seconds after which to stop with status "limit".
 
     Returns:
-        A `Solution`. "infeasible" rests on multipliers, checked in float64, which exclude every change up to 1e6 times as long
-        as the one that the farthest single row needs.
+        A `Solution`. "infeasible" rests on multipliers, checked in float64 with rounding accounted for, which exclude
+        every change up to 1e6 times as long as the farthest single row asks for.
 
     Raises:
         InvalidInput: shapes, types or values do not fit, or `retain` comes with a norm other than "l2".
     """
     _check(rows, lower, upper, norm, bound, retain, retain_weight, time_limit)
     deadline = time.monotonic() + (math.inf if time_limit is None else time_limit)
+    rows, lower, upper = rows.detach(), lower.detach(), upper.detach()
     whiten = _whitening(retain, retain_weight)
-    unit_rows, scale = _unit(rows, whiten)
+    unit_rows, scale = _unit(rows)
     low, high = lower / scale, upper / scale
     zero = ~unit_rows.any(dim=1)
     impossible = (low > high) | (low == math.inf) | (high == -math.inf) | (zero & ((low > 0) | (high < 0)))
@@ -98,12 +99,8 @@ def least_change(
         used = torch.from_numpy(found.certificate != 0).to(kept.device)
         return _infeasible(tuple(kept[used[: len(kept)]].tolist()), bool(used[len(kept) :].any()), found.steps)
     delta = whiten(torch.from_numpy(found.point).to(rows.device))
-    side, steps, finished, floor = (
-        found.side[: len(kept)],
-        found.steps,
-        found.finished,
-        float(found.point @ found.point),
-    )
+    side, steps, finished = found.side[: len(kept)], found.steps, found.finished
+    floor = float(found.point @ found.point)
     if norm != "l2":
         floor = math.sqrt(floor / (1 if norm == "l1" else rows.shape[1]))
         if finished and delta.any():
@@ -117,7 +114,7 @@ def least_change(
 
     value = rows @ delta
     excess = torch.maximum(lower - value, value - upper).clamp(min=0.0)
-    exact = bool((excess <= ACCEPTED * torch.linalg.vector_norm(rows, dim=1) * torch.linalg.vector_norm(delta)).all())
+    exact = bool((excess <= ACCEPTED * scale * torch.linalg.vector_norm(delta)).all())
     objective = float(delta @ delta if norm == "l2" else delta.abs().sum() if norm == "l1" else delta.abs().max())
     if retain is not None:
         objective += retain_weight * float((retain @ delta).square().mean())
@@ -141,47 +138,60 @@ def _infeasible(conflict: tuple[int, ...], bound_in_conflict: bool, iterations: 
 def _nearest_within(
     rows: Tensor, low: Tensor, high: Tensor, whiten: Callable[[Tensor], Tensor], bound: float | None, deadline: float
 ) -> Nearest:
-    """The nearest point of all changes within the bound; entries that exceed it become further rows, behind the given ones."""
-    found = nearest_point(rows, low, high, deadline=deadline)
-    steps = found.steps
+    """The nearest point in whitened coordinates; entries beyond the bound become further rows, after the given ones."""
     entries = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
+    white, scale = _unit(whiten(rows))
+    ends, noise = (low / scale, high / scale), 1.0 / scale  # what whitening shortens, it also blurs
+    found = nearest_point(white, *ends, noise=noise, deadline=deadline)
+    steps = found.steps
     held = torch.zeros(len(entries), dtype=torch.bool, device=rows.device)
     while bound is not None and found.finished and found.point is not None:
-        over = (whiten(torch.from_numpy(found.point).to(rows.device)).abs() > bound) & ~held
+        delta = whiten(torch.from_numpy(found.point).to(rows.device))
+        over = (delta.abs() > bound) & ~held
         if not over.any():
             break
+        if not held.any() and bound < 1.5 * float(delta.square().mean().sqrt()):
+            # A bound near the mean entry may contradict many rows at once: `nearest_point` needs many steps to see it.
+            arrays = rows.cpu().numpy(), low.cpu().numpy(), high.cpu().numpy()
+            y = contradiction(*arrays, nearest=found, bound=bound, deadline=deadline)
+            if y is not None:
+                found = replace(found, point=None, certificate=np.concatenate([y, -y @ arrays[0]]))
+                break
         held |= over
-        further, scale = _unit(entries[over], whiten)
-        rows, low, high = torch.cat([rows, further]), torch.cat([low, -bound / scale]), torch.cat([high, bound / scale])
+        further, scale = _unit(whiten(entries[over]))
+        white = torch.cat([white, further])
+        ends = torch.cat([ends[0], -bound / scale]), torch.cat([ends[1], bound / scale])
+        noise = torch.cat([noise, 1.0 / scale])
         side = np.concatenate([found.side, np.zeros(len(further), dtype=found.side.dtype)])
-        found = nearest_point(rows, low, high, side=torch.from_numpy(side).to(rows.device), deadline=deadline)
+        start = torch.from_numpy(side).to(rows.device)
+        found = nearest_point(white, *ends, side=start, noise=noise, deadline=deadline)
         steps += found.steps
     return replace(found, steps=steps)
 
 
-def _unit(rows: Tensor, whiten: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Whitened rows of length 1 (or 0) and the factors [m] they were divided by; no square over- or underflows."""
-    peak = rows.abs().amax(dim=1, keepdim=True)
-    scaled = whiten(rows / torch.where(peak > 0, peak, 1.0))
-    length = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
-    length = torch.where(peak > 0, length, 1.0)
-    return scaled / length, (peak * length).squeeze(1).where(peak.squeeze(1) > 0, torch.ones_like(peak.squeeze(1)))
+def _unit(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows at length 1 (zero rows stay) and what they were divided by [m]; no square over- or underflows."""
+    peak = rows.abs().amax(dim=1)
+    peak = torch.where(peak > 0, peak, 1.0)
+    scaled = rows / peak[:, None]
+    length = torch.linalg.vector_norm(scaled, dim=1)
+    length = torch.where(length > 0, length, 1.0)
+    return scaled / length[:, None], peak * length
 
 
 def _whitening(retain: Tensor | None, weight: float) -> Callable[[Tensor], Tensor]:
     """The map x -> x M^(-1/2) on rows, M = 1 + weight/r * retain.T @ retain: in its coordinates the objective is |d|^2.
 
-    With the eigenvalues s and eigenvectors u of retain @ retain.T (Woodbury), M^(-1/2) = 1 + retain.T u f(s) u.T retain where
-    f(s) = ((1 + cs)^(-1/2) - 1) / s, c = weight/r. No n x n matrix is formed.
+    M is 1 off the row space of retain; there its eigenvectors v [n, min(r, n)] come from factors of retain, without
+    inverting anything that may be singular. No n x n matrix is formed unless r > n.
     """
     if retain is None:
         return lambda x: x
-    basis = retain if len(retain) <= retain.shape[1] else torch.linalg.qr(retain, mode="r").R
-    values, vectors = torch.linalg.eigh(basis @ basis.T)
-    c = weight / len(retain)
-    root = torch.sqrt(1.0 + c * values.clamp(min=0.0))
-    core = (vectors * (-c / (root * (1.0 + root)))) @ vectors.T
-    return lambda x: x + ((x @ basis.T) @ core) @ basis
+    q, triangle = torch.linalg.qr(retain.detach().T)
+    values, vectors = torch.linalg.eigh(triangle @ triangle.T)
+    v = q @ vectors
+    shrinkage = 1.0 - torch.rsqrt(1.0 + weight / len(retain) * values.clamp(min=0.0))
+    return lambda x: x - ((x @ v) * shrinkage) @ v.T
 
 
 def _check(
@@ -203,9 +213,8 @@ def _check(
     if rows.ndim != 2 or rows.shape[1] == 0:
         raise InvalidInput(f"rows has shape {tuple(rows.shape)}; it must be [m, n] with n > 0.")
     if lower.shape != rows.shape[:1] or upper.shape != rows.shape[:1]:
-        raise InvalidInput(
-            f"lower {tuple(lower.shape)} and upper {tuple(upper.shape)} must have one entry per row: [{len(rows)}]."
-        )
+        shapes = f"lower {tuple(lower.shape)} and upper {tuple(upper.shape)}"
+        raise InvalidInput(f"{shapes} must have one entry per row: [{len(rows)}].")
     if norm not in ("l2", "l1", "linf"):
         raise InvalidInput(f'norm is {norm!r}; choose "l2", "l1" or "linf".')
     if bound is not None and not 0 < bound < math.inf:
@@ -216,11 +225,9 @@ def _check(
         return
     if norm != "l2":
         raise InvalidInput(
-            f'retain needs norm="l2", not {norm!r}: drop retain, or state what must be kept as rows with lower and upper.'
+            f'retain needs norm="l2", not {norm!r}: drop it, or state what to keep as rows with two ends.'
         )
     if retain.ndim != 2 or retain.shape[1] != rows.shape[1] or len(retain) == 0:
-        raise InvalidInput(
-            f"retain has shape {tuple(retain.shape)}; it must be [r, {rows.shape[1]}] with r > 0, like rows."
-        )
+        raise InvalidInput(f"retain has shape {tuple(retain.shape)}; it must be [r, {rows.shape[1]}] with r > 0.")
     if not 0 <= retain_weight < math.inf:
         raise InvalidInput(f"retain_weight is {retain_weight}; it must be finite and not negative.")
