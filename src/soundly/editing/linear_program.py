@@ -11,16 +11,14 @@ from typing import Literal
 
 import highspy
 import numpy as np
-from scipy.linalg import lstsq
 from scipy.sparse import csr_matrix, hstack, identity
 
 from .least_norm import ACCEPTED, Array, Nearest, excludes
 
-AT_LOWER, AT_UPPER = highspy.HighsBasisStatus.kLower, highspy.HighsBasisStatus.kUpper
-BASIC, OPTIMAL = highspy.HighsBasisStatus.kBasic, highspy.HighsModelStatus.kOptimal
+OPTIMAL, INFEASIBLE = highspy.HighsModelStatus.kOptimal, highspy.HighsModelStatus.kInfeasible
 
 BATCH = 300  # rows that enter in one round
-TOLERANCE = 1e-9  # of the solver for rows and reduced costs, in units where the entries of d are about 1
+TOLERANCE = 1e-10  # of the solver for rows and reduced costs, in units where the entries of d are about 1
 
 
 @dataclass(frozen=True)
@@ -61,11 +59,10 @@ def smallest_vertex(
     m, n = rows.shape
     assert nearest.point is not None
     unit = float(np.linalg.norm(nearest.point)) / np.sqrt(n)  # of d for the solver, whose tolerances are absolute
-    limit = np.inf if bound is None else bound / unit
     if norm == "l1":  # columns p, q
-        solver = _solver(np.ones(2 * n), np.zeros(2 * n), np.full(2 * n, limit))
-    else:  # columns s, t with rows s_j - 2t <= 0
-        solver = _solver(np.append(np.zeros(n), 1.0), np.zeros(n + 1), np.append(np.full(n, np.inf), limit))
+        solver = _solver(np.ones(2 * n), np.zeros(2 * n), np.full(2 * n, np.inf if bound is None else bound / unit))
+    else:  # columns s, t with rows s_j - 2t <= 0; the least t is within the bound because some point is
+        solver = _solver(np.append(np.zeros(n), 1.0), np.zeros(n + 1), np.full(n + 1, np.inf))
         _enter(solver, hstack([identity(n), np.full((n, 1), -2.0)]), np.full(n, -np.inf), np.zeros(n))
     side, entered, lower_bound, rounds = np.zeros(m, dtype=np.int64), np.zeros(0, dtype=np.int64), 0.0, 0
     new = _first(lower, upper, nearest)
@@ -81,18 +78,9 @@ def smallest_vertex(
         columns = unit * np.array(solver.getSolution().col_value)
         point = columns[:n] - (columns[n:] if norm == "l1" else columns[n])
         new = _violated(point, rows, lower, upper, entered, TOLERANCE * unit)
-    basis = solver.getBasis()
-    column, row = np.array(basis.col_status), np.array(basis.row_status)
-    links, ends = row[: -len(entered)], row[-len(entered) :]
-    side[entered[ends == AT_LOWER]], side[entered[ends == AT_UPPER]] = 1, -1
-    if norm == "l1":
-        inner = (column[:n] == BASIC) | (column[n:] == BASIC)
-        together = np.zeros(n)
-    else:
-        inner = (column[:n] == BASIC) & (links == BASIC)
-        together = np.where(inner, 0.0, np.where(column[:n] == BASIC, 1.0, -1.0))
-        point = np.where(inner, point, together * columns[n])
-    point = _polish(point, rows, lower, upper, side, inner, together)
+    ends = np.array(solver.getBasis().row_status[-len(entered) :])
+    side[entered[ends == highspy.HighsBasisStatus.kLower]] = 1
+    side[entered[ends == highspy.HighsBasisStatus.kUpper]] = -1
     missed = float(_excess(point, rows, lower, upper).max())
     return Vertex(point if missed <= ACCEPTED * float(np.linalg.norm(point)) else None, side, lower_bound, rounds)
 
@@ -115,11 +103,11 @@ def contradiction(
         _enter(solver, rows[new], lower[new] / bound, upper[new] / bound)
         entered = np.append(entered, new)
         outcome = _run(solver, deadline)
-        if outcome == highspy.HighsModelStatus.kInfeasible:
+        if outcome == INFEASIBLE:
             _, exists, ray = solver.getDualRay()  # type: ignore[attr-defined] # missing in highspy's stubs
             y = np.zeros(len(rows))
             y[entered] = np.where(np.abs(ray) > 1e-12 * np.max(np.abs(ray)), ray, 0.0) if exists else 0.0
-            return next((z for z in (y, -y) if excludes(z, rows, lower, upper, radius=bound, norm="linf")), None)
+            return y if excludes(y, rows, lower, upper, radius=bound, norm="linf") else None
         if outcome != OPTIMAL:
             return None
         point = bound * np.array(solver.getSolution().col_value)
@@ -170,18 +158,3 @@ def _violated(point: Array, rows: Array, lower: Array, upper: Array, entered: Ar
 def _excess(point: Array, rows: Array, lower: Array, upper: Array) -> Array:
     value = rows @ point
     return np.maximum(np.maximum(lower - value, value - upper), 0.0)
-
-
-def _polish(point: Array, rows: Array, lower: Array, upper: Array, side: Array, inner: Array, together: Array) -> Array:
-    """Move the vertex in its own degrees of freedom so that its active rows hold to rounding, not only to TOLERANCE.
-
-    Those are the entries `inner` (bool [n]) one by one, and all others in the direction `together` [n].
-    """
-    active = np.flatnonzero(side)
-    moves = np.column_stack([rows[active][:, inner], rows[active] @ together])
-    missing = np.where(side > 0, lower, upper)[active] - rows[active] @ point
-    step = lstsq(moves, missing, lapack_driver="gelsy", check_finite=False)[0]
-    polished = point + step[-1] * together
-    polished[inner] += step[:-1]
-    better = _excess(polished, rows, lower, upper).max() < _excess(point, rows, lower, upper).max()
-    return polished if better else point

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from scipy.optimize import linprog, nnls
 from torch import Tensor
 
-from soundly.edit import least_norm
-from soundly.edit.least_norm import excludes, nearest_point
-from soundly.edit.linear_program import contradiction
-from soundly.edit.solve import Solution, least_change
+from soundly.editing import least_norm
+from soundly.editing.least_norm import excludes, nearest_point
+from soundly.editing.linear_program import contradiction
+from soundly.editing.solve import Solution, least_change
 from soundly.errors import InvalidInput
 
 Array = NDArray[np.float64]
@@ -438,15 +438,15 @@ def test_running_out_of_time_is_said() -> None:
 def test_running_out_of_time_in_the_linear_program_leaves_an_admissible_change(monkeypatch: pytest.MonkeyPatch) -> None:
     problem, *_ = gradcam_problem(2, 600)
     best = solve(problem, norm="l1")
-    monkeypatch.setattr("soundly.edit.linear_program.BATCH", 1)
-    monkeypatch.setattr("soundly.edit.linear_program._run", _stop_after(2))
+    monkeypatch.setattr("soundly.editing.linear_program.BATCH", 1)
+    monkeypatch.setattr("soundly.editing.linear_program._run", _stop_after(2))
     cut = solve(problem, norm="l1")
     assert cut.status == "limit" and cut.delta is not None and cut.residual <= 1e-12
     assert 0 < cut.lower_bound <= best.objective * (1 + 1e-9) < cut.objective
 
 
 def _stop_after(rounds: int):  # type: ignore[no-untyped-def]
-    from soundly.edit import linear_program
+    from soundly.editing import linear_program
 
     honest, count = linear_program._run, iter(range(rounds))
     return lambda solver, deadline: honest(solver, deadline if next(count, None) is not None else -INF)
