@@ -711,3 +711,24 @@ def test_networks_refuse_other_shapes_and_types():
     with pytest.raises(InvalidInput, match="Near"):
         network.at("nowhere")
     assert isinstance(network.input.op, Input)
+
+
+class Rescaled(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.tensor([1.0, 2.0, 3.0]).to(x)
+
+
+class Overwriting(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x += 1
+        return x * x
+
+
+@pytest.mark.parametrize("module", [Rescaled(), Overwriting()])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_constants_of_another_type_and_overwritten_inputs(module, dtype):
+    x = torch.randn(3, dtype=dtype)
+    kept = x.clone()
+    network = from_torch(module, x)
+    assert torch.equal(x, kept)
+    assert torch.allclose(network(x), module(kept.clone()), rtol=1e-6)

@@ -18,7 +18,7 @@ from soundly.graph.linear import Embed, reshape
 from soundly.graph.node import Fill, Node, Parameter, Shape, topological
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Network:
     """A function of its inputs and parameters, as a graph of operations. Immutable.
 
@@ -37,6 +37,11 @@ class Network:
     places: Mapping[str, Node] = field(default_factory=dict)
     name: str = "network"
     like: Tensor = field(default_factory=lambda: torch.empty(0), repr=False)
+
+    def __repr__(self) -> str:
+        ins, outs = (" and ".join(str(list(n.shape)) for n in nodes) for nodes in (self.inputs, self.outputs))
+        weights = sum(math.prod(n.shape) for n in self.parameters.values())
+        return f"<Network {self.name}: {ins} -> {outs}, {len(self.nodes)} operations, {weights:,} weights, {self.dtype}>"
 
     # -- values
 
