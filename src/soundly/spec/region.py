@@ -53,7 +53,7 @@ class Box:
             raise InvalidInput(f"Box: lower has {len(low)} numbers and upper {len(high)}; give one of each per input.")
         ends = [_tensor("bounds", [v[side] for v in row]) for row, side in ((low, 0), (high, 1), (low, 1), (high, 0))]
         if any(_fraction("lower", a) > _fraction("upper", b) for a, b in zip(lower, upper, strict=True)):
-            return Box(ends[2], ends[3]) if bool((ends[2] > ends[3]).any()) else Box(ends[0] + 1, ends[0])
+            return Box(ends[2], ends[3])  # contradictory ends stay so when rounded inward
         return Box(ends[0], ends[1], inner=(ends[2], ends[3]))
 
     @property
