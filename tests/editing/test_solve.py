@@ -8,6 +8,7 @@ The other norms, feasibility and conflicts are compared with one plain, unsplit 
 import math
 import time
 
+import highspy
 import numpy as np
 import pytest
 import torch
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linprog, nnls
 from torch import Tensor
 
-from soundly.editing import least_norm
+from soundly.editing import least_norm, linear_program
 from soundly.editing.least_norm import excludes, nearest_point
 from soundly.editing.linear_program import contradiction
 from soundly.editing.solve import Solution, least_change
@@ -437,19 +438,19 @@ def test_running_out_of_time_is_said() -> None:
 
 def test_running_out_of_time_in_the_linear_program_leaves_an_admissible_change(monkeypatch: pytest.MonkeyPatch) -> None:
     problem, *_ = gradcam_problem(2, 600)
-    best = solve(problem, norm="l1")
-    monkeypatch.setattr("soundly.editing.linear_program.BATCH", 1)
-    monkeypatch.setattr("soundly.editing.linear_program._run", _stop_after(2))
+    best, square = solve(problem, norm="l1"), solve(problem)
+    honest, rounds = linear_program._run, iter(range(2))
+
+    def cut_short(solver: highspy.Highs, deadline: float) -> highspy.HighsModelStatus:
+        outcome = honest(solver, deadline)
+        return outcome if next(rounds, None) is not None else highspy.HighsModelStatus.kTimeLimit
+
+    monkeypatch.setattr(linear_program, "BATCH", 1)
+    monkeypatch.setattr(linear_program, "_run", cut_short)
     cut = solve(problem, norm="l1")
     assert cut.status == "limit" and cut.delta is not None and cut.residual <= 1e-12
+    assert square.delta is not None and torch.equal(cut.delta, square.delta)
     assert 0 < cut.lower_bound <= best.objective * (1 + 1e-9) < cut.objective
-
-
-def _stop_after(rounds: int):  # type: ignore[no-untyped-def]
-    from soundly.editing import linear_program
-
-    honest, count = linear_program._run, iter(range(rounds))
-    return lambda solver, deadline: honest(solver, deadline if next(count, None) is not None else -INF)
 
 
 def test_trivial_rows() -> None:

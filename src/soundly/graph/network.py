@@ -41,7 +41,8 @@ class Network:
     def __repr__(self) -> str:
         ins, outs = (" and ".join(str(list(n.shape)) for n in nodes) for nodes in (self.inputs, self.outputs))
         weights = sum(math.prod(n.shape) for n in self.parameters.values())
-        return f"<Network {self.name}: {ins} -> {outs}, {len(self.nodes)} operations, {weights:,} weights, {self.dtype}>"
+        size = f"{len(self.nodes)} operations, {weights:,} weights"
+        return f"<Network {self.name}: {ins} -> {outs}, {size}, {self.dtype}>"
 
     # -- values
 
