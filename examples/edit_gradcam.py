@@ -95,6 +95,8 @@ def main() -> None:
     s = edit.seconds
     times = f"features {s['features']:.1f} s, solve {s['solve']:.2f} s, check {s['check']:.2f} s"
     print(f"edited     {len(edit.delta)} of 1000 rows of _fc; {times}")
+    held, total = sum(edit.held_before), len(constraints)
+    print(f"claims     {held} of {total} held before, {total} of {total} are proved now")
     print(f"rows       {edit.rows_before} of {edit.rows} held before, {edit.proven} of {edit.rows} are proved now")
 
     certificate = out / "edit.cert"
@@ -149,6 +151,7 @@ def report(
             "Edited",
             f"{len(edit.delta)} of 1000 rows of the last layer, by {change / float(weight.norm()):.2%} of its norm",
         ),
+        ("Claims", f"{sum(edit.held_before)} of {len(edit.held_before)} held before; all are proved now"),
         ("Linear rows", f"{edit.rows_before} of {edit.rows} held before; {edit.proven} of {edit.rows} are proved now"),
         ("Solved in", f"{edit.seconds['solve']:.2f} s"),
         ("Proved", edit.check.arithmetic),
@@ -171,8 +174,11 @@ def report(
         "not proved.",
     )
     claims = Table(
-        ["Claim", "Verdict", "Rows"],
-        [(c.name, Verdict.PROVED if c.proven == c.rows else Verdict.UNKNOWN, c.rows) for c in edit.check.claims],
+        ["Claim", "Before", "Now", "Rows"],
+        [
+            (c.name, "held" if held else "violated", Verdict.PROVED if c.proven == c.rows else Verdict.UNKNOWN, c.rows)
+            for c, held in zip(edit.check.claims, edit.held_before, strict=True)
+        ],
     )
     credit = "; ".join(f"{photos[n].name}: {photos[n].credit}" for n in dict.fromkeys(d.photograph for d in DEMO))
     return Report(

@@ -1,18 +1,30 @@
 """Lines below and above an elementwise function on an interval: one rule for all of them, no case tables.
 
-For any slope k the best lines are b_low(k) + k t and b_high(k) + k t with the least and greatest value of f(t) - k t on the
-interval, and these are met at an end, at a break of f, or where f' = k. Every slope is sound; good ones are tight.
+For any slope k the best lines are k t + (least of f(t) - k t) and k t + (greatest of f(t) - k t). Between the breaks and
+the turning points of f' the function is convex or concave, so one extreme lies at the ends of such a stretch and the other
+is bounded by tangents, whose bound holds wherever they touch: finding f' = k is a matter of tightness, not of soundness.
+
+Every slope is sound; the default one is best at the middle of the interval. All is computed in float64 and rounded outward.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from soundly.errors import MissingRule
 from soundly.graph.elementwise import Elementwise
+from soundly.graph.ring import Polynomial
+
+_UNIT = 2.0**-53
+_HALVINGS = 28  # of a stretch; the tangents' error is quadratic in what remains
+_SAMPLES = 16  # of a curved function, to choose its slopes; even, so that none lies in the middle
+_FAR = 2.0**20  # beyond which the position within a period is no longer known well
 
 
 class Lines(NamedTuple):
@@ -24,92 +36,215 @@ class Lines(NamedTuple):
     offset_high: Tensor
 
 
-def offsets(f: Elementwise, lower: Tensor, upper: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
-    """The least and the greatest value of f(t) - slope * t over [lower, upper], widened by rounding.
+class _Stretches(NamedTuple):
+    """The stretches of one piece: where each begins and ends, and +1 where it is convex, -1 concave, 0 straight."""
 
-    Args:
-        lower, upper: finite, lower <= upper, inside the function's domain.
-        slope: any finite numbers, of the same shape.
-    """
-    unit = torch.finfo(lower.dtype).eps / 2
-    least = torch.full_like(lower, math.inf)
-    greatest = -least
-    points = [(t, None) for t in (lower, upper, *_stationary(f, lower, upper, slope))]
-    points += [(torch.full_like(lower, t), (low, high)) for t, low, high in f.special_points if t in f.breaks]
-    for t, near in points:
-        inside = (lower <= t) & (t <= upper)
-        value = f.apply(t.clamp(lower, upper))
-        low, high = (value, value) if near is None else (torch.full_like(value, near[0]), torch.full_like(value, near[1]))
-        low, high = f.widen(lower, upper, low, high, unit)
-        slack = 4 * unit * (low.abs() + high.abs() + (slope * t).abs())
-        least = torch.where(inside, torch.minimum(least, low - slope * t - slack), least)
-        greatest = torch.where(inside, torch.maximum(greatest, high - slope * t + slack), greatest)
-    return least, greatest
+    piece: Polynomial
+    slope: Polynomial
+    left: tuple[float, ...]
+    right: tuple[float, ...]
+    bend: tuple[int, ...]
 
 
-def _stationary(f: Elementwise, lower: Tensor, upper: Tensor, slope: Tensor) -> list[Tensor]:
-    """Points of [lower, upper] that include every interior t with f'(t) = slope, to bisection accuracy.
-
-    Between consecutive special points of f' (its turning points and the breaks) f' is monotone, so each such stretch
-    holds at most one. Where a stretch holds none, the point returned is some other point of the interval.
-    """
-    found = []
-    period = f.ring.period
-    cuts = sorted({*f.breaks, *(t for t, _, _ in f.derivative.special_points)})
-    ends = [*cuts, cuts[0] + period] if period else [-math.inf, *cuts, math.inf]
+@cache
+def _stretches(f: Elementwise) -> tuple[_Stretches, ...]:
+    """The function cut where it breaks, has a pole, or its derivative turns; for periodic functions one period of it."""
+    ring = f.ring
+    poles = () if ring.pole is None else (ring.pole,)
+    cuts = sorted({*f.breaks, *poles, *(t for t, _, _ in f.derivative.special_points)})
+    if ring.period:
+        first = cuts[0] if cuts else 0.0
+        ends = [*(cuts or [first]), first + ring.period]
+    else:
+        ends = [ring.lower, *(t for t in cuts if ring.lower < t < ring.upper), ring.upper]
+    found: dict[tuple[Polynomial, bool], list[tuple[float, float, int]]] = {}
     for left, right in zip(ends, ends[1:], strict=False):
-        piece = f.derivative.pieces[sum(t <= left for t in f.breaks)]
-        if all(not any(exponents) for exponents, _ in piece):
-            continue  # a straight stretch: its ends are breaks
-        if period:
-            a, b = torch.full_like(lower, left), torch.full_like(lower, right)
-        else:
-            a, b = lower.clamp(left, right), upper.clamp(left, right)
-        rising = f.ring.evaluate(piece, b) >= f.ring.evaluate(piece, a)
-        for _ in range(60 if lower.dtype == torch.float64 else 30):
-            middle = (a + b) / 2
-            go_right = (f.ring.evaluate(piece, middle) < slope) == rising
-            a, b = torch.where(go_right, middle, a), torch.where(go_right, b, middle)
-        root = (a + b) / 2
-        if not period:
-            found.append(root.clamp(lower, upper))
-            continue
-        # In an interval of at most one period: its first occurrence, and the next.
-        first = root + period * torch.ceil((lower - root) / period)
-        found += [first.clamp(lower, upper), (first + period).clamp(lower, upper), (first - period).clamp(lower, upper)]
+        piece = f.pieces[sum(t <= left for t in f.breaks)]
+        bend = _bend(f, ring.derivative(ring.derivative(piece)), left, right)
+        found.setdefault((piece, bend == 0), []).append((left, right, bend))
+    return tuple(_Stretches(p, ring.derivative(p), *zip(*parts, strict=True)) for (p, _), parts in found.items())
+
+
+def _bend(f: Elementwise, curvature: Polynomial, left: float, right: float) -> int:
+    """The sign of f'' between two neighbouring zeros of it, 0 if it vanishes identically."""
+    if not curvature:
+        return 0
+    first = left if math.isfinite(left) else min(right, 2.0) - 4.0
+    last = right if math.isfinite(right) else first + 4.0
+    inside = torch.linspace(first, last, 17, dtype=torch.float64)[1:-1]
+    values = f.ring.evaluate(curvature, inside)
+    largest = float(values[values.abs().argmax()])
+    if largest == 0 or not math.isfinite(largest):
+        raise MissingRule(f"{f} does not say whether it is convex or concave between {left:g} and {right:g}.")
+    return 1 if largest > 0 else -1
+
+
+def straight(f: Elementwise, lower: Tensor, upper: Tensor) -> Tensor:
+    """Where f is known to be affine on the whole interval, so that its lines are exact whatever the ends."""
+    found = torch.zeros_like(lower, dtype=torch.bool)
+    for part in () if f.ring.period else _stretches(f):
+        for left, right, bend in zip(part.left, part.right, part.bend, strict=True):
+            if bend == 0:
+                found |= (left <= lower) & (upper <= right)
     return found
 
 
-def default_lines(f: Elementwise, lower: Tensor, upper: Tensor) -> Lines:
-    """Lines whose slopes are, of a few candidates, those with the tightest value at the middle of the interval.
+def offsets(f: Elementwise, lower: Tensor, upper: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+    """Bounds, from below and from above, of f(t) - slope * t over [lower, upper]: as tight as rounding allows.
 
-    The candidates are the chord, the derivative at the middle and at both ends, and zero. For ReLU this gives the usual
-    adaptive choice. Where the interval is infinite, or longer than a period, the lines are the bounds of the range.
+    Args:
+        lower, upper: finite, lower <= upper, meeting the function's domain, without a pole between them; at most a
+            period long.
+        slope: any finite numbers, of the same shape or with further dimensions before it.
+
+    Returns:
+        least, greatest of the shape and type of `slope`; infinite where overflow leaves nothing known. At a jump both
+        sides count. Points outside the domain are left out.
     """
-    least, greatest = f.enclose(lower, upper)
-    least, greatest = f.widen(lower, upper, least, greatest, torch.finfo(lower.dtype).eps / 2)
-    width = upper - lower
-    usable = torch.isfinite(width) & torch.isfinite(least) & torch.isfinite(greatest)
-    if f.ring.period:
-        usable &= width <= f.ring.period
-    a, b = (torch.where(usable, end, _inside(f)) for end in (lower, upper))
-    middle = (a + b) / 2
-    tiny = b - a <= 1e-6 * torch.maximum(a.abs(), b.abs()).clamp(min=1e-6)
-    chord = torch.where(tiny, f.derivative.apply(middle), (f.apply(b) - f.apply(a)) / torch.where(tiny, 1.0, b - a))
-    candidates = [torch.zeros_like(a), chord, *(f.derivative.apply(t) for t in (middle, a, b))]
-    zero = torch.zeros_like(a)
-    best = Lines(zero, torch.where(usable, zero - math.inf, least), zero, torch.where(usable, zero + math.inf, greatest))
-    for slope in candidates:
-        slope = slope.nan_to_num(0.0, 0.0, 0.0)
-        low, high = offsets(f, a, b, slope)
-        better = usable & (low + slope * middle > best.offset_low + best.slope_low * middle)
-        slope_low, offset_low = torch.where(better, slope, best.slope_low), torch.where(better, low, best.offset_low)
-        better = usable & (high + slope * middle < best.offset_high + best.slope_high * middle)
-        slope_high, offset_high = torch.where(better, slope, best.slope_high), torch.where(better, high, best.offset_high)
-        best = Lines(slope_low, offset_low, slope_high, offset_high)
-    return best
+    a, b = (end.double().reshape(1, 1, -1) for end in (lower, upper))
+    k = slope.double().reshape(1, -1, a.shape[2])
+    least, greatest = torch.full_like(k, math.inf), torch.full_like(k, -math.inf)
+    for part in _stretches(f):
+        left, right, bend = (
+            torch.tensor(v, dtype=torch.float64, device=k.device).reshape(-1, 1, 1)
+            for v in (part.left, part.right, part.bend)
+        )
+        if f.ring.period:
+            # The last beginning before the interval, and the next.
+            first = left + f.ring.period * torch.floor((a - left) / f.ring.period)
+            left, right = torch.cat([first, first + f.ring.period]), (right - left).repeat(2, 1, 1)
+            right, bend = left + right, bend.repeat(2, 1, 1)
+        met = (a <= right) & (b >= left)
+        low, high = _extremes(f, part, a.clamp(left, right), b.clamp(left, right), bend, k)
+        least = torch.minimum(least, torch.where(met, low, math.inf).amin(0))
+        greatest = torch.maximum(greatest, torch.where(met, high, -math.inf).amax(0))
+    for t, low_t, high_t in f.special_points:
+        if t in f.breaks:  # where it may have a value of its own
+            met, slack = (a <= t) & (b >= t), 8 * _UNIT * (abs(low_t) + abs(high_t) + (k * t).abs())
+            least = torch.where(met, torch.minimum(least, low_t - k * t - slack), least)
+            greatest = torch.where(met, torch.maximum(greatest, high_t - k * t + slack), greatest)
+    least = least.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
+    greatest = greatest.nan_to_num(nan=math.inf, posinf=math.inf, neginf=math.inf)
+    return _outward(least.reshape(slope.shape), -1, slope.dtype), _outward(
+        greatest.reshape(slope.shape), 1, slope.dtype
+    )
 
 
-def _inside(f: Elementwise) -> float:
-    """Some point of the function's domain."""
-    return 1.0
+def _extremes(f: Elementwise, part: _Stretches, a: Tensor, b: Tensor, bend: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Bounds of g = f - k t over each [a, b], which lies in one stretch. All tensors broadcast to [stretch, slope, n]."""
+    lost = f.underflow * torch.finfo(torch.float64).tiny
+
+    def value(t: Tensor) -> tuple[Tensor, Tensor]:
+        v = f.ring.evaluate(part.piece, t)
+        low, high = f.widen(t, t, v, v, _UNIT)
+        slack = 8 * _UNIT * (v.abs() + (k * t).abs()) + lost
+        return low - k * t - slack, high - k * t + slack
+
+    (low_a, high_a), (low_b, high_b) = value(a), value(b)
+    if not any(part.bend):
+        return torch.minimum(low_a, low_b), torch.maximum(high_a, high_b)
+
+    def slopes(t: Tensor) -> tuple[Tensor, Tensor]:
+        d = f.ring.evaluate(part.slope, t)
+        low, high = f.derivative.widen(t, t, d, d, _UNIT)
+        slack = 8 * _UNIT * (d.abs() + k.abs()) + lost
+        return _turned(low - k - slack, high - k + slack, bend)
+
+    p, q = (end.expand(torch.broadcast_shapes(end.shape, k.shape)) for end in (a, b))
+    for _ in range(_HALVINGS):
+        middle = (p + q) / 2
+        on_the_right = (f.ring.evaluate(part.slope, middle) < k) == (bend > 0)
+        p, q = torch.where(on_the_right, middle, p), torch.where(on_the_right, q, middle)
+    # h = g or -g is convex: it lies above its tangents in p and in q, left of p, right of q, and between them.
+    (h_p, _), (h_q, _) = _turned(*value(p), bend), _turned(*value(q), bend)
+    (falls_p, rises_p), (falls_q, rises_q) = slopes(p), slopes(q)
+    between = torch.maximum(h_p - _drop(-falls_p, q - p), h_q - _drop(rises_q, q - p))
+    least = torch.minimum(between, torch.minimum(h_p - _drop(rises_p, p - a), h_q - _drop(-falls_q, b - q)))
+    (_, h_a), (_, h_b) = _turned(low_a, high_a, bend), _turned(low_b, high_b, bend)
+    return _turned(least, torch.maximum(h_a, h_b).expand_as(least), bend)
+
+
+def _turned(low: Tensor, high: Tensor, bend: Tensor) -> tuple[Tensor, Tensor]:
+    """Bounds of g as bounds of g where it is convex and of -g where it is concave; or back."""
+    return torch.where(bend > 0, low, -high), torch.where(bend > 0, high, -low)
+
+
+def _drop(slope: Tensor, length: Tensor) -> Tensor:
+    """How far a tangent that falls at most that steeply can fall over a length; infinite where nothing is known."""
+    drop = slope.clamp(min=0) * length * (1 + 8 * _UNIT)
+    return torch.where(length > 0, drop, 0.0).nan_to_num(nan=math.inf, posinf=math.inf)
+
+
+def _outward(x: Tensor, side: int, dtype: torch.dtype) -> Tensor:
+    """x in another type, rounded down (side -1) or up."""
+    if dtype == torch.float64:
+        return x
+    rounded = x.to(dtype)
+    return torch.nextafter(rounded, torch.full_like(rounded, side * math.inf))
+
+
+def default_lines(f: Elementwise, lower: Tensor, upper: Tensor) -> Lines:
+    """Lines that are as tight as possible at the middle of the interval; for ReLU the usual adaptive choice.
+
+    Where the interval is infinite, longer than a period or not inside one branch of the function, the lines are the
+    bounds of its range: infinite where it is unknown, never NaN.
+    """
+    dtype, ring = lower.dtype, f.ring
+    a, b = (end.double().clamp(ring.lower, ring.upper) for end in (lower, upper))
+    least, greatest = f.widen(a, b, *f.enclose(lower.double(), upper.double()), _UNIT)
+    lost = f.underflow * torch.finfo(torch.float64).tiny
+    least = (least - lost).nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
+    greatest = (greatest + lost).nan_to_num(nan=math.inf, posinf=math.inf, neginf=math.inf)
+    lines = Lines(torch.zeros_like(a), least, torch.zeros_like(a), greatest)
+    sloped = torch.isfinite(b - a) & torch.isfinite(greatest - least) & (greatest - least > 4 * lost)
+    if ring.period:
+        sloped &= (b - a <= ring.period) & (torch.maximum(a.abs(), b.abs()) <= _FAR)
+    if bool(sloped.any()):
+        a, b, least, greatest = a[sloped], b[sloped], least[sloped], greatest[sloped]
+        middle = a / 2 + b / 2
+        slopes = _slopes(f, a, b, middle)
+        slopes = slopes.to(dtype).nan_to_num(0.0, 0.0, 0.0).double()
+        low, high = offsets(f, a, b, slopes)
+        low, high = low[0], high[1]
+        better = (low + slopes[0] * middle > least, high + slopes[1] * middle < greatest)
+        lines.slope_low[sloped] = torch.where(better[0], slopes[0], 0.0)
+        lines.offset_low[sloped] = torch.where(better[0], low, least)
+        lines.slope_high[sloped] = torch.where(better[1], slopes[1], 0.0)
+        lines.offset_high[sloped] = torch.where(better[1], high, greatest)
+    return Lines(
+        lines.slope_low.to(dtype),
+        _outward(lines.offset_low, -1, dtype),
+        lines.slope_high.to(dtype),
+        _outward(lines.offset_high, 1, dtype),
+    )
+
+
+def _slopes(f: Elementwise, a: Tensor, b: Tensor, middle: Tensor) -> Tensor:
+    """[2, n]: slopes of the convex and of the concave envelope at the middle, of samples and the values at breaks."""
+    curved = any(any(part.bend) for part in _stretches(f))
+    steps = torch.linspace(0, 1, _SAMPLES if curved else 2, dtype=torch.float64, device=a.device)
+    points = [(t, v, v) for t in torch.lerp(a, b, steps[:, None]).clamp(a, b) for v in (f.apply(t),)]
+    half = len(points) // 2
+    breaks = []
+    for t, low, high in f.special_points:
+        if t in f.breaks:
+            inside = (a <= t) & (t <= b)
+            breaks.append((torch.where(inside, t, math.nan), torch.full_like(a, low), torch.full_like(a, high)))
+    left, right = (
+        [torch.stack(v) for v in zip(*side, *breaks, strict=True)] for side in (points[:half], points[half:])
+    )
+    tangent = f.derivative.apply(middle)
+    thin = b - a <= 1e-6 * torch.maximum(a.abs(), b.abs())  # where quotients drown in rounding
+    return torch.where(thin, tangent, torch.stack([_lowest(left, right, middle, 1), _lowest(left, right, middle, -1)]))
+
+
+def _lowest(left: Sequence[Tensor], right: Sequence[Tensor], middle: Tensor, sign: int) -> Tensor:
+    """The slope of that line from a point on the left to one on the right that is lowest (sign -1: highest) between."""
+    column = 1 if sign > 0 else 2
+    t, u = left[0].unsqueeze(1), right[0].unsqueeze(0)
+    v, w = left[column].unsqueeze(1), right[column].unsqueeze(0)
+    slope = (w - v) / (u - t)
+    height = sign * (v + slope * (middle - t))
+    possible = (t <= middle) & (middle <= u) & (t < u) & torch.isfinite(height)
+    height = torch.where(possible, height, math.inf).flatten(0, 1)
+    return slope.flatten(0, 1).gather(0, height.argmin(0, keepdim=True))[0]

@@ -42,6 +42,7 @@ class Edit:
             "unproven": a candidate was found but not every row could be proven in the storage type.
             "limit": time ran out.
         rows, rows_before, proven: how many rows there are, how many held before the edit, how many are proven now.
+        held_before: for each constraint, whether all its rows held before the edit (measured).
         seconds: {"features", "solve", "check"}: wall-clock times of the three phases.
         model: the edited model, of the class that was given (a copy); None unless proved.
         certificate, check: the proof, and what the checker said of it; None unless proved.
@@ -55,6 +56,7 @@ class Edit:
     rows: int
     rows_before: int
     proven: int
+    held_before: tuple[bool, ...]
     seconds: dict[str, float]
     model: Network | nn.Module | None = None
     certificate: Certificate | None = None
@@ -144,7 +146,8 @@ def _solve_and_prove(
 ) -> Edit:
     """Looks for a candidate and has it proved; with growing margins while a proof fails for want of them."""
     blocks = list(program.blocks())
-    held = int(program.satisfied(program.weights).sum())
+    satisfied = program.satisfied(program.weights)
+    before = tuple(bool(satisfied[claim.start : claim.stop].all()) for claim in program.claims)
     proven = 0
 
     def failed(status: Status, reason: str, rows: tuple[int, ...] = ()) -> Edit:
@@ -153,8 +156,9 @@ def _solve_and_prove(
             status=status,
             reason=reason,
             rows=len(program.lower),
-            rows_before=held,
+            rows_before=int(satisfied.sum()),
             proven=proven,
+            held_before=before,
             conflict=names,
             seconds=dict(seconds),
         )
@@ -179,8 +183,9 @@ def _solve_and_prove(
                 certificate=certificate,
                 delta={c: moved[c] for c in program.edited},
                 rows=len(program.lower),
-                rows_before=held,
+                rows_before=int(satisfied.sum()),
                 proven=result.proven,
+                held_before=before,
                 smallest=candidate.smallest,
                 seconds=dict(seconds),
                 check=result,

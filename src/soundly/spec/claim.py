@@ -56,6 +56,9 @@ class Row:
     def scaled(self) -> tuple[dict[int, float], dict[int, float], float, bool]:
         """A positive multiple in float64: y, x, b rounded down, and whether all coefficients are exact."""
         numbers = [*self.y.values(), *self.x.values()]
+        if all(abs(q) == 1 for q in numbers):
+            y, x = ({i: float(q) for i, q in side.items()} for side in (self.y, self.x))
+            return y, x, rounded(self.b)[0], True
         scale = Fraction(1)
         if any(rounded(q)[0] != q for q in numbers):
             unit = Fraction(math.lcm(*(q.denominator for q in numbers)), math.gcd(*(q.numerator for q in numbers)))
@@ -128,24 +131,24 @@ class Property:
         tables: list[tuple[list[int], list[int], list[float]]] = [([], [], []), ([], [], [])]
         b: list[float] = []
         for k, row in enumerate(flat):
-            y, x, constant, _ = row.scaled
+            here, there, constant, _ = row.scaled
             b.append(constant)
-            for (rows, columns, values), terms in zip(tables, (y, x), strict=True):
+            for (rows, columns, values), terms in zip(tables, (here, there), strict=True):
                 rows.extend([k] * len(terms))
                 columns.extend(terms)
                 values.extend(terms.values())
-        first, second = (
+        y, x = (
             Terms(torch.tensor(r, dtype=torch.int64), torch.tensor(c, dtype=torch.int64), _f64(v)) for r, c, v in tables
         )
-        for terms, size in ((first, outputs), (second, inputs)):
-            if bool(((terms.column < 0) | (terms.column >= size)).any()):
+        for side, size in ((y, outputs), (x, inputs)):
+            if bool(((side.column < 0) | (side.column >= size)).any()):
                 raise InvalidInput(f"a row names an entry beyond {outputs} outputs and {inputs} inputs.")
-        finite = torch.isfinite(first.value).all() & torch.isfinite(second.value).all() & torch.isfinite(_f64(b)).all()
+        finite = torch.isfinite(y.value).all() & torch.isfinite(x.value).all() & torch.isfinite(_f64(b)).all()
         if not bool(finite):
             raise InvalidInput("a row has a coefficient or constant beyond the range of float64; scale it.")
         owner = [i for i, clause in enumerate(clauses) for _ in clause]
         return Property(
-            outputs, inputs, first, second, _f64(b), torch.tensor(owner, dtype=torch.int64), len(clauses),
+            outputs, inputs, y, x, _f64(b), torch.tensor(owner, dtype=torch.int64), len(clauses),
             torch.tensor([row.strict for row in flat], dtype=torch.bool), tuple(flat),
         )  # fmt: skip
 
@@ -185,12 +188,13 @@ class Property:
         """Which clauses are true at one flat output and input, decided without rounding: bool [clauses]."""
         y, x = y.double(), x.double()
         if not bool(torch.isfinite(y).all() & torch.isfinite(x).all()):
-            raise InvalidInput("y holds NaN or infinite entries; such an output neither satisfies nor violates a claim.")
+            raise InvalidInput("y holds NaN or infinite entries, which neither satisfy nor violate a claim.")
         terms = self.y.sizes(y, len(self)) + self.x.sizes(x, len(self)) + self.b.abs()
         counts = torch.bincount(torch.cat([self.y.row, self.x.row]), minlength=len(self))
         error = (counts + 4) * 2.0**-51 * terms + 1e-300
         value = self.rows(y, x)
-        false = torch.zeros(self.clauses, dtype=torch.bool).index_put_((self.clause[value > error],), torch.tensor(True))
+        false = torch.zeros(self.clauses, dtype=torch.bool)
+        false[self.clause[value > error]] = True
         unsure = ~(value < -error) & ~false[self.clause]
         here, there = y.tolist(), x.tolist()
         for k in unsure.nonzero().flatten().tolist():
@@ -202,14 +206,17 @@ class Property:
     def _row(self, k: int) -> Row:
         if self.exact is not None:
             return self.exact[k]
-        sides = []
-        for terms in (self.y, self.x):
-            mine = terms.row == k
-            side: dict[int, Fraction] = {}
-            for i, v in zip(terms.column[mine].tolist(), terms.value[mine].tolist(), strict=True):
-                side[i] = side.get(i, Fraction(0)) + Fraction(v)
-            sides.append(side)
-        return Row(sides[0], sides[1], Fraction(float(self.b[k])), bool(self.strict[k]))
+        y, x = self._sides
+        return Row(y.get(k, {}), x.get(k, {}), Fraction(float(self.b[k])), bool(self.strict[k]))
+
+    @cached_property
+    def _sides(self) -> tuple[dict[int, dict[int, Fraction]], dict[int, dict[int, Fraction]]]:
+        sides: tuple[dict[int, dict[int, Fraction]], dict[int, dict[int, Fraction]]] = ({}, {})
+        for terms, side in zip((self.y, self.x), sides, strict=True):
+            for k, i, v in zip(terms.row.tolist(), terms.column.tolist(), terms.value.tolist(), strict=True):
+                row = side.setdefault(k, {})
+                row[i] = row.get(i, Fraction(0)) + Fraction(v)
+        return sides
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,7 +241,7 @@ class Claim:
     shapes: Shapes = field(init=False)
 
     def __post_init__(self) -> None:
-        shapes = _shapes(self.network)
+        shapes = shapes_of(self.network)
         object.__setattr__(self, "shapes", shapes)
         _check_region(self.region, shapes)
         sizes = (_size(shapes.outputs), _size(shapes.inputs))
@@ -248,7 +255,7 @@ class Claim:
         ):
             raise InvalidInput("spans belong to a Union and need one row [first, last) per box.")
 
-    @property
+    @cached_property
     def is_empty(self) -> bool:
         """Whether there is no input at all: nothing is claimed."""
         return self.region.is_empty
@@ -337,7 +344,7 @@ def robust(
         norm: "linf", "l2" or "l1".
         clip: the range of valid inputs, a box, or None for no limit.
     """
-    n = _size(_shapes(network).outputs)
+    n = _size(shapes_of(network).outputs)
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise InvalidInput("x must be a floating-point tensor of the network's input shape.")
     if isinstance(clip, tuple):
@@ -347,9 +354,10 @@ def robust(
     if clip is not None and not bool(clip.contains(x)[()]):
         raise InvalidInput("x lies outside clip; pass the range that your inputs are scaled to, or clip=None.")
     region = Ball(x, eps, norm, clip)
-    _check_region(region, _shapes(network))
+    _check_region(region, shapes_of(network))
     if label is None:
-        label = int(torch.cat([y.reshape(-1) for y in network.evaluate(network.outputs, *_inputs(network, x))]).argmax())
+        outputs = network.evaluate(network.outputs, *_inputs(network, x))
+        label = int(torch.cat([y.reshape(-1) for y in outputs]).argmax())
     _check_index("label", label, n)
     others = [j for j in range(n) if j != label]
     rows = _differences(network, [label] * len(others), others, clause=range(len(others)))
@@ -362,12 +370,13 @@ def within(network: Network, region: Region, lower: Tensor | float | None, upper
     Args:
         lower, upper: numbers or tensors of the output's shape; None or infinite entries where there is no bound.
     """
-    n = _size(_shapes(network).outputs)
+    n = _size(shapes_of(network).outputs)
     column, sign, constant = [], [], []
     for name, bound, s in (("lower", lower, 1.0), ("upper", upper, -1.0)):
         if bound is None:
             continue
-        values = torch.as_tensor(bound, dtype=None if isinstance(bound, Tensor) else torch.float64).detach().double().cpu()
+        values = torch.as_tensor(bound, dtype=None if isinstance(bound, Tensor) else torch.float64)
+        values = values.detach().double().cpu()
         if values.numel() not in (1, n) or bool(torch.isnan(values).any()):
             raise InvalidInput(f"{name} needs one number or {n}, as the network has outputs, and none may be NaN.")
         values = values.reshape(-1).expand(n)
@@ -414,7 +423,7 @@ def monotone(
 def top_k(network: Network, region: Region, labels: Sequence[int], k: int) -> Claim:
     """For every input of the region the outputs `labels` are among the k largest; given more than k labels, the k
     largest are among `labels`. Ties count against the claim."""
-    n, inside = _size(_shapes(network).outputs), list(dict.fromkeys(labels))
+    n, inside = _size(shapes_of(network).outputs), list(dict.fromkeys(labels))
     for label in inside:
         _check_index("labels", label, n)
     if not isinstance(k, int) or not 0 < k <= n or not inside:
@@ -422,7 +431,8 @@ def top_k(network: Network, region: Region, labels: Sequence[int], k: int) -> Cl
     outside = [j for j in range(n) if j not in set(inside)]
     # The lowest label falls out of the k largest once k - |labels| + 1 outsiders reach it; the highest outsider gets
     # in once it reaches |labels| - k + 1 labels.
-    one, many, size = (inside, outside, k - len(inside) + 1) if len(inside) <= k else (outside, inside, len(inside) - k + 1)
+    one, many = (inside, outside) if len(inside) <= k else (outside, inside)
+    size = abs(len(inside) - k) + 1
     if len(one) * math.comb(len(many), size) * size > CLAUSES:
         raise InvalidInput(
             f"labels, k: {len(inside)} labels among the top {k} of {n} is a choice of {size} out of {len(many)}: too "
@@ -440,7 +450,7 @@ def top_k(network: Network, region: Region, labels: Sequence[int], k: int) -> Cl
 
 def pairwise(network: Network, region: Region, i: int, j: int, margin: float = 0.0) -> Claim:
     """Output i exceeds output j by at least `margin` for every input of the region."""
-    n = _size(_shapes(network).outputs)
+    n = _size(shapes_of(network).outputs)
     _check_index("i", i, n)
     _check_index("j", j, n)
     if i == j or not math.isfinite(margin):
@@ -464,7 +474,7 @@ def _differences(
 
 
 def _property(network: Network, y: Terms, b: Tensor, clause: Tensor, *, strict: bool) -> Property:
-    shapes, none = _shapes(network), torch.empty(0, dtype=torch.int64)
+    shapes, none = shapes_of(network), torch.empty(0, dtype=torch.int64)
     clauses = int(clause.max()) + 1 if len(clause) else 0
     return Property(
         _size(shapes.outputs), _size(shapes.inputs), y, Terms(none, none, _f64([])), b, clause, clauses,
@@ -472,7 +482,8 @@ def _property(network: Network, y: Terms, b: Tensor, clause: Tensor, *, strict: 
     )  # fmt: skip
 
 
-def _shapes(network: Any) -> Shapes:
+def shapes_of(network: Any) -> Shapes:
+    """The shapes of a network's inputs and outputs."""
     if isinstance(network, Shapes):
         return network
     if not isinstance(network, Network):

@@ -244,7 +244,7 @@ class Ball:
         error = (len(radius) + 8) * 2.0**-51
         inside = norm < 1 - error
         for index in ((norm - 1).abs() <= error).nonzero():
-            exact = _norm_power([*map(Fraction, rows[tuple(index)].tolist())], centre, radius, self.norm)
+            exact = _side_of_sphere([*map(Fraction, rows[tuple(index)].tolist())], centre, radius, self.norm)
             inside[tuple(index)] = exact < 0 or (exact == 0 and not strict)
         return inside & fixed
 
@@ -469,8 +469,8 @@ def _sum(a: Tensor, b: Tensor) -> Ends:
     )
 
 
-def _norm_power(x: list[Fraction], centre: Tensor, radius: Tensor, norm: Norm) -> Fraction:
-    """The sign of sum (|x - centre| / radius)^p - 1, exactly. Sums by pairs and unreduced: reducing is the slow part."""
+def _side_of_sphere(x: list[Fraction], centre: Tensor, radius: Tensor, norm: Norm) -> Fraction:
+    """The sign of sum (|x - centre| / radius)^p - 1, exactly. Sums by pairs, unreduced: reducing is the slow part."""
     p = 2 if norm == "l2" else 1
     terms = []
     for a, c, r in zip(x, map(Fraction, centre.tolist()), map(Fraction, radius.tolist()), strict=True):
@@ -504,7 +504,7 @@ def _keep_bounds(region: Box | Union, kind: str) -> None:
 
 def _tensor(name: str, value: Any, *, finite: bool = True) -> Tensor:
     try:
-        tensor = torch.as_tensor(value).detach() if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
+        tensor = value.detach() if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
         if tensor.is_complex():
             raise TypeError("it is complex")
         tensor = tensor.to(device="cpu", dtype=torch.float64)
