@@ -1,10 +1,10 @@
 """Lines below and above an elementwise function on an interval: one rule for all of them, no case tables.
 
-For any slope k the best lines are k t + (least of f(t) - k t) and k t + (greatest of f(t) - k t). Between the breaks and
-the turning points of f' the function is convex or concave, so one extreme lies at the ends of such a stretch and the other
-is bounded by tangents, whose bound holds wherever they touch: finding f' = k is a matter of tightness, not of soundness.
+For any slope k the best lines are k t + (least of f(t) - k t) and k t + (greatest of f(t) - k t). Between its breaks
+and the turning points of f' a function is convex or concave: there one extreme lies at an end, and the other is bounded
+by tangents, wherever they touch. So finding f' = k is a matter of tightness, not of soundness.
 
-Every slope is sound; the default one is best at the middle of the interval. All is computed in float64 and rounded outward.
+Every slope is sound; the default is best at the middle of the interval. All is computed in float64, rounded outward.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -48,7 +49,7 @@ class _Stretches(NamedTuple):
 
 @cache
 def _stretches(f: Elementwise) -> tuple[_Stretches, ...]:
-    """The function cut where it breaks, has a pole, or its derivative turns; for periodic functions one period of it."""
+    """The function cut where it breaks, has a pole, or its derivative turns; one period of periodic ones."""
     ring = f.ring
     poles = () if ring.pole is None else (ring.pole,)
     cuts = sorted({*f.breaks, *poles, *(t for t, _, _ in f.derivative.special_points)})
@@ -58,7 +59,7 @@ def _stretches(f: Elementwise) -> tuple[_Stretches, ...]:
     else:
         ends = [ring.lower, *(t for t in cuts if ring.lower < t < ring.upper), ring.upper]
     found: dict[tuple[Polynomial, bool], list[tuple[float, float, int]]] = {}
-    for left, right in zip(ends, ends[1:], strict=False):
+    for left, right in pairwise(ends):
         piece = f.pieces[sum(t <= left for t in f.breaks)]
         bend = _bend(f, ring.derivative(ring.derivative(piece)), left, right)
         found.setdefault((piece, bend == 0), []).append((left, right, bend))
@@ -131,8 +132,8 @@ def offsets(f: Elementwise, lower: Tensor, upper: Tensor, slope: Tensor) -> tupl
 
 
 def _extremes(f: Elementwise, part: _Stretches, a: Tensor, b: Tensor, bend: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """Bounds of g = f - k t over each [a, b], which lies in one stretch. All tensors broadcast to [stretch, slope, n]."""
-    lost = f.underflow * torch.finfo(torch.float64).tiny
+    """Bounds of g = f - k t over each [a, b], inside one stretch; all broadcast to [stretch, slope, n]."""
+    lost = _lost(f)
 
     def value(t: Tensor) -> tuple[Tensor, Tensor]:
         v = f.ring.evaluate(part.piece, t)
@@ -164,6 +165,11 @@ def _extremes(f: Elementwise, part: _Stretches, a: Tensor, b: Tensor, bend: Tens
     return _turned(least, torch.maximum(h_a, h_b).expand_as(least), bend)
 
 
+def _lost(f: Elementwise) -> float:
+    """What underflow may cost."""
+    return 0.0 if f.exact else f.underflow * torch.finfo(torch.float64).tiny
+
+
 def _turned(low: Tensor, high: Tensor, bend: Tensor) -> tuple[Tensor, Tensor]:
     """Bounds of g as bounds of g where it is convex and of -g where it is concave; or back."""
     return torch.where(bend > 0, low, -high), torch.where(bend > 0, high, -low)
@@ -180,7 +186,8 @@ def _outward(x: Tensor, side: int, dtype: torch.dtype) -> Tensor:
     if dtype == torch.float64:
         return x
     rounded = x.to(dtype)
-    return torch.nextafter(rounded, torch.full_like(rounded, side * math.inf))
+    beyond = torch.nextafter(rounded, torch.full_like(rounded, side * math.inf))
+    return torch.where(side * rounded.double() < side * x, beyond, rounded)
 
 
 def default_lines(f: Elementwise, lower: Tensor, upper: Tensor) -> Lines:
@@ -192,7 +199,7 @@ def default_lines(f: Elementwise, lower: Tensor, upper: Tensor) -> Lines:
     dtype, ring = lower.dtype, f.ring
     a, b = (end.double().clamp(ring.lower, ring.upper) for end in (lower, upper))
     least, greatest = f.widen(a, b, *f.enclose(lower.double(), upper.double()), _UNIT)
-    lost = f.underflow * torch.finfo(torch.float64).tiny
+    lost = _lost(f)
     least = (least - lost).nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
     greatest = (greatest + lost).nan_to_num(nan=math.inf, posinf=math.inf, neginf=math.inf)
     lines = Lines(torch.zeros_like(a), least, torch.zeros_like(a), greatest)

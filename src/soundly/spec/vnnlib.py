@@ -513,8 +513,7 @@ def _region(reader: _Reader, base: Limits, cases: list[Limits], n: int) -> Union
 
     count = len(cases)
     if not count:
-        none = torch.ones((1, n), dtype=torch.float64)
-        return Union(none, none - 1)
+        return Union(torch.empty((0, n)), torch.empty((0, n)))
     varied = {i for case in cases for i in case}
     columns = [[0.0] * n for _ in range(4)]  # lower, upper, inner lower, inner upper
     for i in range(n):
