@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from soundly.bounds.interval import Interval as Interval
     from soundly.bounds.interval import interval_bounds as interval_bounds
+    from soundly.bounds.linear import linear_bounds as linear_bounds
     from soundly.certificate.check import check as check
     from soundly.certificate.format import Certificate as Certificate
     from soundly.editing.constraints import at as at
@@ -51,6 +52,7 @@ _HOME = {
     # bounds
     "Interval": "bounds.interval",
     "interval_bounds": "bounds.interval",
+    "linear_bounds": "bounds.linear",
     # edits
     "at": "editing.constraints",
     "edit": "editing.edit",

@@ -15,6 +15,7 @@ from soundly.graph.elementwise import Elementwise
 ALL = {
     str(g): g for f in FUNCTIONS for g in (f.case.op, f.case.op.derivative, f.case.op.derivative.derivative)
 }  # every function, its first and its second derivative
+FEW = [ALL[name] for name in ("relu", "gelu", "tanh'", "hardswish", "sin", "log", "step", "reciprocal")]
 functions = pytest.mark.parametrize("f", ALL.values(), ids=ALL.keys())
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 
@@ -68,7 +69,7 @@ def assert_between(f: Elementwise, low: Tensor, high: Tensor, lines: Lines) -> N
     k_low, b_low, k_high, b_high = (part.double() for part in lines)
     below, above = k_low * t + b_low, k_high * t + b_high
     error = 4e-16 * (torch.maximum((k_low * t).abs(), (k_high * t).abs()) + value.abs()) + noise(f, t)
-    known = torch.isfinite(value)
+    known = torch.isfinite(value) & (t >= f.ring.lower)
     bad = known & ((below > value + error) | (value > above + error))
     if bool(bad.any()):
         row, i = bad.nonzero()[0].tolist()
@@ -96,7 +97,7 @@ def usable(f: Elementwise, low: Tensor, high: Tensor) -> Tensor:
 @dtypes
 def test_offsets_are_those_of_a_dense_scan_for_any_slope(f, dtype):
     """Sound, and tight: no further out than the error of the scan itself and rounding."""
-    low, high = intervals(f, dtype, n=12, seed=1)
+    low, high = intervals(f, dtype, n=8, seed=1)
     keep = usable(f, low, high) & (torch.maximum(low.abs(), high.abs()) < 1e3)
     low, high = low[keep], high[keep]
     source = torch.Generator().manual_seed(2)
@@ -107,12 +108,15 @@ def test_offsets_are_those_of_a_dense_scan_for_any_slope(f, dtype):
     slope = torch.cat([slope, middle[None].nan_to_num(0, 0, 0)]).to(dtype)
     least, greatest = offsets(f, low, high, slope)
     assert least.shape == greatest.shape == slope.shape and least.dtype == dtype
-    t = samples(f, low, high, count=4000)
+    low, high = low.double(), high.double()
+    t = samples(f, low, high, count=1500)
     value = f.apply(t)
-    unit = torch.finfo(dtype).eps
+    unit, error = torch.finfo(dtype).eps, noise(f, t).amax(0)
+    # The stretch of a tangent turns what f' may err into an error of f.
+    turned = 2 * noise(f.derivative, t).amax(0) * (high - low)
     for k, under, over in zip(slope.double(), least.double(), greatest.double(), strict=True):
         g = torch.where(torch.isfinite(value), value - k * t, math.nan)
-        size = noise(f, t).amax(0) + ((k * t).abs() + value.abs().nan_to_num(0, 0, 0)).amax(0)
+        size = error + ((k * t).abs() + value.abs().nan_to_num(0, 0, 0)).amax(0)
         bottom, top = g.nan_to_num(math.inf).amin(0), g.nan_to_num(-math.inf).amax(0)
         # At a jump both sides count though the function takes one value.
         for at, small, large in f.special_points:
@@ -120,13 +124,14 @@ def test_offsets_are_those_of_a_dense_scan_for_any_slope(f, dtype):
                 inside = (low <= at) & (at <= high)
                 bottom = torch.where(inside, bottom.clamp(max=small - k * at), bottom)
                 top = torch.where(inside, top.clamp(min=large - k * at), top)
-        rounding = 4e-16 * size + noise(f, t).amax(0)
+                size = size + abs(small) + abs(large)
+        rounding = 4e-16 * size + error
         assert bool((under <= bottom + rounding).all()), f"{f}: a value lies below"
         assert bool((over >= top - rounding).all()), f"{f}: a value lies above"
         # Between two neighbours of the scan g moves no further than the largest change from one to the next.
-        scan = (g[1:4000] - g[:3999]).abs().nan_to_num(0).amax(0)
-        loose = 2 * unit * size + 4 * noise(f, t).amax(0) + 1e-11 * size + scan.clamp(max=4e-3 * (top - bottom))
-        loose = loose + torch.finfo(dtype).tiny
+        scan = (g[1:1500] - g[:1499]).abs().nan_to_num(0).amax(0)
+        loose = 2 * unit * size + 4 * error + 1e-11 * size + scan.clamp(max=4e-3 * (top - bottom))
+        loose = loose + turned + max(1e-290, torch.finfo(dtype).tiny)
         excess = torch.maximum(bottom - loose - under, over - top - loose)
         at = int(excess.argmax())
         where = f"[{float(low[at])!r}, {float(high[at])!r}] with slope {float(k[at])!r}"
@@ -135,7 +140,7 @@ def test_offsets_are_those_of_a_dense_scan_for_any_slope(f, dtype):
 
 @functions
 def test_default_lines_are_as_high_and_as_low_at_the_middle_as_the_best_slope_of_many(f):
-    """The lines at the middle against the convex and concave envelopes there, from a fine scan: within two percent."""
+    """The lines at the middle against the convex and concave envelopes there, from a fine scan: within one percent."""
     low, high = intervals(f, torch.float64, n=10, seed=3)
     keep = usable(f, low, high) & (high - low > 1e-5) & (torch.maximum(low.abs(), high.abs()) < 50)
     low, high = low[keep], high[keep]
@@ -165,7 +170,7 @@ def test_default_lines_are_as_high_and_as_low_at_the_middle_as_the_best_slope_of
             best.append(sign * float(height[torch.isfinite(height)].min()))
         finite = [v[:, i][torch.isfinite(v[:, i])] for v in values]
         spread = float(finite[1].max() - finite[0].min())
-        allowed = 0.02 * spread + 1e-9 * (1 + float(finite[1].abs().max()))
+        allowed = 0.01 * spread + 1e-9 * (1 + float(finite[1].abs().max())) + float(noise(f, t[:, i]).max())
         assert float(got[0][i]) >= best[0] - allowed, f"{f} on [{low[i]}, {high[i]}]: {got[0][i]} against {best[0]}"
         assert float(got[1][i]) <= best[1] + allowed, f"{f} on [{low[i]}, {high[i]}]: {got[1][i]} against {best[1]}"
 
@@ -269,11 +274,11 @@ def test_straight_is_never_said_of_a_curve(f):
 
 
 def _caught(monkeypatch, name: str, broken) -> bool:
-    """Whether the checks above notice a broken part, on some function."""
+    """Whether the checks above notice a broken part, on some of a few functions."""
     monkeypatch.setattr(relaxation, name, broken)
     relaxation._stretches.cache_clear()
     try:
-        for f in ALL.values():
+        for f in FEW:
             low, high = intervals(f, torch.float64)
             assert_between(f, low, high, default_lines(f, low, high))
     except AssertionError:
@@ -325,6 +330,6 @@ def test_the_checks_notice_an_offset_that_is_off_by_a_millionth():
 def test_tangents_are_sound_wherever_they_touch(monkeypatch, touch):
     """Without any search for f' = k the lines are looser but hold."""
     monkeypatch.setattr(relaxation, "_HALVINGS", round(3 * touch))
-    for f in ALL.values():
+    for f in FEW:
         low, high = intervals(f, torch.float64, n=8)
         assert_between(f, low, high, default_lines(f, low, high))

@@ -21,7 +21,7 @@ from soundly.bounds.propagate import propagate
 from soundly.errors import InvalidInput
 from soundly.graph.elementwise import Elementwise
 from soundly.graph.network import Network
-from soundly.graph.node import Composite, Fill, Linear, Node, Product, fill_value
+from soundly.graph.node import Composite, Fill, Input, Linear, Node, Product, fill_value
 
 
 class Interval(NamedTuple):
@@ -73,6 +73,13 @@ def interval_bounds(
     nodes = network.nodes if nodes is None else nodes
     with torch.no_grad():
         return propagate(network, _Intervals(network.dtype), given, nodes)
+
+
+def interval_step(network: Network, node: Node, inputs: Sequence[Interval]) -> Interval:
+    """The node's interval from those of its inputs alone; a leaf's from its value."""
+    given = {Input("", child.shape)(): bounds for child, bounds in zip(node.inputs, inputs, strict=True)}
+    step = Node(node.op, tuple(given), node.shape, node.origin) if given else node
+    return propagate(network, _Intervals(network.dtype), given, [step])[step]
 
 
 class _Intervals:

@@ -2,7 +2,11 @@
 
 A row asks for a bound on a linear function of some node. It is carried back through the graph: through linear maps and
 products with a constant by their adjoints, which are the derivative rules; through elementwise functions by lines below
-and above; through products of two variables by McCormick planes. The pass never mentions an operation by name.
+and above; through products of two variables by planes; what has no relaxation counts with its interval. The pass never
+mentions an operation by name.
+
+Each step replaces <a, y> by <a', x> + d; what rounding changes in it is at most a few units of <|a|, size of y's terms>
+and is subtracted, so that the bounds hold for the real numbers whatever type the pass computes in.
 
 Reference: Zhang et al., "Efficient Neural Network Robustness Certification with General Activation Functions", NeurIPS
 2018; McCormick, Mathematical Programming 10, 1976.
@@ -11,14 +15,15 @@ Reference: Zhang et al., "Efficient Neural Network Robustness Certification with
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from soundly.bounds.interval import Interval, interval_bounds
-from soundly.bounds.relaxation import Lines, default_lines
+from soundly.bounds.interval import Interval, interval_bounds, interval_step
+from soundly.bounds.relaxation import Lines, default_lines, outward, straight
 from soundly.errors import InvalidInput, MissingRule
 from soundly.graph.elementwise import Elementwise
 from soundly.graph.evaluate import Plan
@@ -36,171 +41,277 @@ def linear_bounds(
 
     Args:
         rows: coefficients [k, *output]; row i asks for bounds on <rows[i], output>.
-        region: bounds (lower, upper) of every input, and of each parameter that ranges.
+        region: bounds (lower, upper) of every input, and of each parameter that ranges; as for `interval_bounds`.
         of: bound another node than the output.
         chunk: how many numbers the largest intermediate coefficient array may have.
 
     Returns:
-        lower, upper [k] with lower[i] <= <rows[i], value> <= upper[i] over the region, in real arithmetic up to the
-        rounding of this pass itself. Infinite where nothing is known, never NaN.
+        lower, upper [k] with lower[i] <= <rows[i], value> <= upper[i] over the region in real arithmetic (underflow
+        apart), never looser than intervals. Infinite where nothing is known, never NaN.
 
     Raises:
         InvalidInput: rows or region do not fit.
+        MissingRule: an input without bounds.
     """
-    node = of or network.output
-    if tuple(rows.shape[1:]) != node.shape:
+    node = network.output if of is None else of
+    if tuple(rows.shape[1:]) != node.shape or rows.dim() == len(node.shape):
         raise InvalidInput(f"rows have shape {tuple(rows.shape)}; give [k, {', '.join(map(str, node.shape))}].")
+    if not bool(torch.isfinite(rows).all()):
+        raise InvalidInput("rows: some coefficients are infinite or NaN.")
     known = interval_bounds(network, region, topological([node]))  # also checks the region
-    flat, new = _expanded(network, node)
-    bounds = _refined(flat, region, new[node], {new[n]: b for n, b in known.items() if n in new}, chunk)
     with torch.no_grad():
-        return _Pass(flat, region, bounds, new[node], chunk).bounds(rows.to(network.dtype))
+        return _Pass(network, _expanded(node, region), known, chunk).bounds(rows.to(network.dtype))
 
 
-def _expanded(network: Network, node: Node) -> tuple[Network, dict[Node, Node]]:
-    """The network with every composite replaced by its expansion, and the map from old to new nodes."""
-    total = {n: n for n in topological([node])}
-    while any(isinstance(n.op, Composite) for n in topological([total[node]])):
-        step = rebuild([total[node]], lambda _, n: n.op.expand(*n.inputs) if isinstance(n.op, Composite) else n)
-        total = {old: step[n] for old, n in total.items() if n in step}
-    return replace(network, outputs=(total[node],), places={}), total
+@dataclass(frozen=True)
+class _Graph:
+    """A node's graph without what lies below the region, and composites expanded where they can be.
+
+    Attributes:
+        of: what is bounded.
+        region: the boxes, by new leaves.
+        new: where the original nodes went.
+        wholes: composites over new nodes, by the root of their expansion.
+    """
+
+    of: Node
+    region: dict[Node, Interval]
+    new: dict[Node, Node]
+    wholes: dict[Node, list[Node]]
 
 
-def _refined(
-    network: Network, region: Region, of: Node, known: dict[Node, Interval], chunk: int
-) -> dict[Node, Interval]:
-    """Intervals of all nodes, those that a relaxation depends on tightened by backward passes, inputs first."""
-    order = topological([of])
-    varying = dependents(order, region)
-    relaxed = {c for n in order if n in varying for c in n.inputs if c in varying and _relaxes(n, varying)}
-    bounds: dict[Node, Interval] = {}
-    for node in order:
-        if isinstance(node.op, Leaf):
-            bounds |= interval_bounds(network, region, [node])
-        else:
-            given = {**{n: (b.lower, b.upper) for n, b in bounds.items() if n in node.inputs}, **region}
-            bounds |= interval_bounds(network, given, [node])
-        if node in known:
-            bounds[node] = _meet(bounds[node], known[node])
-        if node in relaxed and node not in region:
-            bounds[node] = _tightened(network, region, bounds, node, chunk)
-    return bounds
+def _expanded(of: Node, region: Region) -> _Graph:
+    new = rebuild([of], lambda old, node: Input(str(node.op), node.shape)() if old in region else node)
+    boxes = {new[node]: Interval(*box) for node, box in region.items() if node in new}
+    wholes: list[tuple[Node, Node]] = []
+    kept: set[Node] = set()
 
+    def expand(old: Node, node: Node) -> Node:
+        if not isinstance(node.op, Composite) or old not in varying:
+            return node
+        try:
+            root = node.op.expand(*node.inputs)
+        except MissingRule:  # it stays, and counts with its interval
+            kept.add(node)
+            return node
+        wholes.append((root, node))
+        return root
 
-def _relaxes(node: Node, varying: set[Node]) -> bool:
-    """Whether a node is neither linear nor a product with a constant."""
-    if isinstance(node.op, Product):
-        return node.inputs[0] in varying and node.inputs[1] in varying
-    return not isinstance(node.op, Linear)
-
-
-def _tightened(network: Network, region: Region, bounds: dict[Node, Interval], node: Node, chunk: int) -> Interval:
-    """The node's interval met with a backward pass for each of its entries that ranges."""
-    lower, upper = (side.reshape(-1).clone() for side in bounds[node])
-    entries = (lower < upper).nonzero()[:, 0]
-    run = _Pass(network, region, bounds, node, chunk)
-    for part in entries.split(max(1, chunk // max(1, run.widest))):
-        rows = torch.zeros(len(part), len(lower), dtype=lower.dtype, device=lower.device)
-        rows[torch.arange(len(part)), part] = 1
-        low, high = run.bounds(rows.reshape(-1, *node.shape))
-        lower[part], upper[part] = torch.maximum(lower[part], low), torch.minimum(upper[part], high)
-    return _meet(Interval(lower.reshape(node.shape), upper.reshape(node.shape)), bounds[node])
-
-
-def _meet(a: Interval, b: Interval) -> Interval:
-    """The intersection; where rounding makes it empty, the second."""
-    lower, upper = torch.maximum(a.lower, b.lower), torch.minimum(a.upper, b.upper)
-    crossed = lower > upper
-    return Interval(torch.where(crossed, b.lower, lower), torch.where(crossed, b.upper, upper))
+    while True:  # expansions may hold composites
+        varying = dependents(order := topological([new[of]]), boxes)
+        if not any(isinstance(n.op, Composite) and n in varying and n not in kept for n in order):
+            break
+        before, wholes = wholes, []
+        step = rebuild([new[of]], expand)
+        for root, whole in before:
+            if all(node in step for node in (root, *whole.inputs)):
+                inputs = tuple(step[c] for c in whole.inputs)
+                wholes.append((step[root], Node(whole.op, inputs, whole.shape, whole.origin)))
+        new = {old: step[n] for old, n in new.items() if n in step}
+    last = set(order)
+    by_root: dict[Node, list[Node]] = {}
+    for root, whole in wholes:
+        by_root.setdefault(root, []).append(whole)
+    return _Graph(new[of], boxes, {old: n for old, n in new.items() if n in last}, by_root)
 
 
 class _Pass:
-    """Backward passes from one node; relaxations are computed once and used for every row."""
+    """Backward passes through one graph: intervals of all nodes, inputs first, then any rows of the last.
 
-    def __init__(self, network: Network, region: Region, bounds: Mapping[Node, Interval], of: Node, chunk: int) -> None:
-        self.network, self.region, self.interval, self.of = network, region, bounds, of
-        self.order = topological([of])
-        self.varying = dependents(self.order, region)
-        self.widest = max(math.prod(n.shape) for n in self.order)
-        self.chunk = chunk
-        fixed = [n for n in self.order if n not in self.varying]
-        values = Plan(fixed)(network.values, dtype=network.dtype, device=network.device) if fixed else ()
-        self.values = dict(zip(fixed, values, strict=True))
+    Intervals that a relaxation depends on are tightened by a pass from there, row by row, where it may help.
+    """
+
+    def __init__(self, network: Network, graph: _Graph, known: Mapping[Node, Interval], chunk: int) -> None:
+        self.graph, self.dtype, self.device = graph, network.dtype, network.device
+        self.order = topological([graph.of])
+        self.position = {node: i for i, node in enumerate(self.order)}
+        self.varying = dependents(self.order, graph.region)
+        self.uses = Counter(child for node in self.order for child in node.inputs)
+        self.rows_at_once = max(1, chunk // (2 * max(math.prod(n.shape) for n in self.order)))
+        self.interval: dict[Node, Interval] = {}
         self.lines: dict[Node, Lines] = {}
+        self.plans: dict[tuple[Node, int], tuple[Plan, Node, Node, int]] = {}
+        earlier: dict[Node, list[Interval]] = {}
+        for old, bounds in known.items():
+            if old in graph.new:
+                earlier.setdefault(graph.new[old], []).append(bounds)
+        consumers: dict[Node, list[Node]] = {}
+        for node in self.order:
+            for child in node.inputs:
+                consumers.setdefault(child, []).append(node)
+        for node in self.order:
+            if node in graph.region:
+                self.interval[node] = graph.region[node]
+                continue
+            bounds = interval_step(network, node, [self.interval[c] for c in node.inputs])
+            if node in self.varying:
+                for whole in graph.wholes.get(node, ()):
+                    if all(c in self.interval for c in whole.inputs):
+                        bounds = _meet(interval_step(network, whole, [self.interval[c] for c in whole.inputs]), bounds)
+                for other in earlier.get(node, ()):
+                    bounds = _meet(bounds, other)
+            self.interval[node] = bounds
+            if node in self.varying:
+                self._tighten(node, consumers.get(node, []))
+
+    def _tighten(self, node: Node, consumers: list[Node]) -> None:
+        """Meets the node's interval with a backward pass, where a relaxation above depends on it."""
+        lower, upper = self.interval[node]
+        wanted = torch.zeros_like(lower, dtype=torch.bool)
+        for consumer in consumers:
+            if isinstance(consumer.op, Elementwise):
+                wanted |= ~straight(consumer.op, lower, upper)
+            elif isinstance(consumer.op, Composite) or (
+                isinstance(consumer.op, Product) and all(c in self.varying for c in consumer.inputs)
+            ):
+                wanted |= True
+        entries = (wanted & (lower < upper)).reshape(-1).nonzero()[:, 0]
+        if len(entries) == 0 or isinstance(node.op, Composite):
+            return
+        low, high = lower.reshape(-1).clone(), upper.reshape(-1).clone()
+        for part in entries.split(self.rows_at_once):
+            rows = torch.zeros(len(part), len(low), dtype=self.dtype, device=self.device)
+            rows.scatter_(1, part[:, None], 1)
+            low[part], high[part] = self._chunk(rows.reshape(-1, *node.shape), node)
+        self.interval[node] = _meet(Interval(low.reshape(node.shape), high.reshape(node.shape)), self.interval[node])
 
     def bounds(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """lower, upper [k] of <row, of>."""
-        parts = rows.split(max(1, self.chunk // max(1, self.widest)))
-        lower = torch.cat([self._lower(part) for part in parts])
-        upper = torch.cat([-self._lower(-part) for part in parts])
-        return lower, upper
+        """lower, upper [k] of <row, value>, met with what the interval says."""
+        of = self.graph.of
+        plain = _Total(torch.cat([rows, -rows]))
+        plain.concretise(plain.rows, self.interval[of])
+        parts = [self._chunk(part, of) for part in rows.split(self.rows_at_once)]
+        lower, upper = (torch.cat(side) for side in zip(*parts, strict=True))
+        return _meet(Interval(lower, upper), plain.sides())
 
-    def _lower(self, rows: Tensor) -> Tensor:
-        total = torch.zeros(len(rows), dtype=rows.dtype, device=rows.device)
-        coefficients: dict[Node, Tensor] = {self.of: rows}
-
-        def add(node: Node, a: Tensor) -> None:
-            coefficients[node] = coefficients[node] + a if node in coefficients else a
-
-        for node in reversed(self.order):
+    def _chunk(self, rows: Tensor, of: Node) -> Interval:
+        """Bounds of <row, of>: one pass for both sides."""
+        total = _Total(torch.cat([rows, -rows]))
+        coefficients = {of: total.rows}
+        for node in reversed(self.order[: self.position[of] + 1]):
             a = coefficients.pop(node, None)
             if a is None:
                 continue
-            if node in self.values:
-                total = total + _dot(a, self.values[node])
-            elif node in self.region:
-                lower, upper = self.region[node]
-                total = total + _dot(a.clamp(min=0), lower) + _dot(a.clamp(max=0), upper)
-            elif isinstance(node.op, Elementwise):
-                lines = self.lines.setdefault(node, default_lines(node.op, *self.interval[node.inputs[0]]))
-                up, down = a.clamp(min=0), a.clamp(max=0)
-                add(node.inputs[0], up * lines.slope_low + down * lines.slope_high)
-                total = total + _dot(up, lines.offset_low) + _dot(down, lines.offset_high)
-            elif isinstance(node.op, Product) and all(c in self.varying for c in node.inputs):
-                total = total + self._mccormick(node, a, add)
-            elif isinstance(node.op, (Linear, Product)):
-                for slot, child in enumerate(node.inputs):
-                    if child in self.varying:
-                        add(child, self._pull(node, slot, a, self.values))
-                    elif isinstance(node.op, Linear):
-                        total = total + _dot(self._pull(node, slot, a, self.values), self.values[child])
-            else:
-                raise MissingRule(f"{node!r} has no linear relaxation.")
-        return total.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
+            if node not in self.varying or isinstance(node.op, (Leaf, Composite)):
+                total.concretise(a, self.interval[node])
+                continue
+            for child, part in self._back(node, a, total):
+                coefficients[child] = coefficients[child] + part if child in coefficients else part
+        return total.sides()
 
-    def _mccormick(self, node: Node, a: Tensor, add: object) -> Tensor:
-        """x y >= x yl + xl y - xl yl, and x y <= x yu + xl y - xl yu, each for the rows' signs, averaged with the
-        planes at the opposite corners."""
-        x, y = node.inputs
-        (xl, xu), (yl, yu) = self.interval[x], self.interval[y]
-        up, down = a.clamp(min=0) / 2, a.clamp(max=0) / 2
-        total = torch.zeros(len(a), dtype=a.dtype, device=a.device)
-        for part, cx, cy in ((up, xl, yl), (up, xu, yu), (down, xl, yu), (down, xu, yl)):
-            add(x, self._pull(node, 0, part, {y: cy}))  # type: ignore[operator]
-            add(y, self._pull(node, 1, part, {x: cx}))  # type: ignore[operator]
-            total = total - _dot(part, node.op.apply(cx, cy))
-        return total
+    def _back(self, node: Node, a: Tensor, total: _Total) -> list[tuple[Node, Tensor]]:
+        """Coefficients of the node's inputs for those of the node; constants and rounding go to the total."""
+        op, x = node.op, node.inputs
+        steps = 4 + max(self.uses[child] for child in x)
+        if isinstance(op, Elementwise):
+            lines = self.lines.get(node)
+            if lines is None:
+                lines = self.lines[node] = default_lines(op, *self.interval[x[0]])
+            up, down = a.clamp(min=0), a.clamp(max=0)
+            total.add(up, lines.offset_low)
+            total.add(down, lines.offset_high)
+            steepest = torch.maximum(lines.slope_low.abs(), lines.slope_high.abs())
+            total.lose(a, torch.where(steepest == 0, 0.0, steepest * self.interval[x[0]].size), steps)
+            return [(x[0], up * lines.slope_low + down * lines.slope_high)]
+        size = [self.interval[child].size for child in x]
+        if isinstance(op, Linear):
+            pulled = [self._pull(node, slot, a) for slot in range(len(x))]
+            total.lose(a, op.absolute.apply(*size), steps + max(n for _, n in pulled))
+            return [(child, part) for child, (part, _) in zip(x, pulled, strict=True)]
+        if not isinstance(op, Product):
+            raise MissingRule(f"{node!r} has no linear relaxation.")
+        for slot, child in enumerate(x):
+            if self.interval[child].is_point:
+                part, n = self._pull(node, 1 - slot, a, self.interval[child].lower)
+                total.lose(a, op.apply(*size), steps + n)
+                return [(x[1 - slot], part)]
+        # With centres c and radii r, (x - cx) (y - cy) lies between -rx ry and rx ry: the middle McCormick planes.
+        (cx, rx), (cy, ry) = (_ball(self.interval[child]) for child in x)
+        (part_x, n), (part_y, m) = self._pull(node, 0, a, cy), self._pull(node, 1, a, cx)
+        total.add(-a, op.apply(cx, cy))
+        total.add(-a.abs(), op.apply(rx, ry).nan_to_num(nan=math.inf))
+        total.lose(a, 4 * op.apply(*size), steps + n + m + op.terms(*(child.shape for child in x)))
+        return [(x[0], part_x), (x[1], part_y)]
 
-    def _pull(self, node: Node, slot: int, a: Tensor, values: Mapping[Node, Tensor]) -> Tensor:
-        """The transposed map towards one input, for all rows at once: the derivative rule, evaluated."""
-        cotangent = Input("cotangent", node.shape)()
-        op = node.op
-        rule = op.adjoint if isinstance(op, Linear) else op.partial  # type: ignore[attr-defined]
-        pulled = rule(slot, cotangent, node.inputs)
-        plan = Plan([pulled], stop=node.inputs)
-        given = {c: values[c] for c in node.inputs if c in values}
+    def _pull(self, node: Node, slot: int, a: Tensor, other: Tensor | None = None) -> tuple[Tensor, int]:
+        """The transposed map towards one input for all rows at once, and how many roundings an entry of it took."""
+        known = self.plans.get((node, slot))
+        if known is None:
+            cotangent = Input("cotangent", node.shape)()
+            # Inputs of their own, so that the two of a product are told apart even where both are one node.
+            inputs = tuple(Input(str(i), child.shape)() for i, child in enumerate(node.inputs))
+            rule = node.op.adjoint if isinstance(node.op, Linear) else node.op.partial  # type: ignore[attr-defined]
+            pulled = rule(slot, cotangent, inputs)
+            inner = [n for n in topological([pulled]) if isinstance(n.op, (Linear, Product))]
+            steps = sum(n.op.terms(*(child.shape for child in n.inputs)) for n in inner)  # type: ignore[attr-defined]
+            known = self.plans[node, slot] = (
+                Plan([pulled]),
+                cotangent,
+                inputs[-1 - slot] if other is not None else cotangent,
+                steps,
+            )
+        plan, cotangent, partner, steps = known
+        given = {} if other is None else {partner: other}
 
         def run(row: Tensor) -> Tensor:
-            return plan({**given, cotangent: row}, dtype=a.dtype, device=a.device)[0]
+            return plan({**given, cotangent: row}, dtype=self.dtype, device=self.device)[0]
 
         result: Tensor = torch.vmap(run)(a)
-        return result
+        return result, steps
+
+
+class _Total:
+    """Lower bounds of rows as they are collected, in float64, and what rounding may have changed in them."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+        self.unit = torch.finfo(rows.dtype).eps / 2
+        self.value = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+        self.error = torch.zeros_like(self.value)
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        """Adds <a[i], b>; where a coefficient other than zero meets an infinite number, nothing is known."""
+        value, size = _dot(a, b), _dot(a.abs(), b.abs())
+        self.value = self.value + torch.where(size < math.inf, value, -math.inf)
+        self.error = self.error + (b.numel() + 4) * 2.0**-53 * size
+
+    def lose(self, a: Tensor, size: Tensor, steps: int) -> None:
+        """Accounts for some roundings of terms of that size."""
+        self.error = self.error + steps * self.unit * _dot(a.abs(), size.nan_to_num(nan=math.inf))
+
+    def concretise(self, a: Tensor, bounds: Interval) -> None:
+        """Adds the least of <a[i], x> for x in an interval."""
+        if bounds.is_point:
+            self.add(a, bounds.lower)
+        else:
+            self.add(a.clamp(min=0), bounds.lower)
+            self.add(a.clamp(max=0), bounds.upper)
+
+    def sides(self) -> Interval:
+        """What rows and their negatives say together: lower and upper bounds."""
+        bound = self.value - 2 * self.error
+        low = bound.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
+        lower, upper = low.chunk(2)
+        return Interval(outward(lower, -1, self.rows.dtype), outward(-upper, 1, self.rows.dtype))
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """<a[i], b> for each row; an infinite bound with coefficient zero counts as zero."""
-    product = torch.where(a == 0, torch.zeros_like(a), a * b)
-    return product.reshape(len(a), -1).sum(1)
+    """<a[i], b> for each row in float64, infinite where a coefficient other than zero meets an infinite number."""
+    a, b = a.flatten(1).double(), b.reshape(-1).double()
+    infinite = torch.isinf(b)
+    if not bool(infinite.any()):
+        return a @ b
+    return torch.where((a[:, infinite] != 0).any(1), math.inf, a @ b.masked_fill(infinite, 0))
 
 
-__all__: Sequence[str] = ["linear_bounds"]
+def _ball(x: Interval) -> tuple[Tensor, Tensor]:
+    """Centre and radius; a radius is infinite where nothing is known."""
+    centre = (x.lower / 2 + x.upper / 2).nan_to_num(0.0, 0.0, 0.0)
+    return centre, torch.maximum(x.upper - centre, centre - x.lower)
+
+
+def _meet(a: Interval, b: Interval) -> Interval:
+    """The intersection; where that is empty, the second."""
+    lower, upper = torch.maximum(a.lower, b.lower), torch.minimum(a.upper, b.upper)
+    crossed = lower > upper
+    return Interval(torch.where(crossed, b.lower, lower), torch.where(crossed, b.upper, upper))

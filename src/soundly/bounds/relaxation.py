@@ -10,7 +10,6 @@ Every slope is sound; the default is best at the middle of the interval. All is 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -24,7 +23,8 @@ from soundly.graph.ring import Polynomial
 
 _UNIT = 2.0**-53
 _HALVINGS = 28  # of a stretch; the tangents' error is quadratic in what remains
-_SAMPLES = 16  # of a curved function, to choose its slopes; even, so that none lies in the middle
+_SAMPLES, _ROUNDS = 8, 4  # of a curved function on each side of the middle, to choose its slopes
+_ROOM = 0.999  # how far towards the middle they go
 _FAR = 2.0**20  # beyond which the position within a period is no longer known well
 
 
@@ -126,9 +126,7 @@ def offsets(f: Elementwise, lower: Tensor, upper: Tensor, slope: Tensor) -> tupl
             greatest = torch.where(met, torch.maximum(greatest, high_t - k * t + slack), greatest)
     least = least.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
     greatest = greatest.nan_to_num(nan=math.inf, posinf=math.inf, neginf=math.inf)
-    return _outward(least.reshape(slope.shape), -1, slope.dtype), _outward(
-        greatest.reshape(slope.shape), 1, slope.dtype
-    )
+    return outward(least.reshape(slope.shape), -1, slope.dtype), outward(greatest.reshape(slope.shape), 1, slope.dtype)
 
 
 def _extremes(f: Elementwise, part: _Stretches, a: Tensor, b: Tensor, bend: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,7 +179,7 @@ def _drop(slope: Tensor, length: Tensor) -> Tensor:
     return torch.where(length > 0, drop, 0.0).nan_to_num(nan=math.inf, posinf=math.inf)
 
 
-def _outward(x: Tensor, side: int, dtype: torch.dtype) -> Tensor:
+def outward(x: Tensor, side: int, dtype: torch.dtype) -> Tensor:
     """x in another type, rounded down (side -1) or up."""
     if dtype == torch.float64:
         return x
@@ -220,38 +218,42 @@ def default_lines(f: Elementwise, lower: Tensor, upper: Tensor) -> Lines:
         lines.offset_high[sloped] = torch.where(better[1], high, greatest)
     return Lines(
         lines.slope_low.to(dtype),
-        _outward(lines.offset_low, -1, dtype),
+        outward(lines.offset_low, -1, dtype),
         lines.slope_high.to(dtype),
-        _outward(lines.offset_high, 1, dtype),
+        outward(lines.offset_high, 1, dtype),
     )
 
 
 def _slopes(f: Elementwise, a: Tensor, b: Tensor, middle: Tensor) -> Tensor:
-    """[2, n]: slopes of the convex and of the concave envelope at the middle, of samples and the values at breaks."""
+    """[2, n]: the slopes, at the middle, of the convex and of the concave envelope of samples and special points."""
+    special = () if f.ring.period else f.special_points
     curved = any(any(part.bend) for part in _stretches(f))
-    steps = torch.linspace(0, 1, _SAMPLES if curved else 2, dtype=torch.float64, device=a.device)
-    points = [(t, v, v) for t in torch.lerp(a, b, steps[:, None]).clamp(a, b) for v in (f.apply(t),)]
-    half = len(points) // 2
-    breaks = []
-    for t, low, high in f.special_points:
-        if t in f.breaks:
-            inside = (a <= t) & (t <= b)
-            breaks.append((torch.where(inside, t, math.nan), torch.full_like(a, low), torch.full_like(a, high)))
-    left, right = (
-        [torch.stack(v) for v in zip(*side, *breaks, strict=True)] for side in (points[:half], points[half:])
-    )
-    tangent = f.derivative.apply(middle)
+    spread = torch.linspace(-2, 2, _SAMPLES, dtype=torch.float64, device=a.device)[:, None]
+    near, far = torch.lerp(a, middle, _ROOM), torch.lerp(b, middle, _ROOM)
+    found = []
+    for sign, value in ((1, 1), (-1, 2)):
+        at = [torch.where((a <= point[0]) & (point[0] <= b), point[0], math.nan) for point in special]
+        fixed = [torch.full_like(a, sign * point[value]) for point in special]
+        p, q, reach = (a + middle) / 2, (b + middle) / 2, (b - a) / 8
+        for _ in range(_ROUNDS if curved else 1):
+            sides = []
+            for end, centre, low, high in ((a, p, a, near), (b, q, far, b)):
+                t = torch.cat([end[None], (centre + reach * spread).clamp(low, high)]) if curved else end[None]
+                values = torch.cat([sign * f.apply(t), *(v[None] for v in fixed)])
+                sides.append((torch.cat([t, *(u[None] for u in at)]), values))
+            slope, p, q = _lowest(sides[0], sides[1], middle)
+            reach = reach * 4 / _SAMPLES  # look closer at the ends of the best line
+        found.append(sign * slope)
     thin = b - a <= 1e-6 * torch.maximum(a.abs(), b.abs())  # where quotients drown in rounding
-    return torch.where(thin, tangent, torch.stack([_lowest(left, right, middle, 1), _lowest(left, right, middle, -1)]))
+    return torch.where(thin, f.derivative.apply(middle), torch.stack(found))
 
 
-def _lowest(left: Sequence[Tensor], right: Sequence[Tensor], middle: Tensor, sign: int) -> Tensor:
-    """The slope of that line from a point on the left to one on the right that is lowest (sign -1: highest) between."""
-    column = 1 if sign > 0 else 2
-    t, u = left[0].unsqueeze(1), right[0].unsqueeze(0)
-    v, w = left[column].unsqueeze(1), right[column].unsqueeze(0)
-    slope = (w - v) / (u - t)
-    height = sign * (v + slope * (middle - t))
-    possible = (t <= middle) & (middle <= u) & (t < u) & torch.isfinite(height)
-    height = torch.where(possible, height, math.inf).flatten(0, 1)
-    return slope.flatten(0, 1).gather(0, height.argmin(0, keepdim=True))[0]
+def _lowest(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor], middle: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of all lines from a point (t, value) on the left to one on the right, that lowest in the middle: slope, ends."""
+    (t, v), (u, w) = left, right
+    slope = (w - v[:, None]) / (u - t[:, None])
+    height = v[:, None] + slope * (middle - t[:, None])
+    possible = (t <= middle)[:, None] & (middle <= u) & (t[:, None] < u) & torch.isfinite(height)
+    best = torch.where(possible, height, math.inf).flatten(0, 1).argmin(0, keepdim=True)
+    i, j = best // len(u), best % len(u)
+    return slope.flatten(0, 1).gather(0, best)[0], t.gather(0, i)[0], u.gather(0, j)[0]

@@ -52,7 +52,6 @@ class Row:
         value += sum(v * Fraction(x[i]) for i, v in self.x.items())
         return value < 0 if self.strict else value <= 0
 
-    @cached_property
     def scaled(self) -> tuple[dict[int, float], dict[int, float], float, bool]:
         """A positive multiple in float64: y, x, b rounded down, and whether all coefficients are exact."""
         numbers = [*self.y.values(), *self.x.values()]
@@ -75,7 +74,7 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Terms:
-    """A sparse matrix [rows, size]: `value[k]` at (`row[k]`, `column[k]`)."""
+    """A sparse matrix [rows, size]: `value[k]` at (`row[k]`, `column[k]`), `row` ascending."""
 
     row: Tensor
     column: Tensor
@@ -96,8 +95,8 @@ class Terms:
 
     def between(self, first: int, last: int) -> Terms:
         """Those of rows first to last - 1."""
-        kept = (self.row >= first) & (self.row < last)
-        return Terms(self.row[kept] - first, self.column[kept], self.value[kept])
+        low, high = torch.searchsorted(self.row, torch.tensor([first, last])).tolist()
+        return Terms(self.row[low:high] - first, self.column[low:high], self.value[low:high])
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +111,7 @@ class Property:
         clauses: how many clauses there are; without any nothing violates the property.
         strict: which rows need < 0. Proofs may treat them as <= 0.
         exact: the exact rows, where the float64 ones had to be rounded.
+        inexact: the rows [m] whose coefficients are rounded as well; None if there are none. See `slack`.
     """
 
     outputs: int
@@ -123,6 +123,7 @@ class Property:
     clauses: int
     strict: Tensor
     exact: tuple[Row, ...] | None = None
+    inexact: Tensor | None = None
 
     @staticmethod
     def of(clauses: Sequence[Sequence[Row]], *, outputs: int, inputs: int) -> Property:
@@ -130,9 +131,11 @@ class Property:
         flat = [row for clause in clauses for row in clause]
         tables: list[tuple[list[int], list[int], list[float]]] = [([], [], []), ([], [], [])]
         b: list[float] = []
+        inexact: list[bool] = []
         for k, row in enumerate(flat):
-            here, there, constant, _ = row.scaled
+            here, there, constant, sharp = row.scaled()
             b.append(constant)
+            inexact.append(not sharp)
             for (rows, columns, values), terms in zip(tables, (here, there), strict=True):
                 rows.extend([k] * len(terms))
                 columns.extend(terms)
@@ -150,6 +153,7 @@ class Property:
         return Property(
             outputs, inputs, y, x, _f64(b), torch.tensor(owner, dtype=torch.int64), len(clauses),
             torch.tensor([row.strict for row in flat], dtype=torch.bool), tuple(flat),
+            torch.tensor(inexact, dtype=torch.bool) if any(inexact) else None,
         )  # fmt: skip
 
     def __len__(self) -> int:
@@ -169,11 +173,10 @@ class Property:
     def slack(self, y: Tensor, x: Tensor) -> Tensor:
         """What rounded coefficients may add to the rows [m] while |outputs| <= y and |inputs| <= x, flat. Zero for
         rows that are exact, nearly all: a lower bound of a row proves the exact row only above its slack."""
-        if self.exact is None:
+        if self.inexact is None:
             return torch.zeros_like(self.b)
-        inexact = torch.tensor([not row.scaled[3] for row in self.exact], dtype=torch.bool)
         size = self.y.sizes(y.double(), len(self)) + self.x.sizes(x.double(), len(self))
-        return torch.where(inexact, size * 2.0**-51 + 1e-300, 0.0)
+        return torch.where(self.inexact, size * 2.0**-51 + 1e-300, 0.0)
 
     def between(self, first: int, last: int) -> Property:
         """The clauses first to last - 1."""
@@ -182,6 +185,7 @@ class Property:
             self.outputs, self.inputs, self.y.between(low, high), self.x.between(low, high), self.b[low:high],
             self.clause[low:high] - first, last - first, self.strict[low:high],
             None if self.exact is None else self.exact[low:high],
+            None if self.inexact is None else self.inexact[low:high],
         )  # fmt: skip
 
     def violated(self, y: Tensor, x: Tensor) -> Tensor:
@@ -291,24 +295,29 @@ class Claim:
         assert isinstance(self.network, Network)
         return self.network.to(torch.float64)
 
-    def holds_at(self, x: Tensor, y: Tensor | None = None) -> bool:
+    def holds_at(self, x: Tensor, y: Tensor | None = None, *, tolerance: float = 0.0) -> bool:
         """Whether x is no counterexample: it lies outside the exact region, or every clause has a row that is false.
 
         Args:
             x: one point of the region's shape.
             y: the network's flat outputs there, from wherever; evaluated if None. Given x and y nothing is rounded.
+            tolerance: points this near count as inside: for inputs fixed to decimals that no float64 number equals.
         """
-        if not bool(self.region.contains(x)[()]):
-            return True
-        return not bool((self.property.violated(*self._values(x, y)) & self._applying(x)).any())
+        values = self._values(x, y) if self._inside(x, tolerance) else None
+        return values is None or not bool((self.property.violated(*values) & self._applying(x, tolerance)).any())
 
-    def violation(self, x: Tensor, y: Tensor | None = None) -> float:
-        """How deep x lies among the counterexamples: the least row of the best clause, negated; not negative at a
+    def violation(self, x: Tensor, y: Tensor | None = None, *, tolerance: float = 0.0) -> float:
+        """How deep x lies among the counterexamples: the largest row of the best clause, negated; not negative at a
         counterexample, minus infinity outside the region. In float64: `holds_at` decides the close cases."""
-        if not bool(self.region.contains(x)[()]):
+        if not self._inside(x, tolerance):
             return -math.inf
-        worst = self.property.worst(*self._values(x, y))[self._applying(x)]
+        worst = self.property.worst(*self._values(x, y))[self._applying(x, tolerance)]
         return -float(worst.min()) if len(worst) else -math.inf
+
+    def _inside(self, x: Tensor, tolerance: float) -> bool:
+        if self.region.is_empty:
+            return False
+        return bool(self.region.contains(x)[()]) or (tolerance > 0 and float(self.region.excess(x)) <= tolerance)
 
     def _values(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
         y = (self.outputs(x) if y is None else y).detach().double().reshape(-1)
@@ -316,18 +325,18 @@ class Claim:
             raise InvalidInput(f"y has {len(y)} entries, but the claim is about {self.property.outputs} outputs.")
         return y, x.detach().double().cpu().reshape(-1)
 
-    def _applying(self, x: Tensor) -> Tensor:
+    def _applying(self, x: Tensor, tolerance: float) -> Tensor:
         """The clauses of the boxes that contain x."""
         if self.spans is None or not isinstance(self.region, Union):
             return torch.ones(self.property.clauses, dtype=torch.bool)
         applying = torch.zeros(self.property.clauses, dtype=torch.bool)
-        for first, last in self.spans[self.region.members(x)].tolist():
+        for first, last in self.spans[self.region.members(x, tolerance=tolerance)].tolist():
             applying[first:last] = True
         return applying
 
 
 def robust(
-    network: Network,
+    network: Network | Shapes,
     x: Tensor,
     *,
     eps: float | Tensor,
@@ -356,6 +365,8 @@ def robust(
     region = Ball(x, eps, norm, clip)
     _check_region(region, shapes_of(network))
     if label is None:
+        if not isinstance(network, Network):
+            raise InvalidInput("label is needed where only the network's shapes are given.")
         outputs = network.evaluate(network.outputs, *_inputs(network, x))
         label = int(torch.cat([y.reshape(-1) for y in outputs]).argmax())
     _check_index("label", label, n)
@@ -364,7 +375,9 @@ def robust(
     return Claim(network, region, rows, name=f"robust within {norm} {_text(eps)} as {label}")
 
 
-def within(network: Network, region: Region, lower: Tensor | float | None, upper: Tensor | float | None) -> Claim:
+def within(
+    network: Network | Shapes, region: Region, lower: Tensor | float | None, upper: Tensor | float | None
+) -> Claim:
     """lower <= output <= upper, entry by entry, for every input of the region.
 
     Args:
@@ -420,7 +433,7 @@ def monotone(
     )  # fmt: skip
 
 
-def top_k(network: Network, region: Region, labels: Sequence[int], k: int) -> Claim:
+def top_k(network: Network | Shapes, region: Region, labels: Sequence[int], k: int) -> Claim:
     """For every input of the region the outputs `labels` are among the k largest; given more than k labels, the k
     largest are among `labels`. Ties count against the claim."""
     n, inside = _size(shapes_of(network).outputs), list(dict.fromkeys(labels))
@@ -448,7 +461,7 @@ def top_k(network: Network, region: Region, labels: Sequence[int], k: int) -> Cl
     return Claim(network, region, rows, name=f"{inside} in the top {k}")
 
 
-def pairwise(network: Network, region: Region, i: int, j: int, margin: float = 0.0) -> Claim:
+def pairwise(network: Network | Shapes, region: Region, i: int, j: int, margin: float = 0.0) -> Claim:
     """Output i exceeds output j by at least `margin` for every input of the region."""
     n = _size(shapes_of(network).outputs)
     _check_index("i", i, n)
@@ -460,20 +473,18 @@ def pairwise(network: Network, region: Region, i: int, j: int, margin: float = 0
 
 
 def _differences(
-    network: Network, first: Sequence[int], second: Sequence[int], *, clause: Sequence[int], b: float = 0.0,
+    network: Network | Shapes, first: Sequence[int], second: Sequence[int], *, clause: Sequence[int], b: float = 0.0,
     strict: bool = False,
 ) -> Property:  # fmt: skip
     """Rows y_first - y_second + b <= 0."""
     m = len(first)
-    columns = torch.tensor([*first, *second], dtype=torch.int64)
-    values = torch.ones(2 * m, dtype=torch.float64)
-    values[m:] = -1
-    terms = Terms(torch.arange(m).repeat(2), columns, values)
+    columns = torch.tensor([first, second], dtype=torch.int64).T.reshape(-1)
+    terms = Terms(torch.arange(m).repeat_interleave(2), columns, _f64([1.0, -1.0]).repeat(m))
     owner = torch.tensor(list(clause), dtype=torch.int64)
     return _property(network, terms, torch.full((m,), b, dtype=torch.float64), owner, strict=strict)
 
 
-def _property(network: Network, y: Terms, b: Tensor, clause: Tensor, *, strict: bool) -> Property:
+def _property(network: Network | Shapes, y: Terms, b: Tensor, clause: Tensor, *, strict: bool) -> Property:
     shapes, none = shapes_of(network), torch.empty(0, dtype=torch.int64)
     clauses = int(clause.max()) + 1 if len(clause) else 0
     return Property(

@@ -217,10 +217,11 @@ class Ball:
 
     @cached_property
     def is_empty(self) -> bool:
-        # Each entry of the clipped centre is the nearest one to the centre, so no point of the clip is closer.
-        if self.box.is_empty or self.norm == "linf":
+        if self.box.is_empty or self.norm == "linf" or self.clip is None:
             return self.box.is_empty
-        return self.clip is not None and not bool(self._within(self._heart)[()])
+        # Each entry of the clipped centre is the nearest one to the centre, so no point of the clip is closer.
+        nearest = torch.minimum(torch.maximum(self.centre, self.clip.lower), self.clip.upper)
+        return not bool(self._within(nearest)[()])
 
     @property
     def _heart(self) -> Tensor:
@@ -307,7 +308,7 @@ class Ball:
         else:
             vertex = torch.arange(2 * size) if 2 * size <= n else torch.randint(2 * size, (n,), generator=generator)
             way = torch.zeros((len(vertex), size), dtype=torch.float64)
-            way[torch.arange(len(vertex)), vertex // 2] = 1.0 - 2.0 * (vertex % 2)
+            way[torch.arange(len(vertex)), vertex // 2] = 1 - 2 * (vertex % 2).double()
         return self.project(self.centre + self.radius * way.reshape(-1, *self.shape))
 
     def split(self, entry: int | Sequence[int], at: float | None = None) -> tuple[Ball, Ball]:
@@ -371,12 +372,16 @@ class Union:
             return Box(torch.ones(self.shape), torch.zeros(self.shape))
         return Box(self.lower[self.filled].amin(0), self.upper[self.filled].amax(0))
 
-    def members(self, x: Tensor, *, strict: bool = False) -> Tensor:
-        """Which boxes contain one point x [*shape]: bool [k]."""
+    def members(self, x: Tensor, *, strict: bool = False, tolerance: float = 0.0) -> Tensor:
+        """Which boxes contain one point x [*shape], or have it within `tolerance` in every entry: bool [k]."""
         x, (lower, upper) = _points(x, self.shape), self.inner or (self.lower, self.upper)
         if strict:
-            return _all(((x > lower) & (x < upper)) | ((x == lower) & (x == upper)), self.shape)
-        return _all((x >= lower) & (x <= upper), self.shape)
+            inside = ((x > lower) & (x < upper)) | ((x == lower) & (x == upper))
+        else:
+            inside = (x >= lower) & (x <= upper)
+        if tolerance > 0:
+            inside |= (lower - x <= tolerance) & (x - upper <= tolerance)
+        return _all(inside, self.shape)
 
     def contains(self, x: Tensor, *, strict: bool = False) -> Tensor:
         """As `Box.contains`: in one of the boxes (strictly in a single one)."""

@@ -11,6 +11,7 @@ VNNLIB and CoCoNet", FoMLAS 2023.
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import re
@@ -46,6 +47,7 @@ _IGNORED = frozenset(("set-logic", "set-info", "set-option", "check-sat", "get-m
 _COMPARE = frozenset(("<=", ">=", "<", ">", "="))
 _ARITHMETIC = frozenset(("+", "-", "*", "/"))
 _ONE = Fraction(1)
+_NOTHING: dict[int, Fraction] = {}
 
 
 @dataclass(slots=True)
@@ -100,6 +102,16 @@ def read_vnnlib(
         raise InvalidInput(f"network is a {type(network).__name__}; give a Network or its (input, output) shapes.")
     shapes = network if isinstance(network, Shapes) else shapes_of(network)
     text, name = _text(source)
+    collecting = gc.isenabled()
+    gc.disable()  # formulas form no cycles; searching them for some takes half of the time
+    try:
+        return _read(text, name, network, shapes)
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _read(text: str, name: str, network: Network | Shapes, shapes: Shapes) -> Claim:
     reader = _Reader(text, name)
     reader.parse()
     sizes = []
@@ -320,7 +332,7 @@ class _Reader:
             upper, strict = head[0] == "<", len(head) == 1
             if left >= 0:
                 return _Bound(left, upper, right, strict)
-            return Row({-1 - left: _ONE if upper else -_ONE}, {}, -right if upper else right, strict)
+            return Row({-1 - left: _ONE if upper else -_ONE}, _NOTHING, -right if upper else right, strict)
         form = self.add(self.linear(left, at), self.scale(self.linear(right, at), -_ONE, at), at)
         if head == "=":
             other = self.scale(form, -_ONE, at)
