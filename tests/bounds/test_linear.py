@@ -1,5 +1,6 @@
 """Linear bounds: no sampled value escapes, affine networks are exact, ReLU networks are as the textbook says."""
 
+import dataclasses
 import itertools
 import math
 
@@ -344,7 +345,7 @@ def test_chunks_do_not_change_the_numbers(chunk):
 
 def test_no_rows_give_no_bounds():
     network, region = one(ew.RELU, (1, 3))
-    lower, upper = linear_bounds(network, torch.zeros(0, 1, 3), region)
+    lower, upper = linear_bounds(network, torch.zeros(0, 1, 3, dtype=F64), region)
     assert lower.shape == upper.shape == (0,)
 
 
@@ -394,14 +395,15 @@ def test_overflow_is_unknown():
 
 def test_bad_arguments_are_refused():
     network, region = one(ew.RELU, (1, 3))
-    for rows in (torch.ones(1, 3), torch.ones(2, 3, 1), torch.ones(3), torch.full((1, 1, 3), math.nan)):
+    good = torch.ones(1, 1, 3, dtype=F64)
+    for rows in (good[0], good[0, 0], good.reshape(1, 3, 1), good.float(), good * math.nan, good / 0):
         with pytest.raises(InvalidInput, match="rows"):
             linear_bounds(network, rows, region)
     with pytest.raises(MissingRule, match="no value"):
-        linear_bounds(network, torch.ones(1, 1, 3), {})
+        linear_bounds(network, good, {})
     (x,) = region
     with pytest.raises(InvalidInput, match="region"):
-        linear_bounds(network, torch.ones(1, 1, 3), {x: region[x][::-1]})
+        linear_bounds(network, good, {x: region[x][::-1]})
 
 
 # -- planted faults
@@ -496,9 +498,22 @@ def assert_bounded_alone(network: Network, region: Region) -> None:
 
 
 def test_expansions_that_are_not_met_with_the_composite_are_caught(monkeypatch):
-    monkeypatch.setattr(linear, "_meet", lambda a, b: a)
+    right = linear._expanded
+    monkeypatch.setattr(linear, "_expanded", lambda *args: dataclasses.replace(right(*args), new={}, wholes=()))
     with pytest.raises(AssertionError):
         test_softmax_stays_within_zero_and_one()
+
+
+def test_expansions_are_met_with_the_composite_over_tightened_inputs():
+    """The scores cancel, which intervals do not see; the softmax of the tightened scores is nearly constant."""
+    x, w = Input("x", (1, 3))(), Parameter("w", (3, 3))()
+    scores = Combine((1.0, -1.0))(Dense()(x, w), Combine((1.0,))(Dense()(x, w)))
+    network = Network((x,), (Softmax(1)(scores),), {w: torch.randn(3, 3, dtype=F64)})
+    region = {x: (torch.full((1, 3), -2.0, dtype=F64), torch.full((1, 3), 2.0, dtype=F64))}
+    lower, upper = linear_bounds(network, torch.eye(3, dtype=F64).unsqueeze(1), region)
+    assert lower.tolist() == pytest.approx([1 / 3] * 3) and upper.tolist() == pytest.approx([1 / 3] * 3)
+    plain = interval_bounds(network, region)[network.output]
+    assert bool((plain.upper - plain.lower > 0.5).all())
 
 
 def test_intervals_are_met_as_promised():

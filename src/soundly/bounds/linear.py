@@ -15,9 +15,9 @@ Reference: Zhang et al., "Efficient Neural Network Robustness Certification with
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -56,11 +56,11 @@ def linear_bounds(
     node = network.output if of is None else of
     if tuple(rows.shape[1:]) != node.shape or rows.dim() == len(node.shape):
         raise InvalidInput(f"rows have shape {tuple(rows.shape)}; give [k, {', '.join(map(str, node.shape))}].")
-    if not bool(torch.isfinite(rows).all()):
-        raise InvalidInput("rows: some coefficients are infinite or NaN.")
+    if rows.dtype != network.dtype or not bool(torch.isfinite(rows).all()):
+        raise InvalidInput(f"rows are {rows.dtype}, or not finite; give finite numbers in {network.dtype}.")
     known = interval_bounds(network, region, topological([node]))  # also checks the region
     with torch.no_grad():
-        return _Pass(network, _expanded(node, region), known, chunk).bounds(rows.to(network.dtype))
+        return _Pass(network, _expanded(node, region), known, chunk).bounds(rows)
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,13 @@ class _Graph:
         of: what is bounded.
         region: the boxes, by new leaves.
         new: where the original nodes went.
-        wholes: composites over new nodes, by the root of their expansion.
+        wholes: the root of each expansion, and the composite over new nodes that it replaced.
     """
 
     of: Node
     region: dict[Node, Interval]
     new: dict[Node, Node]
-    wholes: dict[Node, list[Node]]
+    wholes: tuple[tuple[Node, Node], ...]
 
 
 def _expanded(of: Node, region: Region) -> _Graph:
@@ -105,14 +105,10 @@ def _expanded(of: Node, region: Region) -> _Graph:
         step = rebuild([new[of]], expand)
         for root, whole in before:
             if all(node in step for node in (root, *whole.inputs)):
-                inputs = tuple(step[c] for c in whole.inputs)
-                wholes.append((step[root], Node(whole.op, inputs, whole.shape, whole.origin)))
+                wholes.append((step[root], replace(whole, inputs=tuple(step[c] for c in whole.inputs))))
         new = {old: step[n] for old, n in new.items() if n in step}
     last = set(order)
-    by_root: dict[Node, list[Node]] = {}
-    for root, whole in wholes:
-        by_root.setdefault(root, []).append(whole)
-    return _Graph(new[of], boxes, {old: n for old, n in new.items() if n in last}, by_root)
+    return _Graph(new[of], boxes, {old: n for old, n in new.items() if n in last}, tuple(wholes))
 
 
 class _Pass:
@@ -126,39 +122,35 @@ class _Pass:
         self.order = topological([graph.of])
         self.position = {node: i for i, node in enumerate(self.order)}
         self.varying = dependents(self.order, graph.region)
-        self.uses = Counter(child for node in self.order for child in node.inputs)
+        self.consumers: defaultdict[Node, list[Node]] = defaultdict(list)
+        for node in self.order:
+            for child in node.inputs:
+                self.consumers[child].append(node)
         self.rows_at_once = max(1, chunk // (2 * max(math.prod(n.shape) for n in self.order)))
         self.interval: dict[Node, Interval] = {}
         self.lines: dict[Node, Lines] = {}
         self.plans: dict[tuple[Node, int], tuple[Plan, Node, Node, int]] = {}
-        earlier: dict[Node, list[Interval]] = {}
-        for old, bounds in known.items():
-            if old in graph.new:
-                earlier.setdefault(graph.new[old], []).append(bounds)
-        consumers: dict[Node, list[Node]] = {}
-        for node in self.order:
-            for child in node.inputs:
-                consumers.setdefault(child, []).append(node)
-        for node in self.order:
-            if node in graph.region:
-                self.interval[node] = graph.region[node]
-                continue
-            bounds = interval_step(network, node, [self.interval[c] for c in node.inputs])
-            if node in self.varying:
-                for whole in graph.wholes.get(node, ()):
-                    if all(c in self.interval for c in whole.inputs):
-                        bounds = _meet(interval_step(network, whole, [self.interval[c] for c in whole.inputs]), bounds)
-                for other in earlier.get(node, ()):
-                    bounds = _meet(bounds, other)
-            self.interval[node] = bounds
-            if node in self.varying:
-                self._tighten(node, consumers.get(node, []))
+        also: defaultdict[Node, list[Node | Interval]] = defaultdict(list)  # what else encloses a node
+        for root, whole in graph.wholes:
+            also[root].append(whole)
+        for old, new in graph.new.items():
+            also[new].append(known[old])
 
-    def _tighten(self, node: Node, consumers: list[Node]) -> None:
+        def step(node: Node) -> Interval:
+            return interval_step(network, node, [self.interval[child] for child in node.inputs])
+
+        for node in self.order:
+            self.interval[node] = graph.region[node] if node in graph.region else step(node)
+            if node in self.varying and node not in graph.region:
+                for other in also[node]:
+                    self.interval[node] = _meet(step(other) if isinstance(other, Node) else other, self.interval[node])
+                self._tighten(node)
+
+    def _tighten(self, node: Node) -> None:
         """Meets the node's interval with a backward pass, where a relaxation above depends on it."""
         lower, upper = self.interval[node]
         wanted = torch.zeros_like(lower, dtype=torch.bool)
-        for consumer in consumers:
+        for consumer in self.consumers[node]:
             if isinstance(consumer.op, Elementwise):
                 wanted |= ~straight(consumer.op, lower, upper)
             elif isinstance(consumer.op, Composite) or (
@@ -202,7 +194,7 @@ class _Pass:
     def _back(self, node: Node, a: Tensor, total: _Total) -> list[tuple[Node, Tensor]]:
         """Coefficients of the node's inputs for those of the node; constants and rounding go to the total."""
         op, x = node.op, node.inputs
-        steps = 4 + max(self.uses[child] for child in x)
+        steps = 4 + max(len(self.consumers[child]) for child in x)
         if isinstance(op, Elementwise):
             lines = self.lines.get(node)
             if lines is None:

@@ -232,7 +232,7 @@ def _slopes(f: Elementwise, a: Tensor, b: Tensor, middle: Tensor) -> Tensor:
     near, far = torch.lerp(a, middle, _ROOM), torch.lerp(b, middle, _ROOM)
     found = []
     for sign, value in ((1, 1), (-1, 2)):
-        at = [torch.where((a <= point[0]) & (point[0] <= b), point[0], math.nan) for point in special]
+        at = [torch.full_like(a, t).where((a <= t) & (t <= b), math.nan) for t, _, _ in special]
         fixed = [torch.full_like(a, sign * point[value]) for point in special]
         p, q, reach = (a + middle) / 2, (b + middle) / 2, (b - a) / 8
         for _ in range(_ROUNDS if curved else 1):
