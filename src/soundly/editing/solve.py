@@ -139,12 +139,11 @@ def _nearest_within(
     rows: Tensor, low: Tensor, high: Tensor, whiten: Callable[[Tensor], Tensor], bound: float | None, deadline: float
 ) -> Nearest:
     """The nearest point in whitened coordinates; entries beyond the bound become further rows, after the given ones."""
-    entries = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
     white, scale = _unit(whiten(rows))
     ends, noise = (low / scale, high / scale), 1.0 / scale  # what whitening shortens, it also blurs
     found = nearest_point(white, *ends, noise=noise, deadline=deadline)
     steps = found.steps
-    held = torch.zeros(len(entries), dtype=torch.bool, device=rows.device)
+    held = torch.zeros(rows.shape[1], dtype=torch.bool, device=rows.device)
     while bound is not None and found.finished and found.point is not None:
         delta = whiten(torch.from_numpy(found.point).to(rows.device))
         over = (delta.abs() > bound) & ~held
@@ -158,7 +157,9 @@ def _nearest_within(
                 found = replace(found, point=None, certificate=np.concatenate([y, -y @ arrays[0]]))
                 break
         held |= over
-        further, scale = _unit(whiten(entries[over]))
+        entries = torch.zeros(int(over.sum()), len(over), dtype=rows.dtype, device=rows.device)
+        entries[torch.arange(len(entries)), over.nonzero().squeeze(1)] = 1.0
+        further, scale = _unit(whiten(entries))
         white = torch.cat([white, further])
         ends = torch.cat([ends[0], -bound / scale]), torch.cat([ends[1], bound / scale])
         noise = torch.cat([noise, 1.0 / scale])
