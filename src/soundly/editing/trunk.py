@@ -323,7 +323,7 @@ class ModuleTrunk:
                 result: Tensor = torch.vmap(moved, chunk_size=size)(directions.to(here.dtype))
             except (NotImplementedError, RuntimeError) as error:
                 raise EditError(
-                    f"torch has no forward-mode derivative of {type(self.module).__name__} at {place or 'its input'} "
+                    f"torch could not differentiate {type(self.module).__name__} forward at {place or 'its input'} "
                     f"({error}). Load it as a graph first: soundly.edit(soundly.load(model, example), ...)."
                 ) from error
         return result.reshape(len(directions), -1, self.weight.shape[1]).double()

@@ -62,7 +62,7 @@ def fold_affine(network: Network) -> Network:
         if len(moving) != 1:
             return node
         if node.op == Multiply() and moving[0] in layers:
-            node = _scaled(moving[0], next(c for c in node.inputs if c is not moving[0]), layers) or node
+            node = _scaled(moving[0], next(c for c in node.inputs if c is not moving[0])) or node
         elif isinstance(node.op, Combine):
             node = _shifted(node, moving[0], layers)
         elif not isinstance(node.op, (Conv, Dense)) or node.inputs[0] is not moving[0]:
@@ -77,12 +77,12 @@ def fold_affine(network: Network) -> Network:
     return simplify(fold_constants(renamed(bare, rebuild(network.outputs, rule)), parameters=True))
 
 
-def _scaled(layer: Node, factor: Node, layers: set[Node]) -> Node | None:
+def _scaled(layer: Node, factor: Node) -> Node | None:
     """factor * layer with the factor, one number per channel, inside the weights; None where that is impossible."""
     if not isinstance(factor.op, Expand):
         return None
     if isinstance(layer.op, Combine):
-        inner = _scaled(layer.inputs[0], factor, layers)
+        inner = _scaled(layer.inputs[0], factor)
         if inner is None:
             return None
         small = factor.inputs[0]
