@@ -4,6 +4,7 @@
 
     net = soundly.load("model.onnx")                       # or soundly.load(module, example)
     map = soundly.gradcam(net, of=3, layer="features")     # an explanation is a network too
+    verdict = soundly.verify(soundly.robust(net, x, eps=0.01))
     edit = soundly.edit(net, [soundly.at(x).classified(3), ...], layer="fc")
     edit.certificate.save("edit.cert")                     # soundly check edit.cert
 
@@ -35,6 +36,22 @@ if TYPE_CHECKING:
     from soundly.graph.simplify import simplify as simplify
     from soundly.graph.to_onnx import to_onnx as to_onnx
     from soundly.graph.to_torch import to_torch as to_torch
+    from soundly.spec.claim import Claim as Claim
+    from soundly.spec.claim import monotone as monotone
+    from soundly.spec.claim import pairwise as pairwise
+    from soundly.spec.claim import robust as robust
+    from soundly.spec.claim import top_k as top_k
+    from soundly.spec.claim import within as within
+    from soundly.spec.region import Ball as Ball
+    from soundly.spec.region import Box as Box
+    from soundly.spec.region import Union as Union
+    from soundly.spec.region import join as join
+    from soundly.spec.vnnlib import read_vnnlib as read_vnnlib
+    from soundly.verification.verdict import Empty as Empty
+    from soundly.verification.verdict import Proved as Proved
+    from soundly.verification.verdict import Refuted as Refuted
+    from soundly.verification.verdict import Unknown as Unknown
+    from soundly.verification.verify import verify as verify
 
 _HOME = {
     # networks
@@ -53,6 +70,24 @@ _HOME = {
     "Interval": "bounds.interval",
     "interval_bounds": "bounds.interval",
     "linear_bounds": "bounds.linear",
+    # claims
+    "Box": "spec.region",
+    "Ball": "spec.region",
+    "Union": "spec.region",
+    "join": "spec.region",
+    "Claim": "spec.claim",
+    "robust": "spec.claim",
+    "within": "spec.claim",
+    "monotone": "spec.claim",
+    "top_k": "spec.claim",
+    "pairwise": "spec.claim",
+    "read_vnnlib": "spec.vnnlib",
+    # verdicts
+    "verify": "verification.verify",
+    "Proved": "verification.verdict",
+    "Refuted": "verification.verdict",
+    "Unknown": "verification.verdict",
+    "Empty": "verification.verdict",
     # edits
     "at": "editing.constraints",
     "edit": "editing.edit",

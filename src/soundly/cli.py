@@ -1,8 +1,8 @@
 """The command line: each verb is one function that adds its parser and one that runs; `VERBS` lists them.
 
-Exit codes are the same for every verb: 0 accepted or proved, 1 refused or refuted, 2 an error (a bad file, a wrong
-argument), 3 unknown. A verb imports what it needs itself, so `soundly --help` is quick and `soundly check` runs where
-there is no torch.
+Exit codes are the same for every verb: 0 accepted or proved (or nothing was claimed), 1 refused or refuted, 2 an error
+(a bad file, a wrong argument, a fault of soundly's own), 3 unknown. A verb imports what it needs itself, so
+`soundly --help` is quick and `soundly check` runs where there is no torch.
 """
 
 import argparse
@@ -10,19 +10,25 @@ import json
 import math
 import os
 import sys
+import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from soundly.errors import SoundlyError
+from soundly.errors import InvalidInput, SoundlyError
 
 if TYPE_CHECKING:
     from soundly.certificate import CheckResult
+    from soundly.verification.bench import Outcome
+    from soundly.verification.verdict import Progress, Verdict
 
     Verbs = argparse._SubParsersAction[argparse.ArgumentParser]
 
-YES, NO, ERROR = 0, 1, 2
+YES, NO, ERROR, UNKNOWN = 0, 1, 2, 3
 SHOWN = 20
+ENTRIES = 6
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,6 +52,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ERROR
     except BrokenPipeError:  # whoever read the output, `head` say, has seen enough; the flush at exit must not fail too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ERROR
+    except OSError as error:
+        print(f"soundly: {_plain(str(error))}", file=sys.stderr)
+        return ERROR
+    except KeyboardInterrupt:
+        print("soundly: interrupted", file=sys.stderr)
+        return ERROR
+    except Exception:  # Python itself would exit with 1, which means refuted
+        traceback.print_exc()
         return ERROR
     return code
 
@@ -107,6 +122,180 @@ def _text(result: "CheckResult", model: str | None) -> Iterator[str]:
     yield f"{verdict:<12}  {result.proven} of {result.rows} rows proved, {result.arithmetic}"
 
 
+def _add_verify(verbs: "Verbs") -> None:
+    parser = verbs.add_parser(
+        "verify",
+        help="prove or refute a specification",
+        description="Decide whether a network meets a specification: a proof to re-check, or a counterexample.",
+        epilog="example: soundly verify net.onnx robust.vnnlib --timeout 60 --certificate robust.cert",
+    )
+    parser.add_argument("model", metavar="MODEL", help="a network, .onnx or .onnx.gz")
+    parser.add_argument("spec", metavar="SPEC", help="a specification, .vnnlib or .vnnlib.gz")
+    parser.add_argument("--timeout", type=_positive, metavar="S", help="seconds, reading the files included")
+    parser.add_argument("--memory", type=_positive, metavar="GiB", help="how much of it the search may take")
+    parser.add_argument("--certificate", metavar="F", help="where a proof is written, for `soundly check`")
+    parser.add_argument("--format", choices=("text", "json", "vnncomp"), default="text", help="default: text")
+    parser.add_argument("--no-attack", dest="attack", action="store_false", help="look for a proof alone")
+    parser.add_argument("--journal", metavar="F", help="keep the search here, and take it up again from here")
+    parser.add_argument("--quiet", action="store_true", help="no progress on the terminal")
+    parser.set_defaults(run=_verify)
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    started = time.monotonic()
+    if arguments.certificate and not (folder := Path(arguments.certificate).absolute().parent).is_dir():
+        raise InvalidInput(f"--certificate: {folder} is no folder; make it first.")
+    from soundly.graph.load import load
+    from soundly.spec.vnnlib import read_vnnlib
+    from soundly.verification.verdict import Proved
+    from soundly.verification.verify import verify
+
+    claim = read_vnnlib(Path(arguments.spec), load(arguments.model))
+    shown = not arguments.quiet and sys.stderr.isatty()
+    verdict = verify(
+        claim,
+        model=arguments.model,
+        timeout=None if arguments.timeout is None else max(arguments.timeout - (time.monotonic() - started), 1e-3),
+        memory=None if arguments.memory is None else int(arguments.memory * 2**30),
+        attack=arguments.attack,
+        journal=arguments.journal,
+        progress=_progress if shown else None,
+    )
+    if shown:
+        _status("")
+    facts = {"model": arguments.model, "spec": arguments.spec, **_facts(verdict), "certificate": None}
+    if isinstance(verdict, Proved) and arguments.certificate:
+        verdict.certificate.save(arguments.certificate)
+        facts["certificate"] = arguments.certificate
+    if arguments.format == "json":
+        print(json.dumps(_finite(facts), indent=2, sort_keys=True))
+    else:
+        for line in _competition(facts) if arguments.format == "vnncomp" else map(_plain, _verdict_text(facts)):
+            print(line)
+    return {"proved": YES, "empty": YES, "refuted": NO, "unknown": UNKNOWN}[facts["verdict"]]
+
+
+def _facts(verdict: "Verdict") -> dict[str, Any]:
+    """A verdict as plain values."""
+    from soundly.verification.verdict import Empty, Proved, Refuted, Unknown
+
+    effort = asdict(verdict.effort)
+    match verdict:
+        case Proved(certificate=certificate):
+            return {"verdict": "proved", "arithmetic": certificate.header.get("arithmetic"), **effort}
+        case Refuted(witness=x, outputs=y, violation=violation, replayed=replayed):
+            point = {"witness": x.flatten().tolist(), "outputs": y.flatten().tolist()}
+            return {"verdict": "refuted", "violation": violation, "replayed": replayed, **point, **effort}
+        case Unknown(bound=bound, open=share, reason=reason):
+            return {"verdict": "unknown", "bound": bound, "open": share, "reason": reason, **effort}
+        case Empty():
+            return {"verdict": "empty", **effort}
+
+
+def _verdict_text(facts: dict[str, Any]) -> Iterator[str]:
+    """The verdict, then what it rests on."""
+    match facts["verdict"]:
+        case "proved":
+            yield f"proved        no counterexample exists, {facts['arithmetic']}"
+        case "refuted":
+            yield f"refuted       by a counterexample, replayed by {facts['replayed']}"
+            yield f"  violation   {facts['violation']:.6g}"
+            for name, title in (("witness", "inputs"), ("outputs", "outputs")):
+                more = f", ... {len(facts[name])} in all" if len(facts[name]) > ENTRIES else ""
+                yield f"  {title:<10}  {', '.join(f'{v:.6g}' for v in facts[name][:ENTRIES])}{more}"
+        case "unknown":
+            yield f"unknown       {facts['reason']}"
+            yield f"  bound       {facts['bound']:.6g} at best, {facts['open']:.1%} of the search open"
+        case "empty":
+            yield "empty         the specification allows no input: nothing is claimed"
+    parts = f"{facts['subproblems']} subproblem{'s' * (facts['subproblems'] != 1)}"
+    yield f"  effort      {facts['settled']}, {parts}, {facts['seconds']:.2f} s"
+    if facts["certificate"]:
+        yield f"  certificate {facts['certificate']}"
+
+
+def _competition(facts: dict[str, Any]) -> Iterator[str]:
+    """As VNN-COMP reads it: a word, and after `sat` the counterexample."""
+    yield {"proved": "unsat", "empty": "unsat", "refuted": "sat", "unknown": "unknown"}[facts["verdict"]]
+    if facts["verdict"] == "refuted":
+        values = [f"({letter}_{i} {value!r})" for letter, side in (("X", "witness"), ("Y", "outputs"))
+                  for i, value in enumerate(facts[side])]  # fmt: skip
+        yield "(" + "\n".join(values) + ")"
+
+
+def _progress(state: "Progress") -> None:
+    _status(
+        f"{state.seconds:.0f} s  {state.subproblems} subproblems  {state.open_share:.1%} open  bound {state.bound:.4g}"
+    )
+
+
+def _status(text: str) -> None:
+    """One line of the terminal, written over again and again."""
+    print(f"\r{text:<78.78}" + "\r" * (not text), end="", file=sys.stderr, flush=True)
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _add_bench(verbs: "Verbs") -> None:
+    parser = verbs.add_parser(
+        "bench",
+        help="verify a folder of instances",
+        description="Verify what DIR/instances.csv lists, each in a process of its own, and compare with its answers.",
+        epilog="exit codes: 0 nothing wrong, 1 a wrong answer or a certificate not accepted, 2 error, 3 interrupted",
+    )
+    parser.add_argument("folder", metavar="DIR", type=Path, help="holds instances.csv and what it names")
+    parser.add_argument("--timeout", type=_positive, metavar="S", help="caps the time limits in instances.csv")
+    parser.add_argument("--memory", type=_positive, metavar="GiB", help="for each instance")
+    parser.add_argument("--only", default="", metavar="TEXT", help="instances whose line contains this")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="how many at once; default: 1")
+    parser.add_argument("--journal", type=Path, metavar="F", help="keep outcomes here; skip those it has")
+    parser.add_argument("--certificates", type=Path, metavar="DIR", help="write proofs here, and re-check each")
+    parser.add_argument("--no-attack", action="store_true", help="look for proofs alone")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    parser.set_defaults(run=_bench)
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from soundly.verification.bench import Summary, bench, read_instances, table
+
+    instances = read_instances(arguments.folder, timeout=arguments.timeout, only=arguments.only)
+    if arguments.certificates:
+        arguments.certificates.mkdir(parents=True, exist_ok=True)
+    done: list[Outcome] = []
+
+    def progress(outcome: "Outcome") -> None:
+        done.append(outcome)
+        bar = "#" * (20 * len(done) // len(instances))
+        _status(f"[{bar:<20}] {len(done)} of {len(instances)}  {outcome.verdict}  {_plain(outcome.name)}")
+
+    shown = sys.stderr.isatty()
+    outcomes = bench(
+        instances,
+        journal=arguments.journal,
+        jobs=arguments.jobs,
+        memory=None if arguments.memory is None else int(arguments.memory * 2**30),
+        certificates=arguments.certificates,
+        options=["--no-attack"] if arguments.no_attack else [],
+        progress=progress if shown else None,
+    )
+    if shown:
+        _status("")
+    summary = Summary.of(outcomes)
+    if arguments.json:
+        print(json.dumps(_finite({"summary": asdict(summary), "outcomes": [asdict(o) for o in outcomes]}), indent=2))
+    else:
+        for line in table(outcomes):
+            print(_plain(line))
+    if missing := len(instances) - len(outcomes):
+        print(f"soundly: interrupted, {missing} instances left", file=sys.stderr)
+    return NO if summary.wrong else UNKNOWN if missing else YES
+
+
 def _plain(text: str) -> str:
     """Without what could move a terminal's cursor: names and paths come from strangers."""
     return "".join(character if character.isprintable() else "?" for character in text)
@@ -124,4 +313,4 @@ def _finite(value: Any) -> Any:
     return value
 
 
-VERBS: tuple[Callable[["Verbs"], None], ...] = (_add_check,)
+VERBS: tuple[Callable[["Verbs"], None], ...] = (_add_verify, _add_check, _add_bench)

@@ -1,0 +1,466 @@
+"""Backward linear bounds of a program over many subproblems at once: the work horse of verification.
+
+A subproblem is a box of inputs and, possibly, narrower intervals of some inner values. Rows of all subproblems are
+carried backwards together, each with an owner, so that every affine step is one matrix product. Nothing here accounts
+for rounding: what a search finds is proved by the checker of its certificate.
+
+Reference: Zhang et al., "Efficient Neural Network Robustness Certification with General Activation Functions", NeurIPS
+2018; Xu et al., "Fast and Complete" (alpha-CROWN), ICLR 2021; Wang et al., "Beta-CROWN", NeurIPS 2021.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from soundly.bounds.program import Affine, Convolution, Function, Map, Matrix, Program, Sparse, Times, Variable
+from soundly.bounds.relaxation import Lines, offsets
+from soundly.graph.elementwise import Elementwise
+
+CHUNK = 2**21
+"""How many numbers the coefficients of one pass may have: larger arrays leave the cache."""
+
+
+@dataclass(eq=False)
+class Frame:
+    """Intervals of every step for a batch of subproblems.
+
+    Attributes:
+        lower, upper: per step [batch, n]; the first is the box of inputs.
+        infeasible: [batch], where an interval is empty: the subproblem holds no point.
+    """
+
+    lower: list[Tensor]
+    upper: list[Tensor]
+    infeasible: Tensor
+
+    def __len__(self) -> int:
+        return len(self.infeasible)
+
+    def pick(self, index: Tensor) -> Frame:
+        """Some of the subproblems."""
+        return Frame([v[index] for v in self.lower], [v[index] for v in self.upper], self.infeasible[index])
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """Rows to bound: <a[step], value of step> summed over steps, plus d; each belongs to a subproblem.
+
+    Attributes:
+        a: coefficients [rows, n] of some steps.
+        d: [rows].
+        owner: [rows], the position of the subproblem; None if row i belongs to subproblem i.
+    """
+
+    a: dict[int, Tensor]
+    d: Tensor
+    owner: Tensor | None = None
+
+    def part(self, index: Tensor | slice) -> Start:
+        owner = torch.arange(len(self.d), device=self.d.device) if self.owner is None else self.owner
+        return Start({step: a[index] for step, a in self.a.items()}, self.d[index], owner[index])
+
+
+@dataclass(eq=False)
+class Split:
+    """Halves of inner values chosen by a search, of one step: sign (v - at) >= 0 where sign is not 0.
+
+    Attributes:
+        sign: [batch, n], +1, -1 or 0.
+        at: [batch, n].
+        multiplier: [batch, n], not negative; of the constraint, in rows of this subproblem.
+    """
+
+    sign: Tensor
+    at: Tensor
+    multiplier: Tensor
+
+
+@dataclass(eq=False)
+class Pass:
+    """What one backward pass found: the rows are at least <a, x> + d.
+
+    Attributes:
+        a: [rows, inputs].
+        d: [rows].
+        kept: coefficients [rows, n] of the functions' values on the way, where asked for.
+    """
+
+    a: Tensor
+    d: Tensor
+    kept: dict[int, Tensor] = field(default_factory=dict)
+
+    def least(self, lower: Tensor, upper: Tensor) -> Tensor:
+        """Lower bounds [rows] over boxes [rows, inputs] (or one)."""
+        value = self.d + (self.a.clamp(min=0) * lower + self.a.clamp(max=0) * upper).sum(-1)
+        return value.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
+
+
+Slopes = Mapping[int, tuple[Tensor, Tensor | None]]
+"""Per function step the slopes [batch, n] of the lower lines, and of the upper ones where they are chosen too."""
+
+
+class Bounder:
+    """Bounds of one program in its own type and on its own device."""
+
+    def __init__(self, program: Program, *, chunk: int = CHUNK) -> None:
+        self.program = program
+        self.steps = program.steps
+        readers = program.consumers()
+        self.read: list[bool] = [
+            any(isinstance(self.steps[j], (Function, Times)) for j in readers[i]) for i in range(len(self.steps))
+        ]
+        self.readers = readers
+        self.widest = max(step.size for step in self.steps)
+        self.chunk = chunk
+
+    # ---------------------------------------------------------------- intervals
+
+    def refresh(
+        self,
+        lower: Tensor,
+        upper: Tensor,
+        *,
+        inherited: Frame | None = None,
+        slopes: Mapping[int, Slopes] | None = None,
+    ) -> Frame:
+        """Intervals of every step over boxes [batch, inputs]: forward intervals, met with the inherited ones, and with
+        backward bounds where a relaxation depends on them.
+
+        Args:
+            slopes: for the rows of some steps, the slopes of the functions below.
+        """
+        frame = Frame([], [], (lower > upper).any(-1))
+        for i, step in enumerate(self.steps):
+            low, high = (lower, upper) if isinstance(step, Variable) else self._forward(step, frame)
+            if inherited is not None:
+                low, high = torch.maximum(low, inherited.lower[i]), torch.minimum(high, inherited.upper[i])
+            frame.lower.append(low)
+            frame.upper.append(high)
+            if self.read[i] and not isinstance(step, Variable):
+                self._tighten(i, frame, None if slopes is None else slopes.get(i))
+            low, high = frame.lower[i], frame.upper[i]
+            frame.infeasible = frame.infeasible | (low > high).any(-1)
+            # An empty interval would only produce nonsense further up.
+            frame.lower[i], frame.upper[i] = torch.minimum(low, high), torch.maximum(low, high)
+        return frame
+
+    def _forward(self, step: Affine | Function | Times, frame: Frame) -> tuple[Tensor, Tensor]:
+        match step:
+            case Affine(parts, bias):
+                centre = bias.expand(len(frame), -1)
+                radius = torch.zeros_like(centre)
+                for part, source in parts:
+                    low, high = frame.lower[source], frame.upper[source]
+                    centre = centre + part.apply((low + high) / 2)
+                    radius = radius + part.absolute.apply((high - low) / 2)
+                low, high = centre - radius, centre + radius
+            case Function(source, op):
+                low, high = op.enclose(frame.lower[source], frame.upper[source])
+            case Times(left, right):
+                ends = [
+                    x * y
+                    for x in (frame.lower[left], frame.upper[left])
+                    for y in (frame.lower[right], frame.upper[right])
+                ]
+                corners = torch.stack(ends)
+                low, high = corners.amin(0), corners.amax(0)
+                if left == right:
+                    low = low.clamp(min=0)
+        low = low.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
+        return low, high.nan_to_num(nan=math.inf, posinf=math.inf, neginf=math.inf)
+
+    def loose(self, i: int, frame: Frame) -> Tensor:
+        """[batch, n]: which entries of a step's interval a relaxation depends on."""
+        low, high = frame.lower[i], frame.upper[i]
+        wanted = torch.zeros_like(low, dtype=torch.bool)
+        for j in self.readers[i]:
+            reader = self.steps[j]
+            if isinstance(reader, Function):
+                wanted |= bent(reader.op, low, high)
+            elif isinstance(reader, Times):
+                wanted |= low < high
+        return wanted
+
+    def _tighten(self, i: int, frame: Frame, slopes: Slopes | None) -> None:
+        step = self.steps[i]
+        owner, entry = self.loose(i, frame).nonzero(as_tuple=True)
+        if len(owner) == 0:
+            return
+        lines = self.lines(frame, slopes, upto=i + 1)
+        low, high = frame.lower[i].clone(), frame.upper[i].clone()
+        box = frame.lower[0], frame.upper[0]
+        for part in self.portions(len(owner)):
+            who, what = owner[part], entry[part]
+            if isinstance(step, Affine):
+                a: dict[int, Tensor] = {}
+                for m, source in step.parts:
+                    rows = entries(m, what, step.bias)
+                    a[source] = a[source] + rows if source in a else rows
+                d = step.bias[what]
+            else:
+                rows = step_rows(what, step.size, low)
+                a, d = {i: rows}, rows.new_zeros(len(what))
+            two = Start({s: torch.cat([v, -v]) for s, v in a.items()}, torch.cat([d, -d]), torch.cat([who, who]))
+            found = self.backward(frame, lines, two)
+            owners = two.owner
+            assert owners is not None
+            least, greatest = found.least(box[0][owners], box[1][owners]).chunk(2)
+            low[who, what] = torch.maximum(low[who, what], least)
+            high[who, what] = torch.minimum(high[who, what], -greatest)
+        frame.lower[i], frame.upper[i] = low, high
+
+    def portions(self, rows: int, *, width: int | None = None) -> Iterator[slice]:
+        """Slices of rows that are small enough to be carried together."""
+        many = max(1, self.chunk // (width or self.widest))
+        for first in range(0, rows, many):
+            yield slice(first, min(first + many, rows))
+
+    # ---------------------------------------------------------------- relaxations
+
+    def lines(self, frame: Frame, slopes: Slopes | None = None, *, upto: int | None = None) -> dict[int, Lines]:
+        """Lines [batch, n] of every function below a step."""
+        found = {}
+        for j, step in enumerate(self.steps[:upto]):
+            if isinstance(step, Function):
+                low, high = frame.lower[step.source], frame.upper[step.source]
+                chosen = None if slopes is None else slopes.get(j)
+                found[j] = lines(step.op, low, high) if chosen is None else lines_of(step.op, low, high, *chosen)
+        return found
+
+    # ---------------------------------------------------------------- the backward pass
+
+    def backward(
+        self,
+        frame: Frame,
+        lines: Mapping[int, Lines],
+        start: Start,
+        *,
+        splits: Mapping[int, Split] | None = None,
+        keep: bool = False,
+    ) -> Pass:
+        """Carries rows back to the inputs."""
+        a, d, owner = dict(start.a), start.d, start.owner
+        alone = len(frame) == 1
+
+        def of(v: Tensor) -> Tensor:
+            """A batch's numbers, row by row."""
+            return v if owner is None or alone else v.index_select(0, owner)
+
+        kept = {}
+        for i in range(max(a, default=0), 0, -1):
+            if i not in a:
+                continue
+            here = a.pop(i)
+            step = self.steps[i]
+            if splits is not None and i in splits:
+                split = splits[i]
+                force = split.sign * split.multiplier
+                here = here - of(force)
+                d = d + of((force * split.at).sum(-1))
+            parts: list[tuple[int, Tensor]]
+            match step:
+                case Affine(maps, bias):
+                    d = d + here @ bias
+                    parts = [(source, m.pull(here)) for m, source in maps]
+                case Function(source):
+                    if keep:
+                        kept[i] = here
+                    line = lines[i]
+                    up, down = here.clamp(min=0), here.clamp(max=0)
+                    d = d + _meet(up, of(line.offset_low)) + _meet(down, of(line.offset_high))
+                    parts = [(source, up * of(line.slope_low) + down * of(line.slope_high))]
+                case Times(left, right):
+                    if keep:
+                        kept[i] = here
+                    planes = [of(v) for v in self._planes(step, frame)]
+                    up, down = here.clamp(min=0), here.clamp(max=0)
+                    d = d + _meet(up, planes[2]) + _meet(down, planes[5])
+                    parts = [
+                        (left, up * planes[0] + down * planes[3]),
+                        (right, up * planes[1] + down * planes[4]),
+                    ]
+            for source, part in parts:
+                a[source] = a[source] + part if source in a else part
+        x = a.get(0)
+        if x is None:
+            x = d.new_zeros(len(d), self.program.inputs)
+        if splits is not None and 0 in splits:
+            force = splits[0].sign * splits[0].multiplier
+            x, d = x - of(force), d + of((force * splits[0].at).sum(-1))
+        return Pass(x, d, kept)
+
+    def _planes(self, step: Times, frame: Frame) -> tuple[Tensor, ...]:
+        """x, y and constant coefficients of the plane below a product, then above: the middle ones of McCormick's."""
+        xl, xu = frame.lower[step.left], frame.upper[step.left]
+        yl, yu = frame.lower[step.right], frame.upper[step.right]
+        x, y = (yl + yu) / 2, (xl + xu) / 2
+        return x, y, -(xl * yl + xu * yu) / 2, x, y, -(xl * yu + xu * yl) / 2
+
+    def follow(self, frame: Frame, lines: Mapping[int, Lines], found: Pass, x: Tensor) -> list[Tensor]:
+        """Where the point x [rows, inputs] goes under the very planes that a pass chose, one row per subproblem: the
+        gradient of a bound in a slope is a coefficient times such a value (envelope theorem)."""
+        values: list[Tensor] = []
+        for i, step in enumerate(self.steps):
+            match step:
+                case Variable():
+                    values.append(x)
+                case Affine(parts, bias):
+                    total = bias.expand(len(x), -1)
+                    for part, source in parts:
+                        total = total + part.apply(values[source])
+                    values.append(total)
+                case Function(source):
+                    line, below = lines[i], found.kept[i] >= 0 if i in found.kept else None
+                    v = values[source]
+                    low = line.slope_low * v + line.offset_low
+                    high = line.slope_high * v + line.offset_high
+                    values.append(low if below is None else torch.where(below, low, high))
+                case Times(left, right):
+                    p = self._planes(step, frame)
+                    u, v = values[left], values[right]
+                    low, high = p[0] * u + p[1] * v + p[2], p[3] * u + p[4] * v + p[5]
+                    values.append(torch.where(found.kept[i] >= 0, low, high) if i in found.kept else low)
+        return values
+
+
+def _meet(a: Tensor, b: Tensor) -> Tensor:
+    """sum a * b over the last axis, where zero times infinity is zero."""
+    return torch.where(a == 0, torch.zeros_like(a), a * b).sum(-1) if bool(torch.isinf(b).any()) else (a * b).sum(-1)
+
+
+def step_rows(entry: Tensor, size: int, like: Tensor) -> Tensor:
+    """Unit rows [k, size]."""
+    rows = like.new_zeros(len(entry), size)
+    return rows.scatter_(1, entry[:, None], 1.0)
+
+
+def entries(m: Map, entry: Tensor, like: Tensor) -> Tensor:
+    """The map's coefficients for some of its outputs [k, inputs]."""
+    match m:
+        case Matrix(weight, 1):
+            return weight.index_select(0, entry)
+        case Sparse() if m._dense is not None:
+            return m._dense.index_select(0, entry)
+        case Matrix() | Convolution() | Sparse():
+            return m.pull(step_rows(entry, m.size[0], like))
+
+
+# -------------------------------------------------------------------- lines
+
+
+@cache
+def kink(f: Elementwise) -> tuple[float, float] | None:
+    """The slopes of a function that is linear on both sides of zero, like ReLU."""
+    if f.breaks != (0.0,) or any(len(piece) > 1 for piece in f.pieces):
+        return None
+    slopes = []
+    for piece in f.pieces:
+        exponents, c = piece[0] if piece else ((1,), 0.0)
+        if exponents[0] != 1 or any(exponents[1:]):
+            return None
+        slopes.append(float(c))
+    return None if any(not isinstance(h, str) and h != 0 for h in f.held) else (slopes[0], slopes[1])
+
+
+def bent(f: Elementwise, lower: Tensor, upper: Tensor) -> Tensor:
+    """Where the function is not one straight line on [lower, upper]."""
+    if all(_degree(piece) <= 1 for piece in f.pieces):
+        across = torch.zeros_like(lower, dtype=torch.bool)
+        for i, t in enumerate(f.breaks):
+            across |= (lower < t) & (upper > t) if _continuous(f, i) else (lower <= t) & (upper >= t)
+        return across & (lower < upper)
+    return lower < upper
+
+
+def _degree(piece: tuple[tuple[tuple[int, ...], float], ...]) -> int:
+    return max((e[0] if not any(e[1:]) else 9 for e, _ in piece), default=0)
+
+
+@cache
+def _continuous(f: Elementwise, i: int) -> bool:
+    t = f.breaks[i]
+    return any(p[0] == t and p[1] == p[2] for p in f.special_points)
+
+
+def lines(f: Elementwise, lower: Tensor, upper: Tensor) -> Lines:
+    """Of some candidate slopes those whose lines are best at the middle of the interval."""
+    if (slopes := kink(f)) is not None:
+        left, right = slopes
+        rising = lower + upper > 0
+        return _kinked(slopes, lower, upper, torch.where(rising, right, left), torch.where(rising, right, left))
+    flat = lower.reshape(-1), upper.reshape(-1)
+    return Lines(*(v.reshape(lower.shape) for v in _chosen(f, *flat)))
+
+
+def lines_of(f: Elementwise, lower: Tensor, upper: Tensor, low: Tensor, high: Tensor | None) -> Lines:
+    """Lines of given slopes; exact where the function is straight, default ones above if `high` is None."""
+    if (slopes := kink(f)) is not None:
+        return _kinked(slopes, lower, upper, low, low if high is None else high)
+    best = lines(f, lower, upper)
+    flat = [v.reshape(-1) for v in (lower, upper)]
+    known = torch.isfinite(best.offset_low) & torch.isfinite(best.offset_high) & bent(f, lower, upper)
+    known = known.reshape(-1)
+    result = [v.reshape(-1).clone() for v in best]
+    for k, (slope, side) in enumerate(((low, 0), (high, 1))):
+        if slope is not None and bool(known.any()):
+            chosen = slope.reshape(-1)[known]
+            result[2 * k][known] = chosen
+            result[2 * k + 1][known] = offsets(f, flat[0][known], flat[1][known], chosen[None])[side][0].to(lower.dtype)
+    return Lines(*(v.reshape(lower.shape) for v in result))
+
+
+def _kinked(slopes: tuple[float, float], lower: Tensor, upper: Tensor, low: Tensor, high: Tensor) -> Lines:
+    """Lines of a function with slopes (left, right) that is 0 at 0: one side is the chord, the other free."""
+    left, right = slopes
+    across = (lower < 0) & (upper > 0)
+    straight = torch.where(lower >= 0, right, left).to(lower.dtype)
+    width = torch.where(across, upper - lower, 1.0)
+    chord = torch.where(across, (right * upper - left * lower) / width, straight)
+    lift = torch.where(across, (left - chord) * lower, 0.0)
+    zero = torch.zeros_like(lower)
+    if right >= left:
+        free = torch.where(across, low.clamp(left, right), straight)
+        return Lines(free, zero, chord, lift)
+    free = torch.where(across, high.clamp(right, left), straight)
+    return Lines(chord, lift, free, zero)
+
+
+def _chosen(f: Elementwise, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ring = f.ring
+    a, b = (end.double().clamp(ring.lower, ring.upper) for end in (lower, upper))
+    least, greatest = f.enclose(lower.double(), upper.double())
+    zero = torch.zeros_like(a)
+    result = [zero.clone(), least.clone(), zero.clone(), greatest.clone()]
+    sloped = torch.isfinite(b - a) & torch.isfinite(greatest - least) & (greatest > least)
+    if ring.period:
+        sloped &= b - a <= ring.period
+    if bool(sloped.any()):
+        p, q = a[sloped], b[sloped]
+        middle = (p + q) / 2
+        # A thin interval has no chord to speak of.
+        thin = q - p <= 1e-9 * torch.maximum(p.abs(), q.abs())
+        candidates = [torch.zeros_like(p)]
+        candidates += [f.derivative.apply(torch.lerp(p, q, i / 8)) for i in range(9)]
+        ends = f.apply(p), f.apply(q)
+        candidates.append((ends[1] - ends[0]) / (q - p))
+        for t, low_t, high_t in f.special_points:
+            if t in f.breaks:
+                inside = (p < t) & (t < q)
+                for v in {low_t, high_t}:
+                    candidates.append(torch.where(inside, (v - ends[0]) / (t - p), 0.0))
+                    candidates.append(torch.where(inside, (ends[1] - v) / (q - t), 0.0))
+        k = torch.stack(candidates).nan_to_num(0.0, 0.0, 0.0)
+        k = torch.where(thin, k[1], k)
+        low, high = offsets(f, p, q, k)
+        best = (low + k * middle).argmax(0, keepdim=True)
+        result[0][sloped], result[1][sloped] = k.gather(0, best)[0], low.gather(0, best)[0]
+        best = (high + k * middle).argmin(0, keepdim=True)
+        result[2][sloped], result[3][sloped] = k.gather(0, best)[0], high.gather(0, best)[0]
+    s_low, o_low, s_high, o_high = (v.to(lower.dtype) for v in result)
+    return s_low, o_low, s_high, o_high

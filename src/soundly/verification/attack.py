@@ -1,0 +1,342 @@
+"""Searching a box for counterexamples: batches of points that descend along gradients, in pieces that a search can
+interleave with bounding.
+
+Nothing here is trusted: a candidate counts after `soundly.verification.replay` has confirmed it. Points start at the
+centre, corners, random places and where the outputs differ most; each heads for a clause of its own, and the best ones
+are polished in float64. Jumps (sign, step, the derivative of ReLU) have no slope that gradients could follow; theirs
+is replaced by that of a sigmoid as wide as what it reads is spread.
+
+References: Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR 2018 (projected gradient
+descent); Tashiro, Song, Ermon, "Diversity Can Be Enhanced", NeurIPS 2020 (diversified output initialisation);
+Andriushchenko et al., "Square Attack", ECCV 2020 (search without gradients).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from soundly.bounds.program import Affine, Function, Program
+from soundly.graph.elementwise import Elementwise
+from soundly.verification.rows import Rows
+
+KEPT = 16
+"""How many of the best points are remembered."""
+MEMORY = 2**25
+"""About how many numbers a batch may hold in all its steps together."""
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+Project = Callable[[Tensor], Tensor]
+
+
+class Attack:
+    """The search for a counterexample of one case, with what it has found so far.
+
+    Args:
+        program: decides the floating type and device of the descent.
+        rows: the clauses.
+        lower, upper: the box [n].
+        seed: equal seeds give equal candidates, time limits apart.
+        project: moves points [k, n] into a region within the box, such as a ball.
+
+    Attributes:
+        best: the least measure met so far (infinite before the first run), and its point [n] in float64. The measure,
+            the least over clauses of their largest row, is not positive at a counterexample.
+    """
+
+    def __init__(
+        self, program: Program, rows: Rows, lower: Tensor, upper: Tensor, seed: int, project: Project | None = None
+    ) -> None:
+        self.program = program
+        self.dtype, self.device = next(
+            ((step.bias.dtype, step.bias.device) for step in program.steps if isinstance(step, Affine)),
+            (lower.dtype, lower.device),
+        )
+        self.rows = rows.to(self.dtype, self.device)
+        self.lower, self.upper = (end.to(self.device, torch.float64) for end in (lower, upper))
+        self.project = project
+        self.best: tuple[float, Tensor] = (math.inf, (self.lower / 2 + self.upper / 2).cpu())
+        self._generator = torch.Generator(self.device).manual_seed(seed)
+        self._kept = self.lower.new_empty((0, len(self.lower)))
+        self._kept_values = self.lower.new_empty(0)
+        self._promise = torch.full((rows.clauses,), math.inf, dtype=self.dtype, device=self.device)
+        self._goal = 0.0
+        self._runs = 0
+        self.batch = max(1, MEMORY // (sum(step.size for step in program.steps) + len(rows)))
+
+    # -- the interface
+
+    def values(self, x: Tensor) -> Tensor:
+        """The measure [k] of points [k, n] that come for free; infinite where an output is not finite."""
+        x = self._inside(x.to(self.device, torch.float64))
+        value = self._measured(x.to(self.dtype)).double()
+        self._keep(x, value)
+        return value.cpu()
+
+    def run(self, starts: Tensor | None = None, *, steps: int, restarts: int, deadline: float = math.inf) -> Tensor:
+        """Searches from `restarts` points, and stops early at a counterexample. To run again after one is to ask for
+        one that lies deeper.
+
+        Args:
+            starts: points [k, n] to begin with; the rest is drawn anew in every run.
+            steps: of descent. Without any the starting points are evaluated, nothing more.
+            restarts: how many points.
+            deadline: the time (of `time.monotonic`) to stop at; one step may exceed it.
+
+        Returns:
+            The best points of all runs so far [k, n], best first, in float64 on the CPU.
+        """
+        if not len(self.rows) or not bool((self.lower <= self.upper).all()):
+            return self._kept.cpu()
+        if self.best[0] <= self._goal:
+            self._goal = 2 * self.best[0] - 1e-6 * float(self._kept_values.abs().max()) - 1e-12
+        x = self._starts(starts, restarts)
+        self.values(x)
+        for part in x.split(self.batch) if steps else ():
+            if self._done(deadline):
+                break
+            part = part.to(self.dtype)
+            if self._runs % 2:
+                part = self._diversified(part, min(steps, 5), deadline)
+            part = self._descend(part, self._towards(part), steps, deadline)
+            if not self._done(deadline):
+                self._polish(2 + steps // 10, deadline)
+            if self._jumps and not self._done(deadline):
+                self._flip(steps, deadline)
+        self._runs += 1
+        return self._kept.cpu()
+
+    def search(self, deadline: float = math.inf, *, rounds: int = 8) -> Tensor:
+        """Runs of growing size until a counterexample, the deadline, or the last round."""
+        found = self.run(steps=0, restarts=min(64, self.batch))
+        for k in range(rounds):
+            if self._done(deadline):
+                break
+            found = self.run(steps=10 * 2 ** min(k, 4), restarts=min(8 * 2 ** min(k, 4), self.batch), deadline=deadline)
+        return found
+
+    # -- points and their values
+
+    def _done(self, deadline: float) -> bool:
+        return self.best[0] <= self._goal or time.monotonic() >= deadline
+
+    def _inside(self, x: Tensor) -> Tensor:
+        x = torch.minimum(torch.maximum(x, self.lower.to(x)), self.upper.to(x))
+        return x if self.project is None else self.project(x).to(x)
+
+    def _worst(self, x: Tensor, program: Program, rows: Rows) -> tuple[Tensor, Tensor]:
+        """The rows [k, R] and the largest of each clause [k, clauses]."""
+        y = program.evaluate(x)[-1]
+        finite = torch.isfinite(y).all(-1, keepdim=True)
+        value = torch.where(finite, rows.at(y, x), math.inf)
+        return value, rows.worst(value)
+
+    @torch.no_grad()
+    def _measured(self, x: Tensor, *, fine: bool = False) -> Tensor:
+        program, rows = (self._fine, self._fine_rows) if fine else (self.program, self.rows)
+        found = []
+        for part in x.split(self.batch):
+            worst = self._worst(part, program, rows)[1]
+            self._promise = torch.minimum(self._promise, worst.amin(0).to(self.dtype))
+            found.append(worst.amin(-1))
+        return torch.nan_to_num(torch.cat(found), nan=math.inf, neginf=math.inf)
+
+    def _keep(self, x: Tensor, value: Tensor) -> None:
+        """Remembers the best points."""
+        value, order = value.double().topk(min(KEPT, len(value)), largest=False)
+        values, points = torch.cat([self._kept_values, value]), torch.cat([self._kept, x[order].double()])
+        values, order = values.sort(stable=True)
+        fresh = torch.isfinite(values)
+        fresh[1:] &= values[1:] != values[:-1]
+        order = order[fresh][:KEPT]
+        self._kept_values, self._kept = values[fresh][:KEPT], points[order]
+        if len(order) and float(self._kept_values[0]) < self.best[0]:
+            self.best = float(self._kept_values[0]), self._kept[0].cpu()
+
+    def _random(self, *size: int) -> Tensor:
+        return torch.rand(size, dtype=self.dtype, device=self.device, generator=self._generator)
+
+    def _starts(self, given: Tensor | None, restarts: int) -> Tensor:
+        """Points given, the best so far, the centre at first, then half corners and half uniform ones: [k, n]."""
+        parts = [] if given is None else [given.to(self.device, torch.float64)]
+        parts += [self._kept[: restarts // 4]] if self._runs else [(self.lower / 2 + self.upper / 2)[None]]
+        missing = max(restarts - sum(map(len, parts)), 0)
+        share = self._random(missing, len(self.lower)).double()
+        share[::2] = share[::2].round()
+        parts.append(self.lower + share * (self.upper - self.lower))
+        return self._inside(torch.cat(parts))
+
+    # -- descent
+
+    def _towards(self, x: Tensor) -> Loss:
+        """A loss that draws each point to a clause: every other one to that nearest to it, the others to the most
+        promising ones in turn."""
+        with torch.no_grad():
+            target = self._worst(x, self.program, self.rows)[1].argmin(-1)
+        order = self._promise.argsort()
+        others = target[1::2]
+        others.copy_(order[torch.arange(len(others), device=self.device) % min(len(order), max(4, len(others)))])
+        mine = self.rows.clause == target[:, None]
+
+        def loss(y: Tensor, x: Tensor) -> Tensor:
+            rows = torch.where(mine, self.rows.at(y, x), -math.inf)
+            return (rows - self._goal).clamp(min=0).sum(-1) + rows.amax(-1)
+
+        return loss
+
+    def _diversified(self, x: Tensor, steps: int, deadline: float) -> Tensor:
+        """Points moved along random directions of the outputs."""
+        way = 2 * self._random(len(x), self.program.outputs) - 1
+        return self._descend(x, lambda y, _: (y * way).sum(-1), steps, deadline)
+
+    def _descend(self, x: Tensor, loss: Loss, steps: int, deadline: float) -> Tensor:
+        """Projected descent: one half by signs, the other by Adam. Points without a gradient are drawn anew."""
+        width = (self.upper - self.lower).to(self.dtype)
+        mean, square = torch.zeros_like(x), torch.zeros_like(x)
+        best, least = x.clone(), x.new_full((len(x),), math.inf)
+        for t in range(steps):
+            gradient, value = self._slope(x, loss)
+            better = value < least
+            least, best = torch.where(better, value, least), torch.where(better[:, None], x, best)
+            if bool((value <= self._goal).any()):
+                break
+            gradient = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
+            mean, square = 0.75 * mean + 0.25 * gradient, 0.9 * square + 0.1 * gradient**2
+            adam = (mean / (1 - 0.75 ** (t + 1))) / ((square / (1 - 0.9 ** (t + 1))).sqrt() + 1e-30)
+            way = gradient.sign()
+            way[::2] = adam[::2]
+            length = 0.25 * 0.02 ** (t / steps)
+            x = self._inside(x - length * width * way)
+            still = (gradient == 0).all(-1)
+            if bool(still.any()):
+                drawn = self._inside(self.lower + self._random(int(still.sum()), x.shape[1]) * width)
+                x[still] = drawn.to(self.dtype)
+            if time.monotonic() >= deadline:
+                break
+        else:
+            self.values(x)
+        self._keep(best, least)
+        return x
+
+    def _slope(self, x: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
+        """The gradient of the loss at each point, and the points' measure."""
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            y = self._smooth.evaluate(x)[-1]
+            total = loss(y, x).sum()
+            (gradient,) = torch.autograd.grad(total, x)
+        with torch.no_grad():
+            finite = torch.isfinite(y).all(-1, keepdim=True)
+            worst = self.rows.worst(torch.where(finite, self.rows.at(y, x), math.inf))
+            self._promise = torch.minimum(self._promise, worst.amin(0))
+        return gradient, torch.nan_to_num(worst.amin(-1), nan=math.inf, neginf=math.inf)
+
+    @cached_property
+    def _jumps(self) -> bool:
+        return any(isinstance(step, Function) and _jumps(step.op) for step in self.program.steps)
+
+    @cached_property
+    def _smooth(self) -> Program:
+        """The program with slopes at jumps; its values are the same."""
+        if not self._jumps:
+            return self.program
+        return Program(tuple(_with_slope(s) if isinstance(s, Function) else s for s in self.program.steps))
+
+    # -- refinement of the best points
+
+    @cached_property
+    def _fine(self) -> Program:
+        return self.program if self.dtype == torch.float64 else self.program.to(torch.float64, self.device)
+
+    @cached_property
+    def _fine_rows(self) -> Rows:
+        return self.rows if self.dtype == torch.float64 else self.rows.to(torch.float64, self.device)
+
+    def _polish(self, rounds: int, deadline: float) -> None:
+        """Line searches in float64 from the best point, along mixtures of the gradients of its clause's rows."""
+        for k in range(rounds):
+            if self._done(deadline) or not len(self._kept):
+                return
+            x, before = self._kept[k % 2 % len(self._kept)], self.best[0]
+            trials = self._inside(torch.cat([self._lines(x), self._coordinates(x)]))
+            self._keep(trials, self._measured(trials, fine=True))
+            if k % 2 and not self.best[0] < before:
+                return
+
+    def _lines(self, x: Tensor) -> Tensor:
+        width, jumps = self.upper - self.lower, self._jumps
+        x = x.clone().requires_grad_()
+        program = self._fine
+        if jumps:
+            program = Program(tuple(_with_slope(s) if isinstance(s, Function) else s for s in program.steps))
+        with torch.enable_grad():
+            rows, worst = self._worst(x[None], program, self._fine_rows)
+            mine = (self._fine_rows.clause == worst[0].argmin()).nonzero().flatten()
+            mine = mine[rows[0, mine].topk(min(len(mine), 8)).indices]
+            slopes = [torch.autograd.grad(rows[0, i], x, retain_graph=True)[0] for i in mine.tolist()]
+        gradients = torch.nan_to_num(torch.stack(slopes), nan=0.0, posinf=0.0, neginf=0.0)
+        weights = torch.zeros((1 if len(mine) == 1 else 6, len(mine)), dtype=torch.float64, device=self.device)
+        weights[:, 0] = 1
+        if len(mine) > 1:
+            weights[1] = 1 / len(mine)
+            weights[2:] = -self._random(len(weights) - 2, len(mine)).double().clamp(min=1e-9).log()
+        mixed = weights @ gradients
+        scaled = mixed * width**2
+        scaled = scaled / (scaled.abs() / width.clamp(min=1e-300)).amax(-1, keepdim=True).clamp(min=1e-300)
+        ways = torch.cat([mixed.sign() * width, scaled])
+        lengths = 4.0 ** -torch.arange(0, 12, dtype=torch.float64, device=self.device)
+        return (x.detach() - lengths[:, None, None] * ways).flatten(0, 1)
+
+    def _coordinates(self, x: Tensor) -> Tensor:
+        """Single entries moved to either end and to random places; for inputs that are few."""
+        vary = (self.upper > self.lower).nonzero().flatten()
+        if len(vary) > 32:
+            return x.new_empty((0, len(x)))
+        places = [self.lower, self.upper, self.lower + self._random(len(x)).double() * (self.upper - self.lower)]
+        trials = x.repeat(len(places), len(vary), 1)
+        for trial, place in zip(trials, places, strict=True):
+            trial[torch.arange(len(vary)), vary] = place[vary]
+        return trials.flatten(0, 1)
+
+    def _flip(self, rounds: int, deadline: float) -> None:
+        """From the best point, random entries moved to an end: fewer and fewer as the rounds go by."""
+        count = min(self.batch, 64)
+        for k in range(rounds):
+            if self._done(deadline) or not len(self._kept):
+                return
+            x = self._kept[0].to(self.dtype).expand(count, -1)
+            share = 0.3 * 0.01 ** (k / rounds)
+            chosen = self._random(*x.shape) < share
+            end = torch.where(self._random(*x.shape) < 0.5, self.lower.to(x), self.upper.to(x))
+            self.values(torch.where(chosen, end, x))
+
+
+def _jumps(op: Elementwise) -> list[tuple[float, float]]:
+    """Where the function jumps, and by how much."""
+
+    def value(i: int, t: float) -> float:
+        return float(op.ring.evaluate(op.pieces[i], torch.tensor(t, dtype=torch.float64)))
+
+    each = [(t, value(i + 1, t) - value(i, t)) for i, t in enumerate(op.breaks)]
+    return [(t, jump) for t, jump in each if abs(jump) > 1e-9]
+
+
+def _with_slope(step: Function) -> Function:
+    """The same function with a backward pass that sees jumps as steep sigmoids."""
+    op, jumps = step.op, _jumps(step.op)
+    if not jumps:
+        return step
+
+    def kernel(x: Tensor) -> Tensor:
+        value = op.apply(x)
+        spread = x.detach().square().mean(-1, keepdim=True).sqrt() + 1e-30
+        soft = sum((jump / 2 * torch.tanh((x - t) / spread) for t, jump in jumps), torch.zeros_like(x))
+        return value + (soft - soft.detach())
+
+    return replace(step, op=replace(op, kernel=kernel))

@@ -1,0 +1,419 @@
+"""Search by splitting inner values: ReLUs at zero, other functions at a point of their interval.
+
+A part of the region is described by constraints v_i >= p or v_i <= p. They clamp the values' intervals, and enter the
+rows with multipliers that are optimised together with the slopes of the lines; both by closed-form gradients, without
+an autograd tape. Intervals of inner values are those of the root.
+
+Reference: Wang et al., "Beta-CROWN", NeurIPS 2021; Bunel et al., "Branch and Bound for Piecewise Linear Neural Network
+Verification", JMLR 2020 (branching); De Palma et al., "Improved Branch and Bound", 2021 (filtered branching); Shi et
+al., "Neural Network Verification with Branch-and-Bound for General Nonlinearities", 2024 (splitting points).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from soundly.bounds.batch import Bounder, Frame, Pass, Split, Start, bent, kink
+from soundly.bounds.program import Function
+from soundly.verification.forest import BOUND, NEURON, Forest
+from soundly.verification.problem import Problem
+
+CANDIDATES = 3
+"""How many neurons each of the two scores proposes; all of them are tried."""
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """Subproblems: `neuron`, `sign`, `at` and `beta` [k, depth] describe the constraints (neuron -1: none), `slopes`
+    [k, slots] the free lines; with tree nodes, trees and bounds."""
+
+    neuron: Tensor
+    sign: Tensor
+    at: Tensor
+    beta: Tensor
+    slopes: Tensor
+    node: Tensor
+    tree: Tensor
+    bound: Tensor
+
+    def __len__(self) -> int:
+        return len(self.node)
+
+    def _fields(self) -> tuple[Tensor, ...]:
+        return self.neuron, self.sign, self.at, self.beta, self.slopes, self.node, self.tree, self.bound
+
+    def pick(self, index: Tensor | slice) -> Parts:
+        return Parts(*(v[index] for v in self._fields()))
+
+    @staticmethod
+    def join(parts: list[Parts]) -> Parts:
+        depth = max(p.neuron.shape[1] for p in parts)
+        wide = [p.deeper(depth) for p in parts]
+        return Parts(*(torch.cat(v) for v in zip(*(p._fields() for p in wide), strict=True)))
+
+    @property
+    def last(self) -> Tensor:
+        """[k, depth]: which constraints are the last ones of their neuron."""
+        later = torch.ones(self.neuron.shape[1], self.neuron.shape[1], dtype=torch.bool).triu(1)
+        same = self.neuron[:, :, None] == self.neuron[:, None, :]
+        return ~(same & later).any(2)
+
+    def deeper(self, depth: int) -> Parts:
+        """With room for that many constraints."""
+        extra = depth - self.neuron.shape[1]
+        if extra == 0:
+            return self
+        neuron, sign, at, beta = (
+            torch.cat([v, v.new_full((len(v), extra), fill)], 1)
+            for v, fill in ((self.neuron, -1), (self.sign, 0), (self.at, 0), (self.beta, 0))
+        )
+        return replace(self, neuron=neuron, sign=sign, at=at, beta=beta)
+
+
+@dataclass(frozen=True, eq=False)
+class Slots:
+    """Which free slopes there are: per function step with a kink the entries that are not straight at the root.
+
+    Attributes:
+        entries: step -> entries.
+        first: step -> position of its first entry among all slots.
+        count: of all of them.
+    """
+
+    entries: dict[int, Tensor]
+    first: dict[int, int]
+    count: int
+
+
+class NeuronSplit:
+    """The search over one box; `step` handles one batch.
+
+    Attributes:
+        forest: one tree per clause.
+        root: the intervals at the root, a batch of one.
+    """
+
+    def __init__(
+        self, problem: Problem, bounder: Bounder, case: int, root: Frame, clauses: list[int], *, margin: float
+    ) -> None:
+        self.problem, self.bounder, self.case, self.root, self.margin = problem, bounder, case, root, margin
+        self.steps = bounder.steps
+        self.dtype = root.lower[0].dtype
+        self.forest = Forest()
+        starts = [0]
+        for step in self.steps:
+            starts.append(starts[-1] + step.size)
+        self.offset = torch.tensor(starts)
+        entries, first, count = {}, {}, 0
+        for j, step in enumerate(self.steps):
+            if isinstance(step, Function) and kink(step.op) is not None:
+                low, high = root.lower[step.source][0], root.upper[step.source][0]
+                index = bent(step.op, low, high).nonzero()[:, 0]
+                if len(index):
+                    entries[j], first[j] = index, count
+                    count += len(index)
+        self.slots = Slots(entries, first, count)
+        self.rows = self._best_rows(clauses)
+        self.waiting = self._plant(clauses)
+        self.proved: list[Parts] = []
+        self.subproblems = 0
+        self.stuck: list[Parts] = []
+
+    # ---------------------------------------------------------------- the root
+
+    def _best_rows(self, clauses: list[int]) -> Tensor:
+        """For each clause the row that is most nearly proved at the root."""
+        rows, clause = (t[self.case] for t in self.problem.table)
+        lines = self.bounder.lines(self.root)
+        chosen = []
+        for k in clauses:
+            own = rows[(clause == k) & (rows >= 0)]
+            if len(own) > 1:
+                start = self._start(own)
+                found = self.bounder.backward(self.root, lines, Start(start.a, start.d, None))
+                own = own[found.least(self.root.lower[0], self.root.upper[0]).argmax()][None]
+            chosen.append(own)
+        return torch.cat(chosen)
+
+    def _start(self, rows: Tensor) -> Start:
+        problem = self.problem
+        a = {len(self.steps) - 1: problem.rows.y[rows].to(self.dtype)}
+        if problem.rows.reads_inputs:
+            a[0] = problem.rows.x[rows].to(self.dtype)
+        return Start(a, problem.rows.constant[rows].to(self.dtype))
+
+    def _plant(self, clauses: list[int]) -> Parts:
+        nodes = [self.forest.plant(self.case, k, k + 1) for k in clauses]
+        n = len(nodes)
+        slopes = torch.zeros(n, self.slots.count, dtype=self.dtype)
+        for j, index in self.slots.entries.items():
+            step = self.steps[j]
+            assert isinstance(step, Function)
+            line = self.bounder.lines(self.root, upto=j + 1)[j]
+            slopes_of = kink(step.op)
+            assert slopes_of is not None
+            free = line.slope_low if slopes_of[1] >= slopes_of[0] else line.slope_high
+            slopes[:, self.slots.first[j] : self.slots.first[j] + len(index)] = free[:, index]
+        none = torch.empty(n, 0, dtype=self.dtype)
+        return Parts(
+            torch.empty(n, 0, dtype=torch.int64), none, none, none, slopes, torch.tensor(nodes),
+            torch.arange(n), torch.full((n,), -math.inf, dtype=self.dtype),
+        )  # fmt: skip
+
+    # ---------------------------------------------------------------- bounding
+
+    def _frame(self, parts: Parts) -> tuple[Frame, dict[int, Split]]:
+        """Intervals and constraints of some subproblems."""
+        k = len(parts)
+        lower, upper = list(self.root.lower), list(self.root.upper)
+        splits = {}
+        step_of = torch.bucketize(parts.neuron, self.offset, right=True) - 1
+        last = parts.last
+        for i in step_of[parts.neuron >= 0].unique().tolist():
+            owner, place = (step_of == i).nonzero(as_tuple=True)
+            entry = parts.neuron[owner, place] - self.offset[i]
+            sign, at, beta = (v[owner, place] for v in (parts.sign, parts.at, parts.beta))
+            low, high = lower[i].repeat(k, 1), upper[i].repeat(k, 1)
+            # A neuron may be split at several points: all clamp it, the last one has a multiplier.
+            for side, end, pick in ((1, low, "amax"), (-1, high, "amin")):
+                mine = sign == side
+                flat = end.view(-1)
+                flat.scatter_reduce_(0, (owner * end.shape[1] + entry)[mine], at[mine], pick)
+            dense = [torch.zeros_like(low) for _ in range(3)]
+            mine = last[owner, place]
+            for v, target in zip((sign, at, beta), dense, strict=True):
+                target[owner[mine], entry[mine]] = v[mine]
+            lower[i], upper[i] = low, high
+            splits[i] = Split(*dense)
+        empty = torch.zeros(k, dtype=torch.bool)
+        for i in splits:
+            empty |= (lower[i] > upper[i]).any(1)
+            lower[i], upper[i] = torch.minimum(lower[i], upper[i]), torch.maximum(lower[i], upper[i])
+        return Frame(lower, upper, empty), splits
+
+    def _slopes(self, parts: Parts) -> dict[int, tuple[Tensor, Tensor | None]]:
+        found: dict[int, tuple[Tensor, Tensor | None]] = {}
+        for j, index in self.slots.entries.items():
+            dense = parts.slopes.new_zeros(len(parts), self.steps[j].size)
+            first = self.slots.first[j]
+            dense[:, index] = parts.slopes[:, first : first + len(index)]
+            found[j] = (dense, None)
+        return found
+
+    def _bound(self, parts: Parts, *, keep: bool = False) -> tuple[Tensor, Pass, Frame, dict[int, Split]]:
+        frame, splits = self._frame(parts)
+        lines = self.bounder.lines(frame, self._slopes(parts))
+        start = self._start(self.rows[parts.tree])
+        found = self.bounder.backward(frame, lines, start, splits=splits, keep=keep)
+        least = found.least(frame.lower[0], frame.upper[0])
+        return torch.where(frame.infeasible, math.inf, least), found, frame, splits
+
+    def optimise(self, parts: Parts, rounds: int, *, rate: float = 0.1, decay: float = 0.98) -> Parts:
+        """Raises the bounds by projected Adam over slopes and multipliers; keeps the best of each subproblem."""
+        if len(parts) == 0:
+            return parts
+        frame, splits = self._frame(parts)
+        slopes = self._slopes(parts)
+        start = self._start(self.rows[parts.tree])
+        goal = self._goal(parts)
+        size: dict[int, Tensor] = {}  # of the coefficients where a constraint acts: the scale of its multiplier
+        moments: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
+        best = torch.full((len(parts),), -math.inf, dtype=self.dtype)
+        best_slopes = {j: pair[0].clone() for j, pair in slopes.items()}
+        best_force = {i: s.multiplier.clone() for i, s in splits.items()}
+        low, high = frame.lower[0], frame.upper[0]
+        for t in range(1, rounds + 2):
+            lines = self.bounder.lines(frame, slopes)
+            found = self.bounder.backward(frame, lines, start, splits=splits, keep=True)
+            least = found.least(low, high)
+            better = least > best
+            best = torch.where(better, least, best)
+            for j, pair in slopes.items():
+                best_slopes[j] = torch.where(better[:, None], pair[0], best_slopes[j])
+            for i, s in splits.items():
+                best_force[i] = torch.where(better[:, None], s.multiplier, best_force[i])
+            if t > rounds or bool(((best > goal) | frame.infeasible).all()):
+                break
+            x = torch.where(found.a > 0, low, high)
+            values = self.bounder.follow(frame, lines, found, x)
+            pace = rate * decay ** (t - 1)
+
+            def move(key: tuple[str, int], v: Tensor, gradient: Tensor, pace: float | Tensor, t: int = t) -> Tensor:
+                first, second = moments.get(key, (torch.zeros_like(v), torch.zeros_like(v)))
+                first = 0.9 * first + 0.1 * gradient
+                second = 0.999 * second + 0.001 * gradient * gradient
+                moments[key] = first, second
+                scale = (second / (1 - 0.999**t)).sqrt() + 1e-12
+                return v + pace * first / (1 - 0.9**t) / scale
+
+            for j, kept in found.kept.items():
+                step = self.steps[j]
+                if t == 1 and isinstance(step, Function):
+                    size[step.source] = kept.abs().mean(1, keepdim=True)
+                if j not in slopes or not isinstance(step, Function):
+                    continue
+                left, right = kink(step.op) or (0.0, 0.0)
+                side = kept.clamp(min=0) if right >= left else kept.clamp(max=0)
+                moved = move(("slope", j), slopes[j][0], side * values[step.source], pace)
+                slopes[j] = moved.clamp(min(left, right), max(left, right)), None
+            for i, s in splits.items():
+                moved = move(("force", i), s.multiplier, -s.sign * (values[i] - s.at), pace * size.get(i, 1.0))
+                s.multiplier = moved.clamp(min=0) * (s.sign != 0)
+        self.subproblems += len(parts)
+        return self._updated(parts, best_slopes, best_force, torch.where(frame.infeasible, math.inf, best))
+
+    def _updated(self, parts: Parts, slopes: Mapping[int, Tensor], force: Mapping[int, Tensor], bound: Tensor) -> Parts:
+        flat = parts.slopes.clone()
+        for j, index in self.slots.entries.items():
+            first = self.slots.first[j]
+            flat[:, first : first + len(index)] = slopes[j][:, index]
+        beta = parts.beta.clone()
+        step_of = torch.bucketize(parts.neuron, self.offset, right=True) - 1
+        for i, v in force.items():
+            owner, place = ((step_of == i) & parts.last).nonzero(as_tuple=True)
+            beta[owner, place] = v[owner, parts.neuron[owner, place] - self.offset[i]]
+        return Parts(
+            parts.neuron, parts.sign, parts.at, beta, flat, parts.node, parts.tree, torch.maximum(parts.bound, bound)
+        )
+
+    def _goal(self, parts: Parts) -> Tensor:
+        return self.problem.slack[self.rows[parts.tree]].to(self.dtype) + self.margin
+
+    # ---------------------------------------------------------------- branching
+
+    def _scores(self, parts: Parts) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Candidates: neurons [c], where to split them [k, c], two scores [2, k, c]; and points of the worst bounds.
+
+        The scores are what the relaxation of a neuron costs the bound: at the point where the bound is taken, and at
+        the worst point of its interval.
+        """
+        _, found, frame, _ = self._bound(parts, keep=True)
+        lines = self.bounder.lines(frame, self._slopes(parts))
+        x = torch.where(found.a > 0, frame.lower[0], frame.upper[0])
+        values = self.bounder.follow(frame, lines, found, x)
+        neurons, points, here, worst = [], [], [], []
+        for j, step in enumerate(self.steps):
+            if not isinstance(step, Function) or j not in found.kept:
+                continue
+            i = step.source
+            low, high = frame.lower[i].expand(len(parts), -1), frame.upper[i].expand(len(parts), -1)
+            index = bent(step.op, low, high).any(0).nonzero()[:, 0]
+            if len(index) == 0:
+                continue
+            low, high, a = low[:, index], high[:, index], found.kept[j][:, index]
+            v = values[i][:, index].clamp(low, high)
+            line = [w.expand(len(parts), -1)[:, index] for w in lines[j]]
+            plane = torch.where(a >= 0, line[0] * v + line[1], line[2] * v + line[3])
+            loss = a * (step.op.apply(v) - plane)
+            at = torch.zeros_like(low) if kink(step.op) is not None else (low + high) / 2
+            widest = torch.where(a < 0, line[3], torch.zeros_like(a))  # the chord's intercept
+            if kink(step.op) is None:
+                middle = step.op.apply(at)
+                widest = torch.where(a >= 0, middle - line[0] * at - line[1], line[2] * at + line[3] - middle)
+                loss = torch.maximum(loss, 0.5 * a.abs() * widest)
+            inside = bent(step.op, low, high)
+            neurons.append(index + self.offset[i])
+            points.append(at)
+            here.append(torch.where(inside, loss, -1.0))
+            worst.append(torch.where(inside, a.abs() * widest, -1.0))
+        if not neurons:
+            none = x.new_empty(len(parts), 0)
+            return torch.empty(0, dtype=torch.int64), none, torch.stack([none, none]), x
+        return torch.cat(neurons), torch.cat(points, 1), torch.stack([torch.cat(here, 1), torch.cat(worst, 1)]), x
+
+    def _branched(self, parts: Parts) -> tuple[Parts, Tensor, Tensor]:
+        """Both children of the best split of each subproblem, [2k] in turn; who could not be split; worst points."""
+        neurons, points, scores, x = self._scores(parts)
+        k = len(parts)
+        if len(neurons) == 0:
+            return parts.pick(slice(0, 0)), torch.ones(k, dtype=torch.bool), x
+        take = min(CANDIDATES, len(neurons))
+        chosen = torch.cat([s.topk(take, 1).indices for s in scores], 1)
+        valid = scores.amax(0).gather(1, chosen) >= 0
+        stuck = ~valid.any(1)
+        width = chosen.shape[1]
+        many = torch.arange(k).repeat_interleave(2 * width)
+        wide = parts.pick(many)
+        neuron = neurons[chosen].repeat_interleave(2, 1).reshape(-1, 1)
+        at = points.gather(1, chosen).repeat_interleave(2, 1).reshape(-1, 1)
+        sign = torch.tensor([-1.0, 1.0], dtype=self.dtype).repeat(k * width)[:, None]
+        trial = _extended(wide, neuron, sign, at)
+        least = torch.cat([self._bound(trial.pick(part))[0] for part in self.bounder.portions(len(trial))])
+        least = torch.maximum(least, trial.bound).reshape(k, width, 2)
+        goal = self._goal(parts)[:, None, None]
+        value = least.minimum(goal)
+        merit = torch.where(valid, value.amin(2) + 1e-3 * value.amax(2), -math.inf)
+        best = merit.argmax(1)
+        index = ((torch.arange(k) * width + best)[:, None] * 2 + torch.arange(2)).reshape(-1)
+        children = trial.pick(index)
+        bound = least.reshape(-1)[index]
+        keep = (~stuck).repeat_interleave(2)
+        children = replace(children, bound=bound).pick(keep)
+        self.subproblems += len(index)
+        return children, stuck, x
+
+    def step(self, batch: int, rounds: int) -> Tensor:
+        """Splits the worst subproblems; returns points where their bounds are worst."""
+        if len(self.waiting) > batch:
+            worst = self.waiting.bound.topk(batch, largest=False, sorted=False).indices
+            rest = torch.ones(len(self.waiting), dtype=torch.bool)
+            rest[worst] = False
+            now, later = self.waiting.pick(worst), self.waiting.pick(rest)
+        else:
+            now, later = self.waiting, None
+        children, stuck, x = self._branched(now)
+        if bool(stuck.any()):
+            self.stuck.append(now.pick(stuck))
+        parents = now.pick(~stuck)
+        if len(parents):
+            first = children.neuron.shape[1] - 1
+            made = self.forest.split(
+                parents.node.numpy(), NEURON, children.neuron[0::2, first].numpy(),
+                children.at[0::2, first].double().numpy(),
+            )  # fmt: skip
+            children = replace(children, node=torch.from_numpy(made.reshape(-1)))
+        self.waiting = later if later is not None else children.pick(slice(0, 0))
+        self._file(children, rounds)
+        return x
+
+    def begin(self, rounds: int) -> None:
+        """Bounds the roots."""
+        now, self.waiting = self.waiting, self.waiting.pick(slice(0, 0))
+        self._file(now, rounds)
+
+    def _file(self, parts: Parts, rounds: int) -> None:
+        """Optimises subproblems and keeps what is left to do."""
+        done = parts.bound > self._goal(parts)
+        improved = [self.optimise(p, rounds) for p in _portions(parts.pick(~done), self.bounder)]
+        parts = Parts.join([parts.pick(done), *improved])
+        done = torch.isfinite(parts.bound) & (parts.bound > self._goal(parts)) | (parts.bound == math.inf)
+        finished = parts.pick(done)
+        if len(finished):
+            flags = torch.full((len(finished),), BOUND)
+            self.forest.flags[finished.node.numpy()] |= flags.numpy()
+            self.proved.append(finished)
+        left = parts.pick(~done)
+        self.waiting = Parts.join([self.waiting, left]) if len(self.waiting) else left
+
+    @property
+    def bound(self) -> float:
+        """The worst bound among the subproblems that wait."""
+        return float(self.waiting.bound.min()) if len(self.waiting) else 0.0
+
+
+def _portions(parts: Parts, bounder: Bounder) -> list[Parts]:
+    return [parts.pick(p) for p in bounder.portions(len(parts))]
+
+
+def _extended(parts: Parts, neuron: Tensor, sign: Tensor, at: Tensor) -> Parts:
+    """With one constraint more each."""
+    zero = torch.zeros_like(at)
+    return Parts(
+        torch.cat([parts.neuron, neuron], 1), torch.cat([parts.sign, sign], 1), torch.cat([parts.at, at], 1),
+        torch.cat([parts.beta, zero], 1), parts.slopes, parts.node, parts.tree, parts.bound,
+    )  # fmt: skip
