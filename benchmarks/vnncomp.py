@@ -1,8 +1,8 @@
 """How much of VNN-COMP soundly decides here, and whether any answer is wrong.
 
-SOUNDLY_VNNCOMP names a directory with one folder per benchmark, each with an instances.csv (see `soundly bench`). Each
-instance runs in a process of its own with one thread; the figures are CPU seconds of the whole process. With --no-attack
-only the instances with a known counterexample run, and nothing may be proved.
+SOUNDLY_VNNCOMP names a directory with one folder per benchmark, each with an instances.csv (see `soundly bench`).
+Each instance runs in a process of its own with one thread; the figures are CPU seconds of the whole process. With
+--no-attack only the instances with a known counterexample run, and nothing may be proved.
 
     SOUNDLY_VNNCOMP=dir python benchmarks/vnncomp.py [--folders acasxu safenlp] [--timeout 60] [--journals dir] [--json]
 """
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--timeout", type=float, metavar="S", help="caps the instances' own limits")
     parser.add_argument("--memory", type=float, metavar="GiB", help="for each instance")
     parser.add_argument("--jobs", type=int, default=1, metavar="N")
-    parser.add_argument("--journals", type=Path, metavar="DIR", help="one journal per folder; finished instances are skipped")
+    parser.add_argument("--journals", type=Path, metavar="DIR", help="one journal per folder; what it has is skipped")
     parser.add_argument("--certificates", type=Path, metavar="DIR", help="write proofs here, and re-check each")
     parser.add_argument("--no-attack", action="store_true", help="known counterexamples only: no proof may be found")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")

@@ -5,14 +5,20 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
-from soundly.certificate import head_edit
+from soundly.certificate import Certificate, head_edit
 from soundly.cli import main
+from soundly.spec.claim import Claim
+from soundly.verification.verdict import Effort, Empty, Progress, Proved, Refuted, Unknown
 
 WEIGHTS = np.array([[2.0, 0.5]], np.float32)
 
@@ -129,8 +135,13 @@ def test_json_has_no_infinity(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["prove"], ["check"], ["check", "a", "b"], ["check", "a", "--format", "yaml"], ["--verbose"]]
-)
+    "arguments",
+    [
+        [], ["prove"], ["check"], ["check", "a", "b"], ["check", "a", "--format", "yaml"], ["--verbose"],
+        ["verify", "a.onnx"], ["verify", "a.onnx", "b.vnnlib", "--timeout", "0"], ["bench"],
+        ["verify", "a.onnx", "b.vnnlib", "--timeout", "nan"], ["verify", "a.onnx", "b.vnnlib", "--memory", "much"],
+    ],
+)  # fmt: skip
 def test_usage_errors(arguments, capsys):
     assert main(arguments) == 2
     assert "usage: soundly" in capsys.readouterr().err
@@ -185,3 +196,222 @@ def test_the_command_line_starts_quickly():
         return float(run("-c", code + "import sys; assert 'numpy' not in sys.modules").stdout)
 
     assert min(seconds() for _ in range(3)) < 0.3
+
+
+# -- verify, with a stand-in for the engine
+
+EFFORT = Effort(seconds=1.234, subproblems=3, settled="input splitting")
+SPEC = """
+(declare-const X_0 Real) (declare-const X_1 Real) (declare-const Y_0 Real)
+(assert (>= X_0 0)) (assert (<= X_0 1)) (assert (>= X_1 0)) (assert (<= X_1 1))
+(assert (>= Y_0 3))
+"""
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[str, str]:
+    """y = relu(2 x_0 + 0.5 x_1), and the claim that it stays below 3."""
+    info = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in (("x", [1, 2]), ("y", [1, 1]))]
+    nodes = [helper.make_node("Gemm", ["x", "w"], ["h"], transB=1), helper.make_node("Relu", ["h"], ["y"])]
+    graph = helper.make_graph(nodes, "g", info[:1], info[1:], [numpy_helper.from_array(WEIGHTS, "w")])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8), tmp_path / "m.onnx")
+    (tmp_path / "p.vnnlib").write_text(SPEC)
+    return os.fspath(tmp_path / "m.onnx"), os.fspath(tmp_path / "p.vnnlib")
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What `verify` answers, an error to raise included; `given` is what it was called with."""
+    stand_in = SimpleNamespace(answer=Empty(EFFORT), given=None)
+
+    def verify(claim: Claim, **options: Any) -> Any:
+        stand_in.given = {"claim": claim, **options}
+        if isinstance(stand_in.answer, BaseException):
+            raise stand_in.answer
+        return stand_in.answer
+
+    monkeypatch.setitem(sys.modules, "soundly.verification.verify", SimpleNamespace(verify=verify))
+    return stand_in
+
+
+def refuted(n: int = 2) -> Refuted:
+    return Refuted(torch.tensor([[1.0, 0.1] * (n // 2)]), torch.tensor([3.5]), 0.5, "onnxruntime", EFFORT)
+
+
+def test_verify_proved(tmp_path, capsys, files, engine):
+    engine.answer = Proved(Certificate.load(save(tmp_path / "a.cert", upper=[3])), EFFORT)
+    target = tmp_path / "out.cert"
+    assert main(["verify", *files, "--certificate", str(target)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "proved        no counterexample exists, over the reals, for the stored features and weights",
+        "  effort      input splitting, 3 subproblems, 1.23 s",
+        f"  certificate {target}",
+    ]
+    assert main(["check", str(target)]) == 0
+    capsys.readouterr()
+    assert main(["verify", *files, "--format", "vnncomp"]) == 0
+    assert capsys.readouterr().out == "unsat\n"
+    assert main(["verify", *files, "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "verdict": "proved", "model": files[0], "spec": files[1], "certificate": None, "seconds": 1.234,
+        "subproblems": 3, "settled": "input splitting",
+        "arithmetic": "over the reals, for the stored features and weights",
+    }  # fmt: skip
+
+
+def test_verify_refuted(tmp_path, capsys, files, engine):
+    engine.answer = refuted()
+    assert main(["verify", *files, "--certificate", str(tmp_path / "out.cert")]) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        "refuted       by a counterexample, replayed by onnxruntime",
+        "  violation   0.5",
+        "  inputs      1, 0.1",
+        "  outputs     3.5",
+        "  effort      input splitting, 3 subproblems, 1.23 s",
+    ]
+    assert not (tmp_path / "out.cert").exists()
+    assert main(["verify", *files, "--format", "json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert torch.equal(torch.tensor(found["witness"], dtype=torch.float32), engine.answer.witness.flatten())
+    assert (found["verdict"], found["outputs"], found["violation"]) == ("refuted", [3.5], 0.5)
+    engine.answer = refuted(100)
+    assert main(["verify", *files]) == 1
+    assert "  inputs      1, 0.1, 1, 0.1, 1, 0.1, ... 100 in all" in capsys.readouterr().out.splitlines()
+
+
+def test_a_counterexample_as_the_competition_reads_it(capsys, files, engine):
+    engine.answer = refuted()
+    assert main(["verify", *files, "--format", "vnncomp"]) == 1
+    word, rest = capsys.readouterr().out.split("\n", 1)
+    assert word == "sat" and rest.count("(") == rest.count(")") == 4
+    values = dict(pair.split() for pair in rest.replace("(", "\n").replace(")", "\n").split("\n") if pair.strip())
+    assert {k: np.float32(v) for k, v in values.items()} == {"X_0": 1, "X_1": np.float32(0.1), "Y_0": 3.5}
+
+
+def test_verify_unknown(capsys, files, engine):
+    engine.answer = Unknown(-0.25, 0.125, "time limit reached\x1b[2J; more time may help", EFFORT)
+    assert main(["verify", *files]) == 3
+    assert capsys.readouterr().out.splitlines() == [
+        "unknown       time limit reached?[2J; more time may help",
+        "  bound       -0.25 at best, 12.5% of the search open",
+        "  effort      input splitting, 3 subproblems, 1.23 s",
+    ]
+    assert main(["verify", *files, "--format", "vnncomp"]) == 3
+    assert capsys.readouterr().out == "unknown\n"
+    engine.answer = Unknown(float("-inf"), 1.0, "interrupted", EFFORT)
+    assert main(["verify", *files, "--format", "json"]) == 3
+    assert json.loads(capsys.readouterr().out)["bound"] is None
+
+
+def test_verify_an_empty_specification(tmp_path, capsys, files, engine):
+    assert main(["verify", *files, "--certificate", str(tmp_path / "out.cert")]) == 0
+    assert (
+        capsys.readouterr().out.splitlines()[0] == "empty         the specification allows no input: nothing is claimed"
+    )
+    assert not (tmp_path / "out.cert").exists()
+    assert main(["verify", *files, "--format", "vnncomp"]) == 0
+    assert capsys.readouterr().out == "unsat\n"
+
+
+def test_what_verify_is_asked(tmp_path, files, engine):
+    main(["verify", *files])
+    claim = engine.given.pop("claim")
+    assert claim.network.inputs[0].shape == (1, 2) and not claim.holds_at(torch.tensor([1.0, 1.0]), torch.tensor([3.0]))
+    nothing = {"timeout": None, "memory": None, "attack": True, "progress": None}
+    assert engine.given == {"model": files[0], **nothing}
+    main(["verify", *files, "--timeout", "60", "--memory", "1.5", "--no-attack", "--quiet"])
+    assert 0 < 60 - engine.given["timeout"] < 30  # reading the files counts
+    assert (engine.given["memory"], engine.given["attack"]) == (3 << 29, False)
+    main(["verify", *files, "--timeout", "1e-9"])
+    assert engine.given["timeout"] > 0
+
+
+def test_progress_is_for_terminals(capsys, files, engine, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    main(["verify", *files, "--quiet"])
+    assert engine.given["progress"] is None and capsys.readouterr().err == ""
+    main(["verify", *files])
+    capsys.readouterr()
+    engine.given["progress"](Progress(12.3, 450, 0.25, -0.5))
+    assert capsys.readouterr().err.strip() == "12 s  450 subproblems  25.0% open  bound -0.5"
+
+
+@pytest.mark.parametrize("problem", [RuntimeError("broken"), MemoryError(), KeyboardInterrupt(), OSError("disk full")])
+def test_what_breaks_is_an_error_and_refutes_nothing(problem, capsys, files, engine):
+    engine.answer = problem
+    assert main(["verify", *files]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err
+    assert captured.err.startswith("Traceback") != isinstance(problem, (OSError, KeyboardInterrupt))
+
+
+def test_a_certificate_that_cannot_be_written_is_an_error(tmp_path, capsys, files, engine):
+    engine.answer = Proved(Certificate.load(save(tmp_path / "a.cert", upper=[3])), EFFORT)
+    assert main(["verify", *files, "--certificate", str(tmp_path / "absent" / "out.cert")]) == 2
+    assert engine.given is None and "is no folder" in capsys.readouterr().err  # said before the search, not after it
+    (tmp_path / "taken").mkdir()
+    assert main(["verify", *files, "--certificate", str(tmp_path / "taken")]) == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_files_that_do_not_fit_are_named(tmp_path, capsys, files, engine):
+    model, spec = files
+    Path(spec).write_text(SPEC.replace("(declare-const X_1 Real)", "(declare-const X_1 Real) (declare-const X_2 Real)"))
+    cases = {
+        (model, spec): "p.vnnlib declares 3 inputs, but the network has 2",
+        (model, str(tmp_path / "absent.vnnlib")): "absent.vnnlib cannot be read",
+        (str(tmp_path / "absent.onnx"), spec): "absent.onnx",
+        (spec, spec): "soundly reads .onnx",
+    }
+    for pair, message in cases.items():
+        assert main(["verify", *pair]) == 2
+        captured = capsys.readouterr()
+        assert message in captured.err and captured.out == "" and len(captured.err.splitlines()) == 1
+    Path(spec).write_text(SPEC + "(assert (>= Y_0 (* X_0 X_1)))")
+    assert main(["verify", model, spec]) == 2
+    assert "p.vnnlib, line 5, column" in capsys.readouterr().err
+
+
+# -- the competition's scripts
+
+COMPETITION = Path(__file__).parents[1] / "competition"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs bash")
+@pytest.mark.parametrize(
+    ("printed", "code", "expected"),
+    [
+        ("unsat", 0, "unsat\n"),
+        ("sat\n((X_0 1.0)\n(Y_0 2.0))", 1, "sat\n((X_0 1.0)\n(Y_0 2.0))\n"),
+        ("unknown", 3, "unknown\n"),
+        ("", 1, "error\n"),  # a crash of the interpreter
+        ("unsat", 1, "error\n"),
+        ("unsat", 137, "error\n"),
+        ("", 0, "error\n"),
+    ],
+)
+def test_the_results_file_of_the_competition(tmp_path, printed, code, expected):
+    python, result = tmp_path / "python", tmp_path / "result.txt"
+    python.write_text(f"#!/bin/bash\necho \"$@\" > {tmp_path}/given\nprintf '%s\\n' '{printed}'\nexit {code}\n")
+    python.chmod(0o755)
+    result.write_text("sat")
+    command = [COMPETITION / "run_instance.sh", "v1", "acasxu", "m.onnx", "p.vnnlib", result, "116"]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHON": str(python)})
+    assert result.read_text() == expected and sorted(p.name for p in tmp_path.iterdir()) == [
+        "given", "python", "result.txt"
+    ]  # fmt: skip
+    given = "-m soundly verify m.onnx p.vnnlib --timeout 116 --format vnncomp --quiet\n"
+    assert (tmp_path / "given").read_text() == given
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs bash")
+def test_the_competition_scripts_refuse_other_protocols(tmp_path, files):
+    def code(script: str, *arguments: object) -> int:
+        command = [os.fspath(COMPETITION / script), *map(str, arguments)]
+        return subprocess.run(command, capture_output=True).returncode
+
+    assert code("prepare_instance.sh", "v1", "acasxu", *files) == 0
+    assert code("prepare_instance.sh", "v1", "acasxu", files[0], tmp_path / "absent.vnnlib") != 0
+    assert code("prepare_instance.sh", "v2", "acasxu", *files) == 1
+    assert code("run_instance.sh", "v2", "acasxu", *files, tmp_path / "r", 9) == 1
+    assert code("run_instance.sh", "v1", "acasxu", *files) == 1 and code("install_tool.sh", "v2") == 1

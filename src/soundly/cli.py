@@ -132,11 +132,10 @@ def _add_verify(verbs: "Verbs") -> None:
     parser.add_argument("model", metavar="MODEL", help="a network, .onnx or .onnx.gz")
     parser.add_argument("spec", metavar="SPEC", help="a specification, .vnnlib or .vnnlib.gz")
     parser.add_argument("--timeout", type=_positive, metavar="S", help="seconds, reading the files included")
-    parser.add_argument("--memory", type=_positive, metavar="GiB", help="how much of it the search may take")
+    parser.add_argument("--memory", type=_positive, metavar="GiB", help="how much of it the process may take")
     parser.add_argument("--certificate", metavar="F", help="where a proof is written, for `soundly check`")
     parser.add_argument("--format", choices=("text", "json", "vnncomp"), default="text", help="default: text")
     parser.add_argument("--no-attack", dest="attack", action="store_false", help="look for a proof alone")
-    parser.add_argument("--journal", metavar="F", help="keep the search here, and take it up again from here")
     parser.add_argument("--quiet", action="store_true", help="no progress on the terminal")
     parser.set_defaults(run=_verify)
 
@@ -158,7 +157,6 @@ def _verify(arguments: argparse.Namespace) -> int:
         timeout=None if arguments.timeout is None else max(arguments.timeout - (time.monotonic() - started), 1e-3),
         memory=None if arguments.memory is None else int(arguments.memory * 2**30),
         attack=arguments.attack,
-        journal=arguments.journal,
         progress=_progress if shown else None,
     )
     if shown:
@@ -292,7 +290,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         for line in table(outcomes):
             print(_plain(line))
     if missing := len(instances) - len(outcomes):
-        print(f"soundly: interrupted, {missing} instances left", file=sys.stderr)
+        print(f"soundly: interrupted, {missing} instance{'s' * (missing > 1)} left", file=sys.stderr)
     return NO if summary.wrong else UNKNOWN if missing else YES
 
 

@@ -11,6 +11,7 @@ Reference: Zhang et al., "Efficient Neural Network Robustness Certification with
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -105,11 +106,21 @@ Slopes = Mapping[int, tuple[Tensor, Tensor | None]]
 """Per function step the slopes [batch, n] of the lower lines, and of the upper ones where they are chosen too."""
 
 
-class Bounder:
-    """Bounds of one program in its own type and on its own device."""
+class OutOfTime(Exception):
+    """The deadline passed inside a pass over many rows; nothing that was being computed is known."""
 
-    def __init__(self, program: Program, *, chunk: int = CHUNK) -> None:
+
+class Bounder:
+    """Bounds of one program in its own type and on its own device.
+
+    Attributes:
+        deadline: the time (of `time.monotonic`) at which a long pass raises `OutOfTime`.
+        cost: products per row of a backward pass through the whole program.
+    """
+
+    def __init__(self, program: Program, *, chunk: int = CHUNK, deadline: float = math.inf) -> None:
         self.program = program
+        self.deadline = deadline
         self.steps = program.steps
         readers = program.consumers()
         self.read: list[bool] = [
@@ -118,6 +129,8 @@ class Bounder:
         self.readers = readers
         self.widest = max(step.size for step in self.steps)
         self.chunk = chunk
+        maps = [m for step in self.steps if isinstance(step, Affine) for m, _ in step.parts]
+        self.cost = sum(len(m.rows) if isinstance(m, Sparse) else m.size[0] * m.terms for m in maps)
 
     # ---------------------------------------------------------------- intervals
 
@@ -219,6 +232,8 @@ class Bounder:
         """Slices of rows that are small enough to be carried together."""
         many = max(1, self.chunk // (width or self.widest))
         for first in range(0, rows, many):
+            if time.monotonic() > self.deadline:
+                raise OutOfTime
             yield slice(first, min(first + many, rows))
 
     # ---------------------------------------------------------------- relaxations

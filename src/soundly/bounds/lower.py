@@ -41,8 +41,8 @@ def lower(network: Network, outputs: Sequence[Node] | None = None) -> Program:
         arithmetic with exactly its weights. Inputs are in the order of `network.inputs`, each in C order.
 
     Raises:
-        MissingRule: a value depends on an input in a way that steps cannot express (rounding to whole numbers, a
-            convolution of two varying values), or a constant is not finite.
+        MissingRule: a value depends on an input in a way that steps cannot express (rounding to whole numbers), or
+            only with very many products; or a constant is not finite.
         CaptureMismatch: the program and the network disagree at a random point, which would be a defect of soundly.
     """
     wide = network.to(torch.float64).to("cpu")
@@ -70,6 +70,17 @@ class _Value:
             return None
         part, source = self.parts[0]
         return (part, source) if isinstance(part, Sparse) else None
+
+    @property
+    def content(self) -> tuple[object, ...]:
+        """Equal for two sums of sparse maps that are the same: differentiation writes some values down twice."""
+        if not all(isinstance(part, Sparse) for part, _ in self.parts):
+            return (self,)
+        parts = [(p.rows, p.columns, p.values, i) for p, i in self.parts if isinstance(p, Sparse)]
+        numbers = [self.bias] if self.bias_error is None else [self.bias, self.bias_error]
+        return self.weight_error, *(
+            x.numpy().tobytes() if isinstance(x, Tensor) else x for part in (*parts, numbers) for x in part
+        )
 
 
 class _Lowering:
@@ -133,7 +144,8 @@ class _Lowering:
             return view[1]
         if value not in self.made:
             step = Affine(value.parts, value.bias, value.weight_error, value.bias_error)
-            self.made[value] = self._append(step)
+            known = self.made.get(content := value.content)
+            self.made[value] = self.made[content] = self._append(step) if known is None else known
         return self.made[value]
 
     def _append(self, step: Step) -> int:
@@ -185,7 +197,15 @@ class _Lowering:
                 return self._through(_layer(node, slot, centre), error, self.values[x[slot]])
             if isinstance(op, Multiply):
                 return self._times(self.values[x[0]], self.values[x[1]])
-        raise MissingRule(f"{node!r} cannot be written as affine maps, elementwise functions and products of entries.")
+            rows, *columns = _terms(node, 0)
+            terms = torch.arange(len(rows))
+            left, right = (
+                self._through(_sparse(terms, taken, None, (len(terms), len(v.bias))), 0.0, v)
+                for taken, v in zip(columns, (self.values[child] for child in x), strict=True)
+            )
+            total = _sparse(rows, terms, None, (math.prod(node.shape), len(terms)))
+            return self._through(total, 0.0, self._times(left, right))
+        raise MissingRule(f"{node!r} is neither linear, a product, elementwise nor composed of such operations.")
 
     def _function(self, op: Elementwise, value: _Value) -> _Value:
         view = value.view
@@ -363,21 +383,26 @@ def _matrix(weight: Tensor, blocks: int) -> Map:
     return _sparse((rows + block * m).reshape(-1), (columns + block * n).reshape(-1), values, (blocks * m, blocks * n))
 
 
-def _entries(node: Node, slot: int, constant: Tensor, most: int = 2**24) -> Sparse:
-    """Any product with a constant: unit vectors times positions say which of its numbers is which coefficient."""
-    op, shape = node.op, node.inputs[slot].shape
+def _entries(node: Node, slot: int, constant: Tensor) -> Sparse:
+    """Any product with a constant, coefficient by coefficient."""
+    rows, columns, which = _terms(node, slot)
+    size = math.prod(node.shape), math.prod(node.inputs[slot].shape)
+    return _sparse(rows, columns, constant.reshape(-1)[which], size)
+
+
+def _terms(node: Node, slot: int, most: int = 2**24) -> tuple[Tensor, Tensor, Tensor]:
+    """The products that a product adds up: positions in the result, in one input and in the other, in order of the
+    first. Unit vectors times positions say which they are."""
+    shape, other = node.inputs[slot].shape, node.inputs[1 - slot].shape
     n, m = math.prod(shape), math.prod(node.shape)
     if m * n > most:
-        raise MissingRule(f"{node!r} has {m} outputs for {n} varying inputs, too many for a dense map.")
-    positions = torch.arange(1.0, constant.numel() + 1, dtype=torch.float64).reshape(constant.shape)
-
-    def run(unit: Tensor) -> Tensor:
-        return op.apply(unit, positions) if slot == 0 else op.apply(positions, unit)
-
-    found = torch.stack([run(unit).reshape(-1) for unit in torch.eye(n, dtype=torch.float64).reshape(n, *shape)], 1)
-    rows, columns = (found.abs() > 0.5).nonzero(as_tuple=True)
-    values = constant.reshape(-1)[found[rows, columns].round().long() - 1]
-    return _sparse(rows, columns, values, (m, n))
+        raise MissingRule(f"{node!r} has {m} results of {n} varying numbers: too many to write down their products.")
+    positions = torch.arange(1.0, math.prod(other) + 1, dtype=torch.float64).reshape(other)
+    units = torch.eye(n, dtype=torch.float64).reshape(n, *shape)
+    pairs = ((unit, positions) if slot == 0 else (positions, unit) for unit in units)
+    found = torch.stack([node.op.apply(*pair).reshape(-1) for pair in pairs], 1).round().long()
+    rows, columns = found.nonzero(as_tuple=True)
+    return rows, columns, found[rows, columns] - 1
 
 
 # -- composing maps

@@ -310,4 +310,3 @@ class Program:
             for source in step.sources:
                 found[source].append(i)
         return found
-

@@ -1,8 +1,8 @@
 """The checker: decides from the numbers in a certificate alone whether each row holds. This is the part to trust.
 
-It needs numpy and shares nothing with the code that searched for the edit. Every row is evaluated in float64 together
-with a bound on all rounding (derived in docs/certificates.md); a row counts as proven only where the two ends of that
-enclosure are finite and lie inside its bounds. What is not understood is refused, and a refusal says why.
+It needs numpy and shares nothing with the code that searched for the edit or the proof. Everything is evaluated in
+float64 together with a bound on all rounding (derived in docs/certificates.md); a row counts as proven only where the
+ends of that enclosure are finite and lie inside its bounds. What is not understood is refused, and a refusal says why.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -17,7 +18,9 @@ import numpy as np
 from soundly.certificate.format import (
     DTYPES,
     HEAD_EDIT,
+    NETWORK,
     REALS,
+    VERIFICATION,
     Array,
     Certificate,
     elements,
@@ -26,6 +29,7 @@ from soundly.certificate.format import (
     raw_bytes,
     reason,
 )
+from soundly.certificate.verification import replay
 from soundly.errors import CertificateError, ModelFileError
 
 # Each operation in float64 is exact up to a factor 1 + d, |d| <= U. FLOOR pays for all underflow in one row.
@@ -39,7 +43,10 @@ SAFETENSORS = {"F32": 4, "F64": 8, "BF16": 2}
 
 @dataclass(frozen=True)
 class ClaimResult:
-    """One claim: how many of its rows are proven, and how far the worst stays from its bounds (negative: beyond)."""
+    """One claim: how many of its rows are proven, and how far the worst stays from its bounds (negative: beyond).
+
+    For a verification the claims are its cases, their rows the cases' clauses.
+    """
 
     name: str
     rows: int
@@ -69,18 +76,18 @@ class CheckResult:
 
 
 class Kind(Protocol):
-    """One kind of certificate: what it must contain, and how its rows are enclosed.
-
-    Every kind has the arrays "lower" and "upper" [m] and the header entry "claims"; the rest is its own.
-    """
+    """One kind of certificate: what it must contain, and how its rows are proven."""
 
     arithmetic: str
 
     def problems(self) -> Iterator[str]:
         """Everything that keeps the rows from being evaluated. Runs first; may stop at the first that hides others."""
 
-    def enclose(self) -> tuple[Array, Array]:
-        """low, high [m] with low[i] <= row i <= high[i] in real arithmetic; NaN or infinite where nothing is known."""
+    def rows(self) -> int:
+        """How many rows there are, as far as that is known."""
+
+    def prove(self) -> tuple[ClaimResult, ...]:
+        """What holds of each claim; their rows are all rows. Called where there are no problems."""
 
     def model_problems(self, model: str) -> Iterator[str]:
         """How the model file differs from the certificate."""
@@ -91,8 +98,9 @@ def check(
 ) -> CheckResult:
     """Prove every row of a certificate again, trusting nothing but its numbers.
 
-    Guarantee: a row counted as proven satisfies lower <= row <= upper in real arithmetic, for exactly the stored
-    numbers. The names of claims and whether the features belong to a network are the maker's words, not checked.
+    Guarantee: a row counted as proven holds in real arithmetic, for exactly the stored numbers: lower <= row <= upper
+    for a head edit; for a verification, its clause on the whole box of its case. The names of claims and whether the
+    numbers belong to a network are the maker's words, not checked.
 
     Args:
         model: a .safetensors file to compare with the certificate's weights, bit by bit.
@@ -109,22 +117,16 @@ def check(
         known = ", ".join(KINDS)
         raise CertificateError(f"{where}: kind {certificate.kind!r:.80} is unknown; this soundly checks: {known}.")
     kind = make(certificate)
-    lower = certificate.arrays.get("lower", np.empty(0))
     problems = [*_arithmetic_problems(), *kind.problems()]
-    if not problems:
-        problems += _claim_problems(certificate)
-    claims: tuple[ClaimResult, ...] = ()
-    if not problems:
-        low, high = kind.enclose()
-        claims = _claims(certificate, low, high)
+    claims = () if problems else kind.prove()
     matches = None
     if model is not None and not problems:
         differences = list(kind.model_problems(os.fspath(model)))
         problems += differences
         matches = not differences
-    proven = sum(claim.proven for claim in claims)
-    accepted = not problems and 0 < proven == lower.size
-    return CheckResult(accepted, lower.size, proven, claims, tuple(problems), kind.arithmetic, matches)
+    rows, proven = kind.rows(), sum(claim.proven for claim in claims)
+    accepted = not problems and 0 < proven == rows
+    return CheckResult(accepted, rows, proven, claims, tuple(problems), kind.arithmetic, matches)
 
 
 def _claims(certificate: Certificate, low: Array, high: Array) -> tuple[ClaimResult, ...]:
@@ -208,9 +210,22 @@ class HeadEdit:
     }  # fmt: skip
 
     def __init__(self, certificate: Certificate) -> None:
+        self.certificate = certificate
         self.header, self.arrays = certificate.header, certificate.arrays
 
+    def rows(self) -> int:
+        return self.arrays["lower"].size if "lower" in self.arrays else 0
+
+    def prove(self) -> tuple[ClaimResult, ...]:
+        return _claims(self.certificate, *self.enclose())
+
     def problems(self) -> Iterator[str]:
+        found = list(self._own_problems())
+        yield from found
+        if not found:
+            yield from _claim_problems(self.certificate)
+
+    def _own_problems(self) -> Iterator[str]:
         sizes: dict[str, int] = {}
         shaped = list(self._shape_problems(sizes))
         yield from shaped
@@ -259,6 +274,7 @@ class HeadEdit:
                 yield "model needs the texts before, after, layer and dtype"
 
     def enclose(self) -> tuple[Array, Array]:
+        """low, high [m] with low[i] <= row i <= high[i] in real arithmetic; NaN or infinite where nothing is known."""
         a, count, n = self.arrays, len(self.arrays["value_vector"]), self.arrays["vectors"].shape[1]
         value, magnitude = np.empty(count), np.empty(count)
         with np.errstate(all="ignore"):  # overflow ends in inf or NaN, which proves nothing
@@ -305,6 +321,31 @@ class HeadEdit:
                 return
 
 
+class Verification:
+    """Rows of a network's outputs and inputs over boxes, with split trees: `soundly.certificate.verification`."""
+
+    arithmetic = NETWORK
+
+    def __init__(self, certificate: Certificate) -> None:
+        self.replay = replay(certificate)
+
+    def problems(self) -> Iterator[str]:
+        yield from self.replay.problems
+
+    def rows(self) -> int:
+        return len(self.replay.proven)
+
+    def prove(self) -> tuple[ClaimResult, ...]:
+        found = self.replay
+        return tuple(
+            ClaimResult(f"case {i}", b - a, int(found.proven[a:b].sum()), float(found.margin[a:b].min()))
+            for i, (a, b) in enumerate(pairwise(found.pair_start.tolist()))
+        )
+
+    def model_problems(self, model: str) -> Iterator[str]:
+        yield f"{model}: a verification's program cannot be compared with a model file; leave the model out"
+
+
 class _Safetensors:
     """A .safetensors file: u64 header length, JSON table, data. Parsed here, because a checker trusts no loader."""
 
@@ -332,4 +373,4 @@ class _Safetensors:
         raise ModelFileError(f"{self.path}: the entry of tensor {name!r} does not fit the file; it is damaged.")
 
 
-KINDS: Mapping[str, Callable[[Certificate], Kind]] = {HEAD_EDIT: HeadEdit}
+KINDS: Mapping[str, Callable[[Certificate], Kind]] = {HEAD_EDIT: HeadEdit, VERIFICATION: Verification}

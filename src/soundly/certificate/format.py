@@ -32,7 +32,9 @@ MAGIC = b"\x89soundly"
 VERSION = 1
 FORMAT = "soundly certificate"
 HEAD_EDIT = "head edit"
+VERIFICATION = "verification"
 REALS = "over the reals, for the stored features and weights"
+NETWORK = "over the reals, for the stored network"
 DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
     {"bf16": np.dtype("<u2"), "f4": np.dtype("<f4"), "f8": np.dtype("<f8"), "i8": np.dtype("<i8")}
 )
@@ -79,7 +81,7 @@ class Certificate:
 
     @property
     def kind(self) -> object:
-        """What sort of claim this is; only "head edit" so far."""
+        """What sort of claim this is: "head edit" or "verification"."""
         return self.header.get("kind")
 
     def save(self, path: str | os.PathLike[str]) -> None:

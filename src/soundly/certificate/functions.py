@@ -110,13 +110,13 @@ class Ring:
         low, high, size = np.zeros(a.shape), np.zeros(a.shape), np.full(a.shape, TINY)
         steps = 16 + len(p)
         for term in p:
-            c, l, h = float(term.coefficient), np.ones(()), np.ones(())
+            c, least, most = float(term.coefficient), np.ones(()), np.ones(())
             for value, e in zip(values, term.exponents, strict=True):
                 if e and value is not None:
-                    l, h = _times(l, h, *_power(*value, e))
-            l, h = (c * l, c * h) if c >= 0 else (c * h, c * l)
-            low, high = low + l, high + h
-            largest = np.maximum(np.abs(l), np.abs(h))
+                    least, most = _times(least, most, *_power(*value, e))
+            least, most = (c * least, c * most) if c >= 0 else (c * most, c * least)
+            low, high = low + least, high + most
+            largest = np.maximum(np.abs(least), np.abs(most))
             size = size + largest * (float(term.size / abs(term.coefficient)) if c else 1.0)
             if c == 0:  # what cancelled, but for the roundings of constants
                 size = size + float(term.size)
@@ -266,7 +266,8 @@ class Function:
                 own = [] if math.isnan(self.held[i]) else [Fraction(self.held[i])]
                 whole[i] = len({*values, *own}) == 1
         points = (-math.inf, *self.breaks, math.inf)
-        return tuple((a, b, c, d) for (a, b), (c, d) in zip(pairwise(points), pairwise([True, *whole, True]), strict=True))
+        sides = zip(pairwise(points), pairwise([True, *whole, True]), strict=True)
+        return tuple((left, right, *closed) for (left, right), closed in sides)
 
     def straight(self, lower: Array, upper: Array) -> Array:
         """The number of the affine piece that f is on all of [lower, upper], or -1."""
@@ -314,8 +315,7 @@ class Function:
         excess, ends = line[0] - slope, []
         for t in (a, b):
             product = excess * t
-            underflow = np.where(product == excess, 0.0, TINY) if line[1] else np.where(excess == 0, 0.0, TINY)
-            slack = np.where(excess == 0, 0.0, 4 * U * (np.abs(product) + abs(line[1])) + underflow)
+            slack = np.where(excess == 0, 0.0, 4 * U * (np.abs(product) + abs(line[1])) + TINY)
             ends.append(sign * (product + line[1]) - slack)
         return np.nan_to_num(np.minimum(*ends), nan=-np.inf, posinf=-np.inf)
 
@@ -389,15 +389,15 @@ class Function:
                 top_k[exact], top_b[exact] = line
         at = piece == -1
         if at.any():
-            l, u, low, high = lower[at], upper[at], low[at], high[at]
+            a, z, low, high = lower[at], upper[at], low[at], high[at]
             wanted = np.isnan(low) | np.isnan(high)
             if wanted.any():
-                default = self.default_slopes(l[wanted], u[wanted])
+                default = self.default_slopes(a[wanted], z[wanted])
                 for slopes, found in zip((low, high), default, strict=True):
                     slopes[wanted] = np.where(np.isnan(slopes[wanted]), found, slopes[wanted])
-            known = (l >= -FAR) & (u <= FAR)
+            known = (a >= -FAR) & (z <= FAR)
             k[at], top_k[at] = low, high = np.where(known, low, 0.0), np.where(known, high, 0.0)
-            b[at], top_b[at] = self.least(l, u, low), -self.least(l, u, high, sign=-1)
+            b[at], top_b[at] = self.least(a, z, low), -self.least(a, z, high, sign=-1)
             flat = ~(np.isfinite(b) & np.isfinite(top_b)) & at  # a slope may have been too steep
             k[flat & ~np.isfinite(b)] = 0.0
             top_k[flat & ~np.isfinite(top_b)] = 0.0
@@ -407,26 +407,29 @@ class Function:
                 top_b[flat] = np.where(np.isfinite(top_b[flat]), top_b[flat], greatest)
         return k, b, top_k, top_b
 
-    def default_slopes(self, l: Array, u: Array) -> Enclosure:
+    def default_slopes(self, lower: Array, upper: Array) -> Enclosure:
         """Of a few candidates those whose lines are best in the middle, judged by samples. Any slope is sound."""
         curved = None in self.affine
         with np.errstate(all="ignore"):
-            at = [l, u, *(l + (u - l) * (i / 16) for i in range(1, 16 if curved else 1))]
+            at = [lower, upper, *(lower + (upper - lower) * (i / 16) for i in range(1, 16 if curved else 1))]
             values = [self._sample(self.pieces, t) for t in at]
-            slopes = [np.zeros(l.shape), *(self._sample(self.slopes, l + (u - l) * (i / 8)) for i in range(9))]
-            slopes.append((values[1] - values[0]) / (u - l))
+            slopes = [
+                np.zeros(lower.shape),
+                *(self._sample(self.slopes, lower + (upper - lower) * (i / 8)) for i in range(9)),
+            ]
+            slopes.append((values[1] - values[0]) / (upper - lower))
             for i, t in enumerate(self.breaks):
-                inside = (l < t) & (t < u)
-                point = np.full(l.shape, t)
+                inside = (lower < t) & (t < upper)
+                point = np.full(lower.shape, t)
                 sides = [_mean(self.ring.enclose(p, point, point)) for p in self.pieces[i : i + 2]]
                 for side in sides:
-                    at.append(np.where(inside, t, l))
+                    at.append(np.where(inside, t, lower))
                     values.append(np.where(inside, side, values[0]))
                 for end in (0, 1):
                     slopes += [np.where(inside, (side - values[end]) / (t - at[end]), 0.0) for side in sides]
-            points, heights, middle = np.stack(at), np.stack(values), l / 2 + u / 2
-            best = [np.zeros(l.shape), np.zeros(l.shape)]
-            record = [np.full(l.shape, -np.inf), np.full(l.shape, np.inf)]
+            points, heights, middle = np.stack(at), np.stack(values), lower / 2 + upper / 2
+            best = [np.zeros(lower.shape), np.zeros(lower.shape)]
+            record = [np.full(lower.shape, -np.inf), np.full(lower.shape, np.inf)]
             for slope in slopes:
                 usable = np.isfinite(slope)
                 slope = np.where(usable, slope, 0.0)

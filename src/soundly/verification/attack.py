@@ -22,8 +22,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from soundly.bounds.program import Affine, Function, Program
-from soundly.graph.elementwise import Elementwise
+from soundly.bounds.program import Affine, Function, Program, Times
+from soundly.graph.elementwise import EXP, RECIPROCAL, Elementwise
 from soundly.verification.rows import Rows
 
 KEPT = 16
@@ -47,13 +47,14 @@ class Attack:
 
     Attributes:
         best: the least measure met so far (infinite before the first run), and its point [n] in float64. The measure,
-            the least over clauses of their largest row, is not positive at a counterexample.
+            the least over clauses of their largest row (between logits where `logits` finds some), is not positive at
+            a counterexample.
     """
 
     def __init__(
         self, program: Program, rows: Rows, lower: Tensor, upper: Tensor, seed: int, project: Project | None = None
     ) -> None:
-        self.program = program
+        self.program = program = logits(program, rows)
         self.dtype, self.device = next(
             ((step.bias.dtype, step.bias.device) for step in program.steps if isinstance(step, Affine)),
             (lower.dtype, lower.device),
@@ -145,7 +146,7 @@ class Attack:
             worst = self._worst(part, program, rows)[1]
             self._promise = torch.minimum(self._promise, worst.amin(0).to(self.dtype))
             found.append(worst.amin(-1))
-        return torch.nan_to_num(torch.cat(found), nan=math.inf, neginf=math.inf)
+        return torch.nan_to_num(torch.cat(found), nan=math.inf, posinf=math.inf, neginf=math.inf)
 
     def _keep(self, x: Tensor, value: Tensor) -> None:
         """Remembers the best points."""
@@ -235,7 +236,7 @@ class Attack:
             finite = torch.isfinite(y).all(-1, keepdim=True)
             worst = self.rows.worst(torch.where(finite, self.rows.at(y, x), math.inf))
             self._promise = torch.minimum(self._promise, worst.amin(0))
-        return gradient, torch.nan_to_num(worst.amin(-1), nan=math.inf, neginf=math.inf)
+        return gradient, torch.nan_to_num(worst.amin(-1), nan=math.inf, posinf=math.inf, neginf=math.inf)
 
     @cached_property
     def _jumps(self) -> bool:
@@ -315,6 +316,31 @@ class Attack:
             chosen = self._random(*x.shape) < share
             end = torch.where(self._random(*x.shape) < 0.5, self.lower.to(x), self.upper.to(x))
             self.values(torch.where(chosen, end, x))
+
+
+def logits(program: Program, rows: Rows) -> Program:
+    """The program without a final softmax over all outputs, where every row compares two outputs: w (y_i - y_j) has the
+    same sign before and after it, but no gradient where it saturates. Otherwise the program itself."""
+    steps, last = program.steps, program.steps[-1]
+    pairs = not rows.reads_inputs and not bool(rows.constant.any())
+    pairs = pairs and bool(((rows.y != 0).sum(-1) == 2).all()) and bool((rows.y.sum(-1) == 0).all())
+    if not pairs or not isinstance(last, Times):
+        return program
+    for top, share in ((last.left, last.right), (last.right, last.left)):
+        exp, spread = steps[top], steps[share]
+        if not isinstance(exp, Function) or exp.op != EXP or not isinstance(spread, Affine) or spread.bias.any():
+            continue
+        inverse = steps[spread.sources[0]]
+        if len(spread.parts) != 1 or not isinstance(inverse, Function) or inverse.op != RECIPROCAL or inverse.size != 1:
+            continue
+        total = steps[inverse.source]
+        if not isinstance(total, Affine) or total.sources != (top,) or bool((total.bias < 0).any()):
+            continue
+        factors = spread.parts[0][0].apply(torch.ones_like(total.bias))
+        positive = bool((total.parts[0][0].pull(torch.ones_like(total.bias)) > 0).all())
+        if positive and bool((factors == factors[0]).all()) and bool(factors[0] > 0):
+            return Program(steps[: exp.source + 1])
+    return program
 
 
 def _jumps(op: Elementwise) -> list[tuple[float, float]]:

@@ -211,7 +211,7 @@ def measure(
             [os.fspath(part) for part in command], stdin=subprocess.DEVNULL, stdout=out, stderr=err, cwd=cwd,
             env={**os.environ, **threads, **(env or {})}, start_new_session=True,
         )  # fmt: skip
-        killed, pause, status = "", 0.001, None
+        killed, pause, peak, status = "", 0.001, 0, None
         try:
             while status is None:
                 time.sleep(pause)
@@ -220,16 +220,16 @@ def measure(
                 seconds = time.perf_counter() - started
                 if pid:
                     status = code
-                elif killed:
-                    continue
-                elif stop is not None and stop.is_set():
-                    killed = "interrupted"
-                elif seconds > timeout:
-                    killed = f"still running after {timeout:g} s"
-                elif memory is not None and (held := _resident(process.pid)) > memory:
-                    killed = f"held {held / 2**30:.1f} GiB"
-                if killed and not pid:
-                    _kill(process.pid)
+                elif not killed:
+                    peak = max(peak, _peak(process.pid))
+                    if stop is not None and stop.is_set():
+                        killed = "interrupted"
+                    elif seconds > timeout:
+                        killed = f"still running after {timeout:g} s"
+                    elif memory is not None and peak > memory:
+                        killed = f"held {peak / 2**30:.1f} GiB"
+                    if killed:
+                        _kill(process.pid)
         finally:
             _kill(process.pid)  # what the process left behind belongs to its group
             process.returncode = os.waitstatus_to_exitcode(status) if status is not None else process.wait()
@@ -238,7 +238,7 @@ def measure(
         unit = 1 if sys.platform == "darwin" else 1024
         return Measured(
             process.returncode, out.read().decode(errors="replace"), err.read().decode(errors="replace"), seconds,
-            usage.ru_utime + usage.ru_stime, usage.ru_maxrss * unit, killed,
+            usage.ru_utime + usage.ru_stime, peak or usage.ru_maxrss * unit, killed,
         )  # fmt: skip
 
 
@@ -249,9 +249,12 @@ def _kill(group: int) -> None:
         return
 
 
-def _resident(pid: int) -> int:
+def _peak(pid: int) -> int:
+    """The most bytes a running process has held. What the system reports at its end would count this process's own
+    memory, which every child holds until it executes its program."""
     try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        status = Path(f"/proc/{pid}/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
     except (OSError, IndexError):  # it has just ended, or this system has no /proc
         return 0
 
@@ -362,12 +365,9 @@ def _run(
     verdict, facts = _answer(done)
     accepted = None
     if certificate is not None and verdict == "proved":
-        accepted = (
-            measure(
-                [*command, "check", certificate], timeout=max(60.0, 2 * instance.limit), memory=most, stop=stop
-            ).code
-            == 0
-        )
+        patience = max(60.0, 2 * instance.limit)
+        checked = measure([*command, "check", certificate], timeout=patience, memory=most, stop=stop)
+        accepted = checked.code == 0
     detail = "" if verdict in ANSWERS else done.killed or facts.get("reason") or _last(done)
     return Outcome(
         instance.name, instance.expected, instance.limit, verdict, detail, done.seconds, done.cpu, done.memory,

@@ -8,23 +8,25 @@ Zhou et al., "Clip-and-Verify", 2025 (clipping).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from soundly.bounds.batch import Bounder, Start
+from soundly.bounds.batch import Bounder, Frame, Start
 from soundly.verification.forest import BOUND, CLIP, INPUT, REFRESH, Forest
 from soundly.verification.problem import Problem
+from soundly.verification.proof import Grown
 
-BATCH = 512
 WORTH = 0.8
 """A clip is kept where it leaves less than this share of the volume: whoever replays the tree must repeat it."""
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Parts:
-    """Boxes that wait: their ends [k, n], tree nodes, cases, open clauses [k, clauses] and the bound of the parent."""
+    """Boxes: their ends [k, n], tree nodes, cases, open clauses [k, clauses] and the worst bound known."""
 
     lower: Tensor
     upper: Tensor
@@ -43,7 +45,7 @@ class Parts:
         return self.lower, self.upper, self.node, self.case, self.open, self.bound
 
     @staticmethod
-    def join(parts: list[Parts]) -> Parts:
+    def join(parts: Sequence[Parts]) -> Parts:
         return Parts(*(torch.cat(v) for v in zip(*(p._fields() for p in parts), strict=True)))
 
 
@@ -53,131 +55,146 @@ class InputSplit:
     Attributes:
         forest: one tree per case, with all its clauses.
         waiting: the boxes that are neither proved nor split.
+        proved: the leaves.
+        subproblems: how many boxes were bounded.
+        stuck: whether some box was too small to be split.
     """
 
-    def __init__(self, problem: Problem, bounder: Bounder) -> None:
+    def __init__(self, problem: Problem, bounder: Bounder, cases: Tensor | None = None) -> None:
         self.problem, self.bounder = problem, bounder
-        self.dtype = problem.lower.dtype
         self.forest = Forest()
-        cases = torch.arange(len(problem.lower))
-        spans = problem.spans.tolist()
-        nodes = [self.forest.plant(c, 0, last - first) for c, (first, last) in enumerate(spans)]
-        bound = torch.full((len(cases),), -torch.inf, dtype=self.dtype)
+        cases = torch.arange(len(problem.lower)) if cases is None else cases
+        spans = problem.spans[cases].tolist()
+        nodes = [self.forest.plant(c, 0, b - a) for c, (a, b) in zip(cases.tolist(), spans, strict=True)]
+        bound = torch.full((len(cases),), -torch.inf, dtype=torch.float64)
         self.waiting = Parts(
-            problem.lower, problem.upper, torch.tensor(nodes), cases, problem.open_clauses(cases), bound
+            problem.lower[cases], problem.upper[cases], torch.tensor(nodes), cases, problem.open_clauses(cases), bound
         )
         self.proved: list[Parts] = []
-        self.volume = self._shares(self.waiting.lower, self.waiting.upper, cases)
-        self.total = float(self.volume.sum())
         self.subproblems = 0
-        self.stuck = 0
-
-    def _shares(self, lower: Tensor, upper: Tensor, case: Tensor) -> Tensor:
-        """The parts' shares of their cases' volumes."""
-        whole = (self.problem.upper - self.problem.lower)[case]
-        return torch.where(whole > 0, (upper - lower) / whole, 1.0).prod(-1)
+        self.stuck = False
 
     @property
     def open_share(self) -> float:
-        if not len(self.waiting):
+        """Which share of the volume waits, the mean over cases."""
+        now = self.waiting
+        if not len(now):
             return 0.0
-        return float(self._shares(self.waiting.lower, self.waiting.upper, self.waiting.case).sum()) / self.total
+        whole = (self.problem.upper - self.problem.lower)[now.case]
+        shares = torch.where(whole > 0, (now.upper - now.lower) / whole, 1.0).prod(-1)
+        return min(1.0, float(shares.sum()) / len(self.forest.root))
 
     @property
     def bound(self) -> float:
         """The worst bound among the boxes that wait."""
         return float(self.waiting.bound.min()) if len(self.waiting) else 0.0
 
-    def step(self, batch: int = BATCH) -> Tensor:
+    def step(self, batch: int) -> Tensor:
         """Bounds the worst boxes, drops what is proved, splits the rest; returns points where the bounds are worst."""
-        if len(self.waiting) > batch:
-            worst = self.waiting.bound.topk(batch, largest=False, sorted=False).indices
-            rest = torch.ones(len(self.waiting), dtype=torch.bool)
+        now, later = self.waiting, None
+        if len(now) > batch:
+            worst = now.bound.topk(batch, largest=False, sorted=False).indices
+            rest = torch.ones(len(now), dtype=torch.bool)
             rest[worst] = False
-            now, later = self.waiting.pick(worst), self.waiting.pick(rest)
-        else:
-            now, later = self.waiting, None
-        self.subproblems += len(now)
+            now, later = now.pick(worst), now.pick(rest)
         left, points = self._treat(now)
+        self.subproblems += len(now)
         self.waiting = left if later is None else Parts.join([later, left])
         return points
+
+    def grown(self, trees: Sequence[int]) -> Grown:
+        """Some trees, for a certificate."""
+        return Grown(self.forest, trees, np.empty(0, np.int64), np.empty((0, 0), np.float32), {}, {}, {})
+
+    def reopen(self, nodes: Sequence[int]) -> None:
+        """Splits leaves that were proved but whose proof was not accepted."""
+        leaves = Parts.join(self.proved)
+        again = torch.isin(leaves.node, torch.tensor(nodes))
+        self.proved = [leaves.pick(~again)]
+        leaves = leaves.pick(again)
+        self.forest.flags[leaves.node.numpy()] = 0
+        children = self._split(leaves, leaves.upper - leaves.lower)
+        self.waiting = Parts.join([self.waiting, children])
 
     def _treat(self, now: Parts) -> tuple[Parts, Tensor]:
         frame = self.bounder.refresh(now.lower, now.upper)
         owner, row, clause, least, a = self._rows(frame, now)
-        k, many = len(now), self.problem.most_clauses
+        k, many = now.open.shape
         slack = self.problem.slack[row]
-        above = torch.isfinite(least) & (least > slack)
         place = owner * many + clause
-        done = torch.zeros(k * many, dtype=torch.bool).index_put_((place[above],), torch.tensor(True)).reshape(k, many)
-        done |= frame.infeasible[:, None]
+        above = torch.isfinite(least) & (least > slack)
+        done = torch.zeros(k * many, dtype=torch.bool)
+        done[place[above]] = True
+        done = done.reshape(k, many) | frame.infeasible[:, None]
         still = now.open & ~done
-        flags = torch.full((k,), REFRESH | BOUND)
-        # Clipping: from the box as it is, by all rows of a clause at once; then the hull over clauses.
+
         alive = still.reshape(-1)[place]
-        owner, row, clause, least, a, place = (v[alive] for v in (owner, row, clause, least, a, place))
+        owner, least, slack, a, place = (v[alive] for v in (owner, least, slack, a, place))
         low, high = now.lower[owner], now.upper[owner]
-        excess = (self.problem.slack[row] - least)[:, None]
-        reach = excess / a
-        cut_high = torch.where(a > 0, low + reach, high)
-        cut_low = torch.where(a < 0, high + reach, low)
-        n = a.shape[1]
-        clause_low = now.lower.repeat_interleave(many, 0).index_reduce(0, place, cut_low, "amax")
-        clause_high = now.upper.repeat_interleave(many, 0).index_reduce(0, place, cut_high, "amin")
-        gone = (clause_low > clause_high).any(1).reshape(k, many) & still
-        clipped = still & ~gone
-        keep = clipped[:, :, None]
-        hull_low = torch.where(keep, clause_low.reshape(k, many, n), torch.inf).amin(1)
-        hull_high = torch.where(keep, clause_high.reshape(k, many, n), -torch.inf).amax(1)
+        points = torch.where(a > 0, low, high)
+        worst = torch.full((k,), torch.inf, dtype=a.dtype).scatter_reduce(0, owner, least, "amin")
+        points = points[least <= worst[owner]]
+        clipped, hull_low, hull_high = self._clipped(now, still, owner, place, (slack - least)[:, None] / a, a)
         width = now.upper - now.lower
         share = torch.where(width > 0, (hull_high - hull_low) / width, 1.0).prod(-1)
-        use = still.any(1) & ((share < WORTH) | ~clipped.any(1) | (gone.any(1) & (share < 1)))
-        flags[use] |= CLIP
+        use = still.any(1) & ((share < WORTH) | ~clipped.any(1))
         still = torch.where(use[:, None], clipped, still)
         lower = torch.where(use[:, None], hull_low, now.lower)
         upper = torch.where(use[:, None], hull_high, now.upper)
 
-        open_boxes = still.any(1)
-        closed = done.any(1) & open_boxes  # an inner node that proved something
-        leaf = ~open_boxes
-        self.forest.flags[now.node.numpy()] = torch.where(leaf | use | closed, flags, 0).numpy()
-        if bool(leaf.any()):
-            self.proved.append(now.pick(leaf))
+        left = still.any(1)
+        told = ~left | use | done.any(1)  # leaves, and inner nodes that found something
+        flags = torch.where(told, torch.where(use, REFRESH | BOUND | CLIP, REFRESH | BOUND), 0)
+        self.forest.flags[now.node.numpy()] = flags.numpy()
+        if not bool(left.all()):
+            self.proved.append(now.pick(~left))
+        steep = torch.zeros(k, a.shape[1], dtype=a.dtype).scatter_reduce(
+            0, owner[:, None].expand(-1, a.shape[1]), a.abs(), "amax"
+        )
+        steep = steep.maximum(1e-3 * steep.amax(1, keepdim=True) + 1e-30)
+        inner = replace(now, lower=lower, upper=upper, open=still, bound=torch.maximum(now.bound, worst)).pick(left)
+        return self._split(inner, (steep * (upper - lower))[left]), points
 
-        # Splitting.
-        steep = torch.zeros(k, n, dtype=a.dtype).index_reduce(0, owner, a.abs(), "amax")
-        worst = torch.full((k,), torch.inf, dtype=a.dtype).index_reduce(0, owner, least, "amin")
-        points = torch.where(a > 0, low, high)[(least <= worst[owner])]
-        index = open_boxes.nonzero()[:, 0]
-        lower, upper = lower[index], upper[index]
-        width = upper - lower
-        largest = (problem_width := (self.problem.upper - self.problem.lower)[now.case[index]]).amax(1, keepdim=True)
-        floor = 1e-3 * steep[index].amax(1, keepdim=True) + 1e-30
-        score = steep[index].maximum(floor) * width
-        entry = score.argmax(1)
-        del problem_width, largest
-        at = (lower.gather(1, entry[:, None]) + upper.gather(1, entry[:, None]))[:, 0] / 2
-        fine = (at > lower.gather(1, entry[:, None])[:, 0]) & (at < upper.gather(1, entry[:, None])[:, 0])
-        self.stuck += int((~fine).sum())
-        children = self.forest.split(now.node[index].numpy(), INPUT, entry.numpy(), at.numpy())
-        both = torch.arange(len(index)).repeat_interleave(2)
-        child = Parts(
-            lower[both], upper[both], torch.from_numpy(children.reshape(-1)), now.case[index][both],
-            still[index][both], worst[index][both],
-        )  # fmt: skip
-        child.upper[0::2].scatter_(1, entry[:, None], at[:, None])
-        child.lower[1::2].scatter_(1, entry[:, None], at[:, None])
-        return child, points
+    def _clipped(
+        self, now: Parts, still: Tensor, owner: Tensor, place: Tensor, reach: Tensor, a: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Which clauses still have points, and the smallest box around the points of all of them.
 
-    def _rows(self, frame: object, now: Parts) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        A counterexample satisfies every row of its clause, so from <a, x> + d <= slack each entry lies within `reach`
+        of the end where the row is least.
+        """
+        k, many = still.shape
+        n = a.shape[1]
+        low, high = now.lower[owner], now.upper[owner]
+        cut_high, cut_low = torch.where(a > 0, low + reach, high), torch.where(a < 0, high + reach, low)
+        index = place[:, None].expand(-1, n)
+        clause_low = now.lower.repeat_interleave(many, 0).scatter_reduce(0, index, cut_low, "amax")
+        clause_high = now.upper.repeat_interleave(many, 0).scatter_reduce(0, index, cut_high, "amin")
+        clause_low, clause_high = clause_low.reshape(k, many, n), clause_high.reshape(k, many, n)
+        clipped = still & ~(clause_low > clause_high).any(2)
+        hull_low = torch.where(clipped[:, :, None], clause_low, torch.inf).amin(1)
+        hull_high = torch.where(clipped[:, :, None], clause_high, -torch.inf).amax(1)
+        return clipped, hull_low.maximum(now.lower), hull_high.minimum(now.upper)
+
+    def _split(self, parts: Parts, score: Tensor) -> Parts:
+        """Halves each box in the entry with the highest score."""
+        entry = score.argmax(1, keepdim=True)
+        low, high = parts.lower.gather(1, entry), parts.upper.gather(1, entry)
+        at = low / 2 + high / 2
+        self.stuck |= not bool(((low < at) & (at < high)).all())
+        made = self.forest.split(parts.node.numpy(), INPUT, entry[:, 0].numpy(), at[:, 0].numpy())
+        both = torch.arange(len(parts)).repeat_interleave(2)
+        children = replace(parts.pick(both), node=torch.from_numpy(np.ascontiguousarray(made.reshape(-1))))
+        children.upper[0::2].scatter_(1, entry, at)
+        children.lower[1::2].scatter_(1, entry, at)
+        return children
+
+    def _rows(self, frame: Frame, now: Parts) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """owner, row, clause, lower bound and input coefficients of every open row of the boxes."""
-        from soundly.bounds.batch import Frame
-
-        assert isinstance(frame, Frame)
         problem, bounder = self.problem, self.bounder
         rows, clauses = (t[now.case] for t in problem.table)
-        open_rows = (rows >= 0) & now.open.gather(1, clauses.clamp(min=0))
-        owner, slot = open_rows.nonzero(as_tuple=True)
+        wanted = (rows >= 0) & now.open.gather(1, clauses.clamp(min=0))
+        owner, slot = wanted.nonzero(as_tuple=True)
         row, clause = rows[owner, slot], clauses[owner, slot]
         lines = bounder.lines(frame)
         last = len(bounder.steps) - 1

@@ -12,16 +12,18 @@ al., "Neural Network Verification with Branch-and-Bound for General Nonlineariti
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from soundly.bounds.batch import Bounder, Frame, Pass, Split, Start, bent, kink
-from soundly.bounds.program import Function
+from soundly.bounds.optimise import raised
+from soundly.bounds.program import Function, Step
 from soundly.verification.forest import BOUND, NEURON, Forest
 from soundly.verification.problem import Problem
+from soundly.verification.proof import Grown
 
 CANDIDATES = 3
 """How many neurons each of the two scores proposes; all of them are tried."""
@@ -213,59 +215,19 @@ class NeuronSplit:
         least = found.least(frame.lower[0], frame.upper[0])
         return torch.where(frame.infeasible, math.inf, least), found, frame, splits
 
-    def optimise(self, parts: Parts, rounds: int, *, rate: float = 0.1, decay: float = 0.98) -> Parts:
-        """Raises the bounds by projected Adam over slopes and multipliers; keeps the best of each subproblem."""
+    def optimise(self, parts: Parts, rounds: int, *, rate: float = 0.1) -> Parts:
+        """Raises the bounds by better slopes and multipliers."""
         if len(parts) == 0:
             return parts
         frame, splits = self._frame(parts)
-        slopes = self._slopes(parts)
+        slopes = {j: pair[0] for j, pair in self._slopes(parts).items()}
         start = self._start(self.rows[parts.tree])
-        goal = self._goal(parts)
-        size: dict[int, Tensor] = {}  # of the coefficients where a constraint acts: the scale of its multiplier
-        moments: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
-        best = torch.full((len(parts),), -math.inf, dtype=self.dtype)
-        best_slopes = {j: pair[0].clone() for j, pair in slopes.items()}
-        best_force = {i: s.multiplier.clone() for i, s in splits.items()}
-        low, high = frame.lower[0], frame.upper[0]
-        for t in range(1, rounds + 2):
-            lines = self.bounder.lines(frame, slopes)
-            found = self.bounder.backward(frame, lines, start, splits=splits, keep=True)
-            least = found.least(low, high)
-            better = least > best
-            best = torch.where(better, least, best)
-            for j, pair in slopes.items():
-                best_slopes[j] = torch.where(better[:, None], pair[0], best_slopes[j])
-            for i, s in splits.items():
-                best_force[i] = torch.where(better[:, None], s.multiplier, best_force[i])
-            if t > rounds or bool(((best > goal) | frame.infeasible).all()):
-                break
-            x = torch.where(found.a > 0, low, high)
-            values = self.bounder.follow(frame, lines, found, x)
-            pace = rate * decay ** (t - 1)
-
-            def move(key: tuple[str, int], v: Tensor, gradient: Tensor, pace: float | Tensor, t: int = t) -> Tensor:
-                first, second = moments.get(key, (torch.zeros_like(v), torch.zeros_like(v)))
-                first = 0.9 * first + 0.1 * gradient
-                second = 0.999 * second + 0.001 * gradient * gradient
-                moments[key] = first, second
-                scale = (second / (1 - 0.999**t)).sqrt() + 1e-12
-                return v + pace * first / (1 - 0.9**t) / scale
-
-            for j, kept in found.kept.items():
-                step = self.steps[j]
-                if t == 1 and isinstance(step, Function):
-                    size[step.source] = kept.abs().mean(1, keepdim=True)
-                if j not in slopes or not isinstance(step, Function):
-                    continue
-                left, right = kink(step.op) or (0.0, 0.0)
-                side = kept.clamp(min=0) if right >= left else kept.clamp(max=0)
-                moved = move(("slope", j), slopes[j][0], side * values[step.source], pace)
-                slopes[j] = moved.clamp(min(left, right), max(left, right)), None
-            for i, s in splits.items():
-                moved = move(("force", i), s.multiplier, -s.sign * (values[i] - s.at), pace * size.get(i, 1.0))
-                s.multiplier = moved.clamp(min=0) * (s.sign != 0)
+        found = raised(
+            self.bounder, frame, start, slopes, rounds=rounds, goal=self._goal(parts), splits=splits, rate=rate
+        )
         self.subproblems += len(parts)
-        return self._updated(parts, best_slopes, best_force, torch.where(frame.infeasible, math.inf, best))
+        bound = torch.where(frame.infeasible, math.inf, found.bound)
+        return self._updated(parts, found.slopes, found.multipliers, bound)
 
     def _updated(self, parts: Parts, slopes: Mapping[int, Tensor], force: Mapping[int, Tensor], bound: Tensor) -> Parts:
         flat = parts.slopes.clone()
@@ -301,6 +263,8 @@ class NeuronSplit:
             if not isinstance(step, Function) or j not in found.kept:
                 continue
             i = step.source
+            if i == 0:  # inputs are split by the other search
+                continue
             low, high = frame.lower[i].expand(len(parts), -1), frame.upper[i].expand(len(parts), -1)
             index = bent(step.op, low, high).any(0).nonzero()[:, 0]
             if len(index) == 0:
@@ -400,10 +364,40 @@ class NeuronSplit:
         left = parts.pick(~done)
         self.waiting = Parts.join([self.waiting, left]) if len(self.waiting) else left
 
+    def grown(self, trees: Sequence[int]) -> Grown:
+        """Some trees, for a certificate."""
+        slots = [2 * (self.offset[j] + index) + _free_side(self.steps[j]) for j, index in self.slots.entries.items()]
+        slot = torch.cat(slots) if slots else torch.empty(0, dtype=torch.int64)
+        leaves = Parts.join(self.proved)
+        node = leaves.node.tolist()
+        depth = (leaves.neuron >= 0).sum(1).tolist()
+        beta = leaves.beta.double().numpy()
+        return Grown(
+            self.forest, trees, slot.numpy(), leaves.slopes.float().numpy(), {n: k for k, n in enumerate(node)},
+            {n: beta[k, : depth[k]] for k, n in enumerate(node)}, {},
+        )  # fmt: skip
+
+    def reopen(self, nodes: Sequence[int]) -> None:
+        """Splits leaves that were proved but whose proof was not accepted."""
+        leaves = Parts.join(self.proved)
+        again = torch.isin(leaves.node, torch.tensor(nodes))
+        self.proved = [leaves.pick(~again)]
+        self.forest.flags[leaves.node[again].numpy()] = 0
+        bound = torch.full((int(again.sum()),), -math.inf, dtype=self.dtype)
+        again_parts = replace(leaves.pick(again), bound=bound)
+        self.waiting = Parts.join([self.waiting, again_parts]) if len(self.waiting) else again_parts
+
     @property
     def bound(self) -> float:
         """The worst bound among the subproblems that wait."""
         return float(self.waiting.bound.min()) if len(self.waiting) else 0.0
+
+
+def _free_side(step: Step) -> int:
+    """Which line of a kink is free: 0 the lower, 1 the upper."""
+    assert isinstance(step, Function)
+    left, right = kink(step.op) or (0.0, 0.0)
+    return 0 if right >= left else 1
 
 
 def _portions(parts: Parts, bounder: Bounder) -> list[Parts]:

@@ -1,0 +1,226 @@
+"""From a finished search to its certificate: the program, the boxes and rows, and the trees, ready to be replayed.
+
+The definition of the file is docs/certificates.md. The certificate holds no bound that its checker would have to
+believe: only what was split and with which slopes and multipliers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from soundly.bounds.program import Affine, Convolution, Function, Matrix, Program, Sparse, Times, Variable
+from soundly.certificate.format import FORMAT, NETWORK, VERIFICATION, VERSION, Certificate
+from soundly.graph.elementwise import Elementwise
+from soundly.verification.forest import BOUND, LEAF, REFRESH, Forest
+from soundly.verification.problem import Problem
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Grown:
+    """Finished trees and what their nodes were bounded with.
+
+    Attributes:
+        forest: where they grew.
+        trees: which of its trees.
+        slots: [S], 2 * neuron + side of the free slopes, ascending.
+        slopes: [K, S] float32.
+        bound_slopes: node -> row of `slopes`.
+        betas: node -> multipliers of the constraints on its path.
+        root_slopes: node -> first row of `slopes` for its intervals.
+    """
+
+    forest: Forest
+    trees: Sequence[int]
+    slots: Array
+    slopes: Array
+    bound_slopes: Mapping[int, int]
+    betas: Mapping[int, Array]
+    root_slopes: Mapping[int, int]
+
+
+def certificate(problem: Problem, grown: Sequence[Grown], *, claim: str, model: Mapping[str, str]) -> Certificate:
+    """The certificate of a search that left nothing open."""
+    header, arrays = _program(problem.program)
+    arrays |= _cases(problem)
+    arrays |= _trees(problem.program, grown)
+    return Certificate(
+        {
+            "format": FORMAT, "version": VERSION, "kind": VERIFICATION, "arithmetic": NETWORK, "claim": claim,
+            "model": dict(model), "made_with": {"torch": torch.__version__}, **header,
+        },
+        arrays,
+    )  # fmt: skip
+
+
+def _f8(x: Tensor) -> Array:
+    return np.ascontiguousarray(x.detach().cpu().double().numpy())
+
+
+def _i8(x: Tensor) -> Array:
+    return np.ascontiguousarray(x.detach().cpu().long().numpy())
+
+
+def _weights(x: Tensor) -> Array:
+    """In float32 where that holds them exactly."""
+    wide = _f8(x)
+    narrow = wide.astype(np.float32)
+    return narrow if bool((narrow == wide).all()) else wide
+
+
+def _program(program: Program) -> tuple[dict[str, Any], dict[str, Array]]:
+    steps: list[dict[str, Any]] = []
+    functions: list[dict[str, Any]] = []
+    numbers: dict[Elementwise, int] = {}
+    arrays: dict[str, Array] = {}
+    for i, step in enumerate(program.steps):
+        match step:
+            case Variable(size):
+                steps.append({"step": "variable", "size": size})
+            case Affine(parts, bias, weight_error, bias_error):
+                entry: dict[str, Any] = {"step": "affine", "size": step.size, "bias": f"b{i}"}
+                arrays[f"b{i}"] = _weights(bias)
+                entry["parts"] = []
+                for k, (part, source) in enumerate(parts):
+                    made, own = _map(part, source, f"{i}.{k}")
+                    entry["parts"].append(made)
+                    arrays |= own
+                entry["weight_error"] = f"f{i}" if weight_error else None
+                if weight_error:
+                    arrays[f"f{i}"] = np.array([weight_error])
+                entry["bias_error"] = None if bias_error is None else f"e{i}"
+                if bias_error is not None:
+                    arrays[f"e{i}"] = _f8(bias_error)
+                steps.append(entry)
+            case Function(source, op, size):
+                if op not in numbers:
+                    numbers[op] = len(functions)
+                    made, own = _function(op, len(functions))
+                    functions.append(made)
+                    arrays |= own
+                steps.append({"step": "function", "from": source, "size": size, "function": numbers[op]})
+            case Times(left, right, size):
+                steps.append({"step": "times", "left": left, "right": right, "size": size})
+    return {"program": steps, "functions": functions}, arrays
+
+
+def _map(part: Matrix | Convolution | Sparse, source: int, at: str) -> tuple[dict[str, Any], dict[str, Array]]:
+    match part:
+        case Matrix(weight, blocks):
+            return (
+                {"map": "matrix", "from": source, "array": f"w{at}", "blocks": blocks},
+                {f"w{at}": _weights(weight)},
+            )
+        case Convolution():
+            entry = {
+                "map": "convolution", "from": source, "array": f"w{at}", "shape": list(part.weight.shape),
+                "wide": list(part.wide), "narrow": list(part.narrow), "stride": list(part.stride),
+                "padding": list(part.padding), "dilation": list(part.dilation), "groups": part.groups,
+                "transposed": part.transposed,
+            }  # fmt: skip
+            return entry, {f"w{at}": _weights(part.weight.reshape(-1))}
+        case Sparse(rows, columns, values, size):
+            return (
+                {"map": "sparse", "from": source, "rows": f"r{at}", "columns": f"c{at}", "array": f"w{at}",
+                 "size": list(size)},
+                {f"r{at}": _i8(rows), f"c{at}": _i8(columns), f"w{at}": _weights(values)},
+            )  # fmt: skip
+
+
+def _function(f: Elementwise, k: int) -> tuple[dict[str, Any], dict[str, Array]]:
+    name, rate = f.ring.name, None
+    arrays: dict[str, Array] = {}
+    if name.startswith("exp("):
+        rate, name = float(name[4:-3]), "exp(rate x)"
+    elif name.startswith("x^"):
+        rate, name = float(name[2:].split(",")[0]), "x^p, 1/x"
+    terms = [[c, *map(float, e)] for piece in f.pieces for e, c in piece]
+    width = 1 + 1 + len(f.ring.rules)
+    held = f.held or ("left",) * len(f.breaks)
+    arrays[f"function{k}.terms"] = np.array(terms, dtype=np.float64).reshape(-1, width)
+    arrays[f"function{k}.breaks"] = np.array(f.breaks, dtype=np.float64)
+    arrays[f"function{k}.held"] = np.array([0.0 if isinstance(h, str) else float(h) for h in held])
+    if rate is not None:
+        arrays[f"function{k}.rate"] = np.array([rate])
+    entry = {
+        "name": f.name, "ring": name, "rate": None if rate is None else f"function{k}.rate",
+        "pieces": [len(piece) for piece in f.pieces], "terms": f"function{k}.terms",
+        "breaks": f"function{k}.breaks", "held": f"function{k}.held",
+        "held_kind": [h if isinstance(h, str) else "own" for h in held],
+    }  # fmt: skip
+    return entry, arrays
+
+
+def _cases(problem: Problem) -> dict[str, Array]:
+    rows = problem.rows
+    spans = problem.row_spans.tolist()
+    order = np.concatenate([np.arange(first, last) for first, last in spans])
+    y, x = _f8(rows.y)[order], _f8(rows.x)[order] if rows.reads_inputs else np.zeros((len(order), 0))
+    both = np.concatenate([y, x], 1)
+    at, column = both.nonzero()
+    clause = _i8(rows.clause)[order]
+    counts = [last - first for first, last in spans]
+    clause = clause - np.repeat(_i8(problem.spans[:, 0]), counts)
+    return {
+        "box_lower": _f8(problem.lower), "box_upper": _f8(problem.upper),
+        "case_rows": np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        "case_clauses": _i8(problem.spans[:, 1] - problem.spans[:, 0]),
+        "row_start": np.searchsorted(at, np.arange(len(order) + 1)).astype(np.int64),
+        "row_column": column.astype(np.int64), "row_value": both[at, column],
+        "row_constant": _f8(rows.constant)[order], "row_slack": _f8(problem.slack)[order], "row_clause": clause,
+    }  # fmt: skip
+
+
+def _trees(program: Program, grown: Sequence[Grown]) -> dict[str, Array]:
+    parts: dict[str, list[Array]] = {
+        name: []
+        for name in ("flags", "kind", "what", "at", "slopes_bound", "slopes_refresh", "tree_case", "tree_clause", "beta")
+    }
+    counts, tree_sizes = [], []
+    first_row = 0
+    for g in grown:
+        forest = g.forest
+        for t in g.trees:
+            nodes = forest.order(t)
+            tree_sizes.append(len(nodes))
+            kind = forest.kind[nodes]
+            flags = forest.flags[nodes].copy()
+            flags[0] |= REFRESH
+            inner = kind != LEAF
+            parts["flags"].append(flags)
+            parts["kind"].append(kind)
+            parts["what"].append(np.where(inner, forest.what[nodes], 0))
+            parts["at"].append(np.where(inner, forest.at[nodes], 0.0))
+            bound = np.array([g.bound_slopes.get(int(n), -1) for n in nodes], dtype=np.int64)
+            bound[(flags & BOUND) == 0] = -1
+            refresh = np.array([g.root_slopes.get(int(n), -1) for n in nodes], dtype=np.int64)
+            refresh[(flags & REFRESH) == 0] = -1
+            for name, rows in (("slopes_bound", bound), ("slopes_refresh", refresh)):
+                parts[name].append(np.where(rows >= 0, rows + first_row, -1))
+            none = np.empty(0)
+            for n, f in zip(nodes.tolist(), flags.tolist(), strict=True):
+                beta = g.betas.get(n, none) if f & BOUND else none
+                counts.append(len(beta))
+                parts["beta"].append(beta.astype(np.float64))
+            parts["tree_case"].append(np.array([forest.case[t]], dtype=np.int64))
+            parts["tree_clause"].append(np.array([[forest.first[t], forest.last[t]]], dtype=np.int64))
+        first_row += len(g.slopes)
+    slots = np.unique(np.concatenate([g.slots for g in grown])).astype(np.int64)
+    slopes = np.zeros((first_row, len(slots)), np.float32)
+    first_row = 0
+    for g in grown:
+        slopes[first_row : first_row + len(g.slopes), np.searchsorted(slots, g.slots)] = g.slopes
+        first_row += len(g.slopes)
+    arrays = {name: np.concatenate(values) if values else np.empty(0) for name, values in parts.items()}
+    arrays["tree_start"] = np.concatenate([[0], np.cumsum(tree_sizes)]).astype(np.int64)
+    arrays["beta_start"] = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    arrays |= {"slots": slots, "slopes": slopes}
+    return arrays

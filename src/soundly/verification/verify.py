@@ -1,0 +1,347 @@
+"""One strategy for every claim: look for a counterexample, bound the whole region, then split it.
+
+Attack and proof take turns, each turn longer than the last, so that easy claims cost little either way. Nothing is
+proved before the checker has replayed its certificate, and nothing refuted before the witness has been replayed through
+the original model.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from soundly.bounds.batch import Bounder, OutOfTime
+from soundly.certificate.check import check
+from soundly.certificate.verification import replay as replay_proof
+from soundly.errors import InvalidInput, MissingRule
+from soundly.spec.claim import Claim
+from soundly.verification.attack import Attack
+from soundly.verification.input_split import InputSplit
+from soundly.verification.neuron_split import NeuronSplit
+from soundly.verification.problem import Problem, problem_of
+from soundly.verification.proof import certificate
+from soundly.verification.replay import Replay, replay
+from soundly.verification.rows import Rows
+from soundly.verification.verdict import Effort, Empty, Progress, Proved, Refuted, Unknown, Verdict
+
+Search: TypeAlias = InputSplit | NeuronSplit
+
+FEW, SOME = 6, 64
+"""With at most FEW varying inputs only inputs are split, with more than SOME only neurons; between, both in turn."""
+SHARE = 0.3
+"""How much of the time may go into attacks."""
+
+
+def verify(
+    claim: Claim,
+    *,
+    model: str | os.PathLike[str] | None = None,
+    timeout: float | None = None,
+    memory: int | None = None,
+    attack: bool = True,
+    progress: Callable[[Progress], None] | None = None,
+) -> Verdict:
+    """Decides whether a claim holds for every input of its region.
+
+    Args:
+        claim: about a network, or its gradient.
+        model: the ONNX file that the network was loaded from: witnesses are replayed through it by onnxruntime. Without
+            one the network itself confirms them.
+        timeout: seconds; without one the search ends when it is done.
+        memory: bytes that the process may use; the search stops there.
+        attack: whether to look for counterexamples with gradients. Without it only points that bounds suggest are tried.
+        progress: called now and then.
+
+    Returns:
+        Proved: for all real inputs of the region the network, in real arithmetic, satisfies the claim; its certificate
+        was accepted by `soundly.check`. Refuted: with a witness. Unknown: with a reason. Empty: there is no input.
+        Interrupting (Ctrl-C) returns what is known.
+
+    Raises:
+        InvalidInput: an argument is of the wrong type.
+    """
+    if not isinstance(claim, Claim):
+        raise InvalidInput(f"claim is a {type(claim).__name__}; give a Claim, as soundly.robust or read_vnnlib return.")
+    if timeout is not None and not timeout > 0:
+        raise InvalidInput(f"timeout is {timeout}; give seconds above 0, or None.")
+    run = _Run(claim, model, timeout, memory, attack, progress)
+    with torch.no_grad():
+        return run.verdict()
+
+
+class _Found(Exception):
+    """A counterexample was confirmed."""
+
+    def __init__(self, witness: Replay, settled: str) -> None:
+        self.witness, self.settled = witness, settled
+
+
+class _Stop(Exception):
+    """A limit was met."""
+
+
+@dataclass(eq=False)
+class _Run:
+    claim: Claim
+    model: str | os.PathLike[str] | None
+    timeout: float | None
+    memory: int | None
+    attacking: bool
+    progress: Callable[[Progress], None] | None
+
+    def __post_init__(self) -> None:
+        self.begun = time.monotonic()
+        self.deadline = math.inf if self.timeout is None else self.begun + self.timeout
+        self.attacked = 0.0
+        self.subproblems = 0
+        self.bound, self.open = -math.inf, 1.0
+        self.attacks: dict[int, Attack] = {}
+        self.tried: set[bytes] = set()
+
+    # ---------------------------------------------------------------- the outcome
+
+    def verdict(self) -> Verdict:
+        if self.claim.is_empty:
+            return Empty(self._effort("empty region"))
+        try:
+            try:
+                self.problem = problem_of(self.claim)
+            except MissingRule as error:
+                self.problem = None
+                self._attack_network()
+                raise _Stop(f"no bounds for this network: {error}") from error
+            return self._decide(self.problem)
+        except _Found as found:
+            w = found.witness
+            return Refuted(
+                w.x.reshape(self.claim.region.shape), w.outputs, w.violation, w.by, self._effort(found.settled)
+            )
+        except (_Stop, OutOfTime, MemoryError) as stop:
+            reason = str(stop) or "the time limit was reached; allow more with timeout"
+            if isinstance(stop, MemoryError):
+                reason = "out of memory"
+        except KeyboardInterrupt:
+            reason = "interrupted"
+        return Unknown(self.bound, self.open, reason, self._effort("unknown"))
+
+    def _effort(self, settled: str) -> Effort:
+        return Effort(time.monotonic() - self.begun, self.subproblems, settled)
+
+    def _limits(self) -> None:
+        if time.monotonic() > self.deadline:
+            raise OutOfTime
+        if self.memory is not None and _resident() > self.memory:
+            raise _Stop("the memory limit was reached; allow more with memory")
+
+    def _tell(self) -> None:
+        if self.progress is not None:
+            self.progress(Progress(time.monotonic() - self.begun, self.subproblems, self.open, self.bound))
+
+    # ---------------------------------------------------------------- counterexamples
+
+    def _attack(self, case: int) -> Attack:
+        if case not in self.attacks:
+            problem = self.problem
+            assert problem is not None
+            first, last = problem.row_spans[case].tolist()
+            clause = problem.rows.clause[first:last] - problem.spans[case, 0]
+            rows = Rows(
+                problem.rows.y[first:last], problem.rows.x[first:last], problem.rows.constant[first:last], clause
+            )
+            region = self.claim.region
+            project = None
+            if len(problem.lower) == 1 and getattr(region, "norm", "linf") != "linf":
+
+                def project(x: Tensor) -> Tensor:
+                    return region.project(x.double().reshape(-1, *region.shape)).reshape(len(x), -1)
+
+            self.attacks[case] = Attack(
+                problem.program.to(torch.float32), rows, problem.lower[case], problem.upper[case], 0, project
+            )
+        return self.attacks[case]
+
+    def _confirm(self, attack: Attack, settled: str) -> None:
+        """Raises `_Found` if the attack's best point is a counterexample of the original model."""
+        value, point = attack.best
+        if value > 1e-6 * (1 + abs(value)) or point.numpy().tobytes() in self.tried:
+            return
+        self.tried.add(point.numpy().tobytes())
+        witness = replay(self.claim, point, model=self.model)
+        if witness is not None:
+            raise _Found(witness, settled)
+
+    def _try(self, case: int, seconds: float) -> None:
+        """Attacks one case for some time."""
+        if not self.attacking:
+            return
+        start = time.monotonic()
+        attack = self._attack(case)
+        end = min(start + seconds, self.deadline)
+        with torch.enable_grad():
+            attack.search(end)
+        self.attacked += time.monotonic() - start
+        self._confirm(attack, "attack")
+
+    def _offer(self, case: int, points: Tensor) -> None:
+        """Evaluates points that a search found."""
+        attack = self._attack(case)
+        attack.values(points.double())
+        self._confirm(attack, "the bounds' worst points")
+
+    def _attack_network(self) -> None:
+        """Where no program exists: random points, through the network itself."""
+        for x in self.claim.region.samples(100):
+            self._limits()
+            if not self.claim.holds_at(x):
+                witness = replay(self.claim, x.reshape(-1), model=self.model)
+                if witness is not None:
+                    raise _Found(witness, "sampling")
+
+    # ---------------------------------------------------------------- the strategy
+
+    def _decide(self, problem: Problem) -> Verdict:
+        cases = len(problem.lower)
+        for case in range(min(cases, 4)):
+            self._try(case, 0.05)
+        vary = int((problem.upper > problem.lower).sum(1).max())
+        wide = Bounder(problem.program, deadline=self.deadline)
+        settled: list[tuple[Search, list[int]]] = []
+        inputs = InputSplit(problem, wide) if vary <= SOME or cases > 1 else None
+        if inputs is not None:
+            self._work_inputs(inputs, rounds=None if vary <= FEW else 1)
+            waiting = set(inputs.waiting.case.tolist())
+            settled.append((inputs, [t for t, case in enumerate(inputs.forest.case) if case not in waiting]))
+            left = sorted(waiting)
+        else:
+            left = [0]
+        for case in left:
+            own = inputs if cases == 1 else InputSplit(problem, wide, torch.tensor([case]))
+            search = self._case(problem, case, own if vary <= SOME else None)
+            settled.append((search, list(range(len(search.forest.root)))))
+        return self._prove(problem, settled)
+
+    def _work_inputs(self, search: InputSplit, *, rounds: int | None = None, until: float = math.inf) -> None:
+        """Steps until nothing waits, or for some rounds or until some time."""
+        batch = max(1, len(search.waiting)) if rounds == 1 else 8
+        batch = min(batch, 256)
+        count = 0
+        while len(search.waiting):
+            if (rounds is not None and count >= rounds) or time.monotonic() > until:
+                return
+            self._limits()
+            if search.stuck:
+                raise _Stop("a box became too small to be split: the claim holds or fails too narrowly")
+            start = time.monotonic()
+            before = search.subproblems
+            treated = search.waiting.case
+            points = search.step(batch)
+            self.subproblems += search.subproblems - before
+            spent = time.monotonic() - start
+            batch = int(max(1, min(512, 2 * batch, batch * 0.5 / max(spent, 1e-3))))
+            self.bound, self.open = search.bound, search.open_share
+            if len(points):
+                if len(self.problem.lower) == 1:
+                    self._offer(0, points)
+                elif len(treated):
+                    self._offer(int(treated[0]), points)
+            self._interleave(int(search.waiting.case[search.waiting.bound.argmin()]) if len(search.waiting) else None)
+            self._tell()
+            count += 1
+
+    def _interleave(self, case: int | None) -> None:
+        """Attacks again once its share of the time has become small."""
+        if case is not None and self.attacking:
+            passed = time.monotonic() - self.begun
+            if self.attacked < SHARE / 2 * passed:
+                self._try(case, SHARE * passed)
+
+    def _case(self, problem: Problem, case: int, inputs: InputSplit | None) -> Search:
+        """Settles one case by splitting neurons, or inputs, whichever is done first."""
+        neurons: NeuronSplit | None = None
+        turn = 1.0
+        while True:
+            end = time.monotonic() + turn
+            if neurons is None:
+                neurons = self._rooted(problem, case)
+            self._work_neurons(neurons, end if inputs is not None else math.inf)
+            if not len(neurons.waiting) and not neurons.stuck:
+                return neurons
+            if inputs is None:
+                raise _Stop("every neuron is split and the claim neither holds nor fails by a margin")
+            self._work_inputs(inputs, until=time.monotonic() + turn)
+            if not len(inputs.waiting):
+                return inputs
+            turn *= 2
+
+    def _rooted(self, problem: Problem, case: int) -> NeuronSplit:
+        narrow = Bounder(problem.program.to(torch.float32), deadline=self.deadline)
+        lower, upper = (v[case : case + 1].float() for v in (problem.lower, problem.upper))
+        root = narrow.refresh(lower, upper)
+        clauses = list(range(int(problem.spans[case, 1] - problem.spans[case, 0])))
+        search = NeuronSplit(problem, narrow, case, root, clauses, margin=1e-5)
+        search.begin(30)
+        self.subproblems += search.subproblems
+        self.bound = search.bound
+        return search
+
+    def _work_neurons(self, search: NeuronSplit, until: float) -> None:
+        batch = 4
+        while len(search.waiting):
+            if time.monotonic() > until:
+                return
+            self._limits()
+            start = time.monotonic()
+            before = search.subproblems
+            points = search.step(batch, 10)
+            self.subproblems += search.subproblems - before
+            spent = time.monotonic() - start
+            batch = int(max(1, min(64, 2 * batch, batch * 1.0 / max(spent, 1e-3))))
+            self.bound = search.bound
+            if len(points):
+                self._offer(search.case, points)
+            self._interleave(search.case if len(search.waiting) else None)
+            self._tell()
+
+    # ---------------------------------------------------------------- the proof
+
+    def _prove(self, problem: Problem, settled: list[tuple[Search, list[int]]]) -> Verdict:
+        """Replays the certificate, and splits again what it does not prove."""
+        model = {} if self.model is None else {"file": os.path.basename(os.fspath(self.model))}
+        owners = [(search, tree) for search, trees in settled for tree in trees]
+        while True:
+            proof = certificate(
+                problem, [search.grown(trees) for search, trees in settled], claim=self.claim.name, model=model
+            )
+            self._limits()
+            result = replay_proof(proof)
+            if result.problems:
+                raise _Stop(f"the certificate was not accepted: {result.problems[0]}")
+            if not result.failed:
+                break
+            for search, _ in settled:
+                mine = [(owners[t][1], position) for t, position in result.failed if owners[t][0] is search]
+                if mine:
+                    search.reopen([int(search.forest.order(t)[position]) for t, position in mine])
+                    if isinstance(search, InputSplit):
+                        self._work_inputs(search)
+                    else:
+                        self._work_neurons(search, math.inf)
+        if not check(proof).accepted:
+            raise _Stop("the certificate was not accepted")
+        how = "input splitting" if isinstance(settled[-1][0], InputSplit) else "neuron splitting"
+        if all(len(search.forest.order(tree)) == 1 for search, tree in owners):
+            how = "root bound"
+        return Proved(proof, self._effort(how))
+
+
+def _resident() -> int:
+    """Bytes of memory that this process uses."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
