@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -80,7 +81,8 @@ PEERS = (
 
 @dataclass(frozen=True)
 class Run:
-    """One tool on one instance: "unsat", "sat", or the word it ended with; CPU and wall-clock seconds, bytes."""
+    """One tool on one instance: "unsat", "sat", "unknown", "timeout", "killed" (beyond a limit) or "error"; CPU and
+    wall-clock seconds, bytes."""
 
     tool: str
     instance: str
@@ -118,7 +120,7 @@ def run(tool: Tool, home: Path, instance: Instance, memory: int | None) -> Run:
         env = {} if tool is SOUNDLY else {"PYTHONPATH": ""}  # meant for soundly, if set
         done = measure(command, timeout=instance.limit + GRACE, memory=memory, cwd=Path(folder), env=env)
         text = result.read_text(errors="replace") if result.exists() else done.out
-    word = re.match(r"\s*([A-Za-z]+)", text)
+    word = re.match(r"\s*(unsat|sat|unknown|timeout)\b", text, re.IGNORECASE)
     answer = "killed" if done.killed else word[1].lower() if word else "error"
     return Run(tool.name, instance.name, instance.expected, answer, done.cpu, done.seconds, done.memory)
 
@@ -168,6 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     (where / ".gitignore").write_text("*\n")
     peers = [p for p in PEERS if p.name in args.peers]
     homes = {p.name: install(p, where) for p in peers} | {SOUNDLY.name: Path(sys.executable).parent}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no tool may outlive this process
     runs: list[Run] = []
     try:
         for instance in instances:

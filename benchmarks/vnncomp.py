@@ -10,6 +10,7 @@ Each instance runs in a process of its own with one thread; the figures are CPU 
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for folder in (args.journals, args.certificates):
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no instance's process may outlive this one
     every: list[Outcome] = []
     result = {}
     for name in args.folders or sorted(path.parent.name for path in Path(root).glob("*/instances.csv")):

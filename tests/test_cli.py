@@ -294,7 +294,7 @@ def test_verify_unknown(capsys, files, engine):
     assert capsys.readouterr().out.splitlines() == [
         "unknown       time limit reached?[2J; more time may help",
         "  bound       -0.25 at best, 12.5% of the search open",
-        "  effort      input splitting, 3 subproblems, 1.23 s",
+        "  effort      3 subproblems, 1.23 s",
     ]
     assert main(["verify", *files, "--format", "vnncomp"]) == 3
     assert capsys.readouterr().out == "unknown\n"

@@ -206,8 +206,8 @@ def _verdict_text(facts: dict[str, Any]) -> Iterator[str]:
             yield f"  bound       {facts['bound']:.6g} at best, {facts['open']:.1%} of the search open"
         case "empty":
             yield "empty         the specification allows no input: nothing is claimed"
-    parts = f"{facts['subproblems']} subproblem{'s' * (facts['subproblems'] != 1)}"
-    yield f"  effort      {facts['settled']}, {parts}, {facts['seconds']:.2f} s"
+    parts = f"{facts['subproblems']} subproblem{'s' * (facts['subproblems'] != 1)}, {facts['seconds']:.2f} s"
+    yield f"  effort      {parts}" if facts["verdict"] == "unknown" else f"  effort      {facts['settled']}, {parts}"
     if facts["certificate"]:
         yield f"  certificate {facts['certificate']}"
 
@@ -259,8 +259,11 @@ def _add_bench(verbs: "Verbs") -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
+    import signal
+
     from soundly.verification.bench import Summary, bench, read_instances, table
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no instance's process may outlive this
     instances = read_instances(arguments.folder, timeout=arguments.timeout, only=arguments.only)
     if arguments.certificates:
         arguments.certificates.mkdir(parents=True, exist_ok=True)

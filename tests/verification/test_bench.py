@@ -347,6 +347,19 @@ def test_several_at_once_come_back_in_order(tmp_path: Path, stub: list[str]) -> 
 # -- the command
 
 
+WITHOUT_TORCH = """
+import sys
+for name in ("torch", "numpy", "onnx"):
+    sys.modules[name] = None
+from soundly.cli import main
+from soundly.verification import bench
+real = bench.bench
+bench.bench = lambda *arguments, **options: real(*arguments, command=sys.argv[1:-1], **options)
+raise SystemExit(main(["bench", sys.argv[-1]]))
+"""
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
+
+
 @pytest.fixture
 def command(stub: list[str], monkeypatch: Any) -> Callable[..., int]:
     from soundly.cli import main
@@ -401,15 +414,21 @@ def test_interrupting_the_command(tmp_path: Path, command: Callable[..., int], c
 
 def test_the_bench_itself_needs_no_torch(tmp_path: Path, stub: list[str]) -> None:
     path = folder(tmp_path, {"a": ("proved", "unsat")})
-    code = (
-        "import sys\n"
-        "for name in ('torch', 'numpy', 'onnx'): sys.modules[name] = None\n"
-        "from soundly.verification import bench\n"
-        "from soundly.cli import main\n"
-        "real = bench.bench\n"
-        "bench.bench = lambda *a, **k: real(*a, command=sys.argv[1:-1], **k)\n"
-        "raise SystemExit(main(['bench', sys.argv[-1]]))"
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, *stub, path], capture_output=True, text=True, env=ENVIRONMENT
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
-    done = subprocess.run([sys.executable, "-c", code, *stub, path], capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and "1 of 1 solved, 0 wrong" in done.stdout, done.stderr
+
+
+def test_ending_the_command_ends_what_it_runs(tmp_path: Path, stub: list[str]) -> None:
+    path = folder(tmp_path, {"a": ("proved", ""), "b": ("spawn", "")})
+    command = [sys.executable, "-c", WITHOUT_TORCH, *stub, path]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=ENVIRONMENT
+    ) as run:
+        until = time.monotonic() + 30
+        while not ((tmp_path / "child").exists() and (tmp_path / "child").read_text()) and time.monotonic() < until:
+            time.sleep(0.02)
+        run.terminate()
+        assert run.communicate(timeout=30)[0].splitlines()[-1].startswith("1 of 1 solved") and run.returncode == 3
+    assert gone(int((tmp_path / "child").read_text()))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from soundly.bounds.program import Affine, Convolution, Function, Map, Matrix, Program, Sparse, Times, Variable
-from soundly.bounds.relaxation import Lines, offsets
+from soundly.bounds.relaxation import Lines
 from soundly.graph.elementwise import Elementwise
 
 CHUNK = 2**21
@@ -426,7 +426,7 @@ def lines_of(f: Elementwise, lower: Tensor, upper: Tensor, low: Tensor, high: Te
         if slope is not None and bool(known.any()):
             chosen = slope.reshape(-1)[known]
             result[2 * k][known] = chosen
-            result[2 * k + 1][known] = offsets(f, flat[0][known], flat[1][known], chosen[None])[side][0].to(lower.dtype)
+            result[2 * k + 1][known] = sampled_offsets(f, flat[0][known], flat[1][known], chosen[None])[side][0]
     return Lines(*(v.reshape(lower.shape) for v in result))
 
 
@@ -448,8 +448,8 @@ def _kinked(slopes: tuple[float, float], lower: Tensor, upper: Tensor, low: Tens
 
 def _chosen(f: Elementwise, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     ring = f.ring
-    a, b = (end.double().clamp(ring.lower, ring.upper) for end in (lower, upper))
-    least, greatest = f.enclose(lower.double(), upper.double())
+    a, b = (end.clamp(ring.lower, ring.upper) for end in (lower, upper))
+    least, greatest = f.enclose(lower, upper)
     zero = torch.zeros_like(a)
     result = [zero.clone(), least.clone(), zero.clone(), greatest.clone()]
     sloped = torch.isfinite(b - a) & torch.isfinite(greatest - least) & (greatest > least)
@@ -460,22 +460,37 @@ def _chosen(f: Elementwise, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tenso
         middle = (p + q) / 2
         # A thin interval has no chord to speak of.
         thin = q - p <= 1e-9 * torch.maximum(p.abs(), q.abs())
-        candidates = [torch.zeros_like(p)]
-        candidates += [f.derivative.apply(torch.lerp(p, q, i / 8)) for i in range(9)]
+        steps = torch.linspace(0, 1, 9, dtype=p.dtype, device=p.device)[:, None]
         ends = f.apply(p), f.apply(q)
-        candidates.append((ends[1] - ends[0]) / (q - p))
+        candidates = [zero[sloped][None], f.derivative.apply(torch.lerp(p, q, steps))]
+        candidates.append(((ends[1] - ends[0]) / (q - p))[None])
         for t, low_t, high_t in f.special_points:
             if t in f.breaks:
                 inside = (p < t) & (t < q)
                 for v in {low_t, high_t}:
-                    candidates.append(torch.where(inside, (v - ends[0]) / (t - p), 0.0))
-                    candidates.append(torch.where(inside, (ends[1] - v) / (q - t), 0.0))
-        k = torch.stack(candidates).nan_to_num(0.0, 0.0, 0.0)
+                    candidates.append(torch.where(inside, (v - ends[0]) / (t - p), 0.0)[None])
+                    candidates.append(torch.where(inside, (ends[1] - v) / (q - t), 0.0)[None])
+        k = torch.cat(candidates).nan_to_num(0.0, 0.0, 0.0)
         k = torch.where(thin, k[1], k)
-        low, high = offsets(f, p, q, k)
+        low, high = sampled_offsets(f, p, q, k)
         best = (low + k * middle).argmax(0, keepdim=True)
         result[0][sloped], result[1][sloped] = k.gather(0, best)[0], low.gather(0, best)[0]
         best = (high + k * middle).argmin(0, keepdim=True)
         result[2][sloped], result[3][sloped] = k.gather(0, best)[0], high.gather(0, best)[0]
-    s_low, o_low, s_high, o_high = (v.to(lower.dtype) for v in result)
-    return s_low, o_low, s_high, o_high
+    return result[0], result[1], result[2], result[3]
+
+
+def sampled_offsets(f: Elementwise, lower: Tensor, upper: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and greatest of f(t) - slope t on [lower, upper], for slopes [c, n], from samples and how far the
+    derivative moves between them. Good enough to search with."""
+    segments = 16
+    t = torch.lerp(lower, upper, torch.linspace(0, 1, segments + 1, dtype=lower.dtype, device=lower.device)[:, None])
+    value = f.apply(t)[:, None] - slope * t[:, None]
+    least, greatest = value.amin(0), value.amax(0)
+    for point, low, high in f.special_points:
+        if point in f.breaks:
+            inside = (lower <= point) & (point <= upper)
+            least = torch.where(inside, least.minimum(low - slope * point), least)
+            greatest = torch.where(inside, greatest.maximum(high - slope * point), greatest)
+    turn = (f.derivative.apply(t).diff(dim=0)).abs().amax(0) * (upper - lower) / (8 * segments)
+    return least - turn, greatest + turn

@@ -149,7 +149,7 @@ def _extremes(f: Elementwise, part: _Stretches, a: Tensor, b: Tensor, bend: Tens
         slack = 8 * _UNIT * (d.abs() + k.abs()) + lost
         return _turned(low - k - slack, high - k + slack, bend)
 
-    p, q = (end.expand(torch.broadcast_shapes(end.shape, k.shape)) for end in (a, b))
+    p, q, _ = torch.broadcast_tensors(a, b, k)
     for _ in range(_HALVINGS):
         middle = (p + q) / 2
         on_the_right = (f.ring.evaluate(part.slope, middle) < k) == (bend > 0)

@@ -21,7 +21,7 @@ Array = npt.NDArray[Any]
 
 FLOOR = 2.0**-600  # pays for all underflow in one row, where no value is beyond 2^300
 ABOVE = 1 + 2.0**-16  # for the roundings of the error terms themselves
-NUMBERS = 2**20  # of coefficients at once
+NUMBERS, MOST = 2**17, 2**24  # of coefficients at once: what fits a cache, but not too few rows
 
 
 class Map(Protocol):
@@ -283,6 +283,10 @@ class Program:
         """How many numbers a row needs."""
         maps = [part.room for step in self.steps if isinstance(step, Affine) for part, _ in step.parts]
         return max(*(step.size for step in self.steps), *maps, 1)
+
+    @property
+    def rows_at_once(self) -> int:
+        return max(1, NUMBERS // self.room, min(64, MOST // self.room))
 
     @cached_property
     def _placed(self) -> dict[int, list[tuple[Array, Array]]]:
@@ -634,7 +638,7 @@ def refresh(
         dead |= _settle(frame, i)
         if slopes is None and isinstance(step, (Apply, Times)):
             current[i] = pieces(program, i, frame, None)
-        if i == 0 or i not in program.bounded:
+        if i not in program.bounded or _is_exact(step):
             continue
         wanted = _wanted(program, frame, i) & ~dead[:, None]
         if not wanted.any():
@@ -648,7 +652,7 @@ def refresh(
             }
         view = View(program, frame, current, frame.lower[0], frame.upper[0])
         node, entry = wanted.nonzero()
-        size = max(1, NUMBERS // (2 * program.room))
+        size = max(1, program.rows_at_once // 2)
         for begin in range(0, len(node), size):
             owner, at = node[begin : begin + size], entry[begin : begin + size]
             both = np.concatenate([owner, owner])
@@ -659,6 +663,11 @@ def refresh(
         dead |= _settle(frame, i)
     assert len(dead) == nodes
     return frame, dead
+
+
+def _is_exact(step: Step) -> bool:
+    """Whether its interval is already as tight as a backward pass could make it."""
+    return isinstance(step, Variable) or (isinstance(step, Affine) and [s for _, s in step.parts] == [0])
 
 
 def _units(program: Program, i: int, entry: Array) -> dict[int, Array]:

@@ -25,7 +25,7 @@ FAR = 2.0**300  # what is larger counts as infinite; nothing that is smaller ove
 TINY = 2.0**-900  # pays for underflow
 BASE = 32 * U  # relative error of a base function: 4 ulp of each library function, a few operations
 ENTRIES = 2**13  # curved functions are bounded for so many entries at once
-SEGMENTS, PARTS, ROUNDS = 8, 4, 12  # at first, of the worst segment, and how often that is cut
+SEGMENTS, PARTS, ROUNDS = 8, 4, 20  # at first, of the worst segment, and how often that is cut
 
 
 @dataclass(frozen=True)
@@ -108,19 +108,22 @@ class Ring:
         for i, base in enumerate(self.bases, 1):
             values.append(base.enclose(a, b) if any(t.exponents[i] for t in p) else None)
         low, high, size = np.zeros(a.shape), np.zeros(a.shape), np.full(a.shape, TINY)
-        steps = 16 + len(p)
-        for term in p:
-            c, least, most = float(term.coefficient), np.ones(()), np.ones(())
-            for value, e in zip(values, term.exponents, strict=True):
-                if e and value is not None:
-                    least, most = _times(least, most, *_power(*value, e))
-            least, most = (c * least, c * most) if c >= 0 else (c * most, c * least)
-            low, high = low + least, high + most
-            largest = np.maximum(np.abs(least), np.abs(most))
-            size = size + largest * (float(term.size / abs(term.coefficient)) if c else 1.0)
-            if c == 0:  # what cancelled, but for the roundings of constants
-                size = size + float(term.size)
-            steps = max(steps, 16 + len(p) + 4 * sum(term.exponents))
+        for power in sorted({t.exponents[0] for t in p}):  # x once for each power: its terms often cancel
+            least, most, largest = np.zeros(a.shape), np.zeros(a.shape), np.zeros(a.shape)
+            for term in (t for t in p if t.exponents[0] == power):
+                c, one = float(term.coefficient), np.ones(())
+                q, r = one, one
+                for value, e in zip(values[1:], term.exponents[1:], strict=True):
+                    if e and value is not None:
+                        q, r = _times(q, r, *_power(*value, e))
+                least, most = least + (c * q if c >= 0 else c * r), most + (c * r if c >= 0 else c * q)
+                largest = largest + float(term.size) * np.maximum(np.abs(q), np.abs(r))
+            if power:
+                x = _power(a, b, power)
+                least, most = _times(least, most, *x)
+                largest = largest * np.maximum(np.abs(x[0]), np.abs(x[1]))
+            low, high, size = low + least, high + most, size + largest
+        steps = 16 + 2 * len(p) + max((4 * sum(t.exponents) for t in p), default=0)
         slack = steps * U * size + TINY
         low, high = low - slack, high + slack
         return np.where(known & ~np.isnan(low), low, -np.inf), np.where(known & ~np.isnan(high), high, np.inf)
@@ -317,7 +320,7 @@ class Function:
             product = excess * t
             slack = np.where(excess == 0, 0.0, 4 * U * (np.abs(product) + abs(line[1])) + TINY)
             ends.append(sign * (product + line[1]) - slack)
-        return np.nan_to_num(np.minimum(*ends), nan=-np.inf, posinf=-np.inf)
+        return np.nan_to_num(np.minimum(*ends), nan=-np.inf, posinf=-np.inf, neginf=-np.inf)
 
     def _curved(self, i: int, a: Array, b: Array, slope: Array, sign: int) -> Array:
         """Segments; the worst of each entry is cut until it is known well enough."""
@@ -365,12 +368,12 @@ class Function:
         inside = (bend > 0) & (steep < bend * h)
         fall = np.where(inside, steep * steep / (2 * bend), steep * h - bend * h * h / 2)
         size = np.abs(value) + np.abs(k * m) + steep * h + np.where(inside, fall, np.abs(bend) * h * h)
-        low = np.nan_to_num(value - k * m - fall - 16 * U * size - TINY, nan=-np.inf, posinf=-np.inf)
+        low = np.nan_to_num(value - k * m - fall - 16 * U * size - TINY, nan=-np.inf, posinf=-np.inf, neginf=-np.inf)
         whole, _ = enclose(self.pieces[i], a, b)
         largest = np.maximum(k * a, k * b)
         plain = whole - largest - 4 * U * (np.abs(whole) + np.abs(largest)) - TINY
         doubt = (bend_high - bend) * h * h / 2 + (steep_high - steep_low) * h
-        low = np.maximum(low, np.nan_to_num(plain, nan=-np.inf, posinf=-np.inf))
+        low = np.maximum(low, np.nan_to_num(plain, nan=-np.inf, posinf=-np.inf, neginf=-np.inf))
         return low, np.where(np.isnan(doubt), np.inf, doubt), np.nan_to_num(value - k * m, nan=0.0, posinf=0, neginf=0)
 
     def lines(self, lower: Array, upper: Array, low: Array, high: Array) -> tuple[Array, Array, Array, Array]:
@@ -444,8 +447,11 @@ class Function:
     def _sample(self, polynomials: Sequence[Polynomial], t: Array) -> Array:
         result = np.full(t.shape, np.nan)
         for p, (a, b, _, _) in zip(polynomials, self.ends, strict=True):
-            some = (t > a) & (t <= b)
-            if some.any():
+            some = t <= b if a == -math.inf else (t > a) & (t <= b)
+            line = _affine(p)
+            if line is not None:
+                np.copyto(result, line[0] * t + line[1] if line[0] else line[1], where=some)
+            elif some.any():
                 result[some] = _mean(self.ring.enclose(p, t[some], t[some]))
         return result
 

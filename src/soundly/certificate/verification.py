@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 
 from soundly.certificate.bounding import (
-    NUMBERS,
     Affine,
     Apply,
     Bound,
@@ -657,7 +656,7 @@ class _Replayer:
         best = np.full(len(rows), -np.inf)
         shapes = (len(rows), program.steps[0].size)
         narrow, wide = (np.full(shapes, v) if clips.any() else None for v in (-np.inf, np.inf))
-        size = max(1, NUMBERS // program.room)
+        size = program.rows_at_once
         for begin in range(0, len(rows), size):
             some = slice(begin, begin + size)
             lower, a, bound = view.backward(self._rows(rows[some]), owner[some], proof.constant[rows[some]])

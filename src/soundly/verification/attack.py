@@ -132,10 +132,9 @@ class Attack:
         return x if self.project is None else self.project(x).to(x)
 
     def _worst(self, x: Tensor, program: Program, rows: Rows) -> tuple[Tensor, Tensor]:
-        """The rows [k, R] and the largest of each clause [k, clauses]."""
-        y = program.evaluate(x)[-1]
-        finite = torch.isfinite(y).all(-1, keepdim=True)
-        value = torch.where(finite, rows.at(y, x), math.inf)
+        """The rows [k, R] and the largest of each clause [k, clauses], infinite where they are not finite."""
+        value = rows.at(program.evaluate(x)[-1], x)
+        value = torch.where(torch.isfinite(value), value, math.inf)
         return value, rows.worst(value)
 
     @torch.no_grad()
@@ -146,7 +145,7 @@ class Attack:
             worst = self._worst(part, program, rows)[1]
             self._promise = torch.minimum(self._promise, worst.amin(0).to(self.dtype))
             found.append(worst.amin(-1))
-        return torch.nan_to_num(torch.cat(found), nan=math.inf, posinf=math.inf, neginf=math.inf)
+        return torch.cat(found)
 
     def _keep(self, x: Tensor, value: Tensor) -> None:
         """Remembers the best points."""
@@ -233,10 +232,10 @@ class Attack:
             total = loss(y, x).sum()
             (gradient,) = torch.autograd.grad(total, x)
         with torch.no_grad():
-            finite = torch.isfinite(y).all(-1, keepdim=True)
-            worst = self.rows.worst(torch.where(finite, self.rows.at(y, x), math.inf))
+            rows = self.rows.at(y, x)
+            worst = self.rows.worst(torch.where(torch.isfinite(rows), rows, math.inf))
             self._promise = torch.minimum(self._promise, worst.amin(0))
-        return gradient, torch.nan_to_num(worst.amin(-1), nan=math.inf, posinf=math.inf, neginf=math.inf)
+        return gradient, worst.amin(-1)
 
     @cached_property
     def _jumps(self) -> bool:

@@ -196,7 +196,7 @@ def measure(
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
 ) -> Measured:
-    """Runs a command with one thread and measures it; kills it, and what it started, beyond a limit.
+    """Runs a command with one thread and measures it; kills it, and what it started, beyond a limit. Needs POSIX.
 
     Args:
         timeout: wall-clock seconds after which it is killed.

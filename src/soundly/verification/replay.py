@@ -55,10 +55,10 @@ def replay(claim: Claim, x: Tensor, *, model: str | os.PathLike[str] | None = No
 
     Args:
         x: a point [n] near or in the region, flat.
-        model: the ONNX file (.onnx or .onnx.gz) that `claim.network` was loaded from. Without one, or without
-            onnxruntime, the network answers; so it does for claims about gradients, which are another function than
-            the file's: give no model for those. A network in float32 has to violate the claim in float64 as well, so
-            that no rounding at a kink makes a witness.
+        model: the ONNX file (.onnx or .onnx.gz) that `claim.network` was loaded from. Without one, without onnxruntime
+            or where inputs are neither float nor double, the network answers. So it does for claims about gradients,
+            which are another function than the file's: give no model for those. A network in float32 has to violate
+            the claim in float64 as well, so that no rounding at a kink makes a witness.
 
     Returns:
         None if neither the point nor one of a bounded number of neighbours is a counterexample. Where the region holds
@@ -157,11 +157,11 @@ class _ByRuntime(_Judge):
     def __init__(self, claim: Claim, session: Any, name: str) -> None:
         super().__init__(claim)
         self.session, self.name = session, name
-        self.ports = [(port.name, _TYPES.get(port.type)) for port in session.get_inputs()]
-        if len(self.ports) != len(claim.shapes.inputs) or any(kind is None for _, kind in self.ports):
+        self.ports = [(port.name, _TYPES[port.type]) for port in session.get_inputs()]
+        if len(self.ports) != len(claim.shapes.inputs):
             raise InvalidInput(
-                f"model: {name} takes inputs of types {[p.type for p in session.get_inputs()]}, the claim's network "
-                f"{len(claim.shapes.inputs)} of float or double; pass the file it was loaded from."
+                f"model: {name} takes {len(self.ports)} inputs, the claim's network {len(claim.shapes.inputs)}; pass "
+                "the file it was loaded from."
             )
         narrow = any(kind != np.float64 for _, kind in self.ports)
         self.dtype = torch.float32 if narrow else torch.float64
@@ -193,7 +193,7 @@ def _judge(claim: Claim, model: str | os.PathLike[str] | None) -> _Judge:
         except OSError as error:
             raise ModelFileError(f"{path} cannot be read: {error}.") from error
         session = _session(path, stamp.st_mtime_ns, stamp.st_size)
-        if session is not None:
+        if session is not None and all(port.type in _TYPES for port in session.get_inputs()):
             return _ByRuntime(claim, session, path.name)
     if not isinstance(claim.network, Network):
         raise InvalidInput(
