@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from tests.bounds.test_interval import networks
 from torch import Tensor, nn
 
+from soundly.bounds import compose
 from soundly.bounds import lower as lowering
-from soundly.bounds.lower import lower
+from soundly.bounds.batch import bent, lines
+from soundly.bounds.lower import lower, staircase
 from soundly.bounds.program import Affine, Convolution, Function, Matrix, Program, Sparse, Times, Variable
-from soundly.errors import CaptureMismatch, MissingRule
+from soundly.errors import CaptureMismatch, InvalidInput, MissingRule
 from soundly.graph import elementwise as ew
 from soundly.graph.composite import Rounding
 from soundly.graph.from_torch import from_torch
@@ -414,13 +416,13 @@ def forgotten(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         ("_both", max, chain(Multiply(), 9)),
         ("_two_sum", forgotten, chain(Combine((1.0, 1.0)), 2)),
         ("_gamma", lambda steps: 0.0, chain(Combine((0.1, 1.0)), 3)),
-        ("_relative", lambda c, radius, node: (c, 0.0), chain(lambda x, c: Multiply()(x, Multiply()(c, c)), 1)),
+        ("relative", lambda c, radius, node: (c, 0.0), chain(lambda x, c: Multiply()(x, Multiply()(c, c)), 1)),
     ],
 )  # fmt: skip
 def test_forgotten_rounding_is_noticed(monkeypatch, name, wrong, network):
     truth = exact_values(network, POINT)
     assert enclosed(lower(network), POINT, truth)
-    monkeypatch.setattr(lowering, name, wrong)
+    monkeypatch.setattr(lowering if name == "relative" else compose, name, wrong)
     assert not enclosed(lower(network), POINT, truth)
 
 
@@ -439,7 +441,7 @@ def test_terms_that_cancel_are_not_added_up():
 
 def test_a_wrong_lowering_is_refused(monkeypatch):
     network = NETWORKS["pools"]()
-    image, movement, layer = lowering._image, lowering._movement, lowering._layer
+    image, movement, layer = compose._image, lowering._movement, lowering._layer
 
     def dropped_bias(outer, error, bias, bias_error):
         result, lost = image(outer, error, bias, bias_error)
@@ -460,10 +462,158 @@ def test_a_wrong_lowering_is_refused(monkeypatch):
     for name, variants in faults.items():
         for wrong in variants:
             with monkeypatch.context() as patch:
-                patch.setattr(lowering, name, wrong)
+                patch.setattr(compose if name == "_image" else lowering, name, wrong)
                 with pytest.raises(CaptureMismatch):
                     lower(network)
     lower(network)
+
+
+def box(network: Network, low: float, high: float) -> dict[Node, tuple[Tensor, Tensor]]:
+    return {n: tuple(torch.full(n.shape, end, dtype=F64) for end in (low, high)) for n in network.inputs}
+
+
+def function(op: ew.Elementwise, factor: float = 1.0, shift: float = 0.0) -> Network:
+    x = Input("x", (3,))()
+    moved = Combine((factor, 1.0))(x, Fill(shift, (3,))())
+    return Network((x,), (op(moved),), {}, like=torch.empty(0, dtype=F64))
+
+
+def test_points_of_comparison_come_closer_until_all_is_finite(monkeypatch):
+    steep = function(ew.EXP, 5000.0)
+    lower(steep)
+    wrong = lowering._movement
+    monkeypatch.setattr(lowering, "_layer", lambda node, slot, c: wrong(node, slot))
+    monkeypatch.setattr(lowering._Lowering, "_scaled", lambda self, value, factor: value)
+    with pytest.raises(CaptureMismatch):  # 5000 has become 1, and the network overflows at nearly every point
+        lower(steep)
+
+
+def test_a_program_that_cannot_be_compared_is_refused():
+    network = function(ew.LOG, 1.0, -5.0)
+    with pytest.raises(MissingRule, match="could not be compared"):
+        lower(network)
+    lower(network, region={network.input: (torch.full((3,), 6.0).double(), torch.full((3,), 7.0).double())})
+
+
+def test_a_jump_decided_by_rounding_is_no_defect(monkeypatch):
+    network, right = function(ew.STEP), lowering._Lowering._function
+
+    def moved(to: float) -> None:
+        step = replace(ew.STEP, breaks=(to,), kernel=None)
+        monkeypatch.setattr(lowering._Lowering, "_function", lambda self, op, value: right(self, step, value))
+
+    moved(1e-12)
+    lower(network, region=box(network, -1.0, 1.0))
+    with pytest.raises(MissingRule, match="at a jump"):  # but somewhere they have to agree
+        lower(network, region=box(network, 5e-13, 5e-13))
+    moved(0.5)
+    for ends in ((-1.0, 1.0), (0.2, 0.2)):
+        with pytest.raises(CaptureMismatch):
+            lower(network, region=box(network, *ends))
+
+
+# -- rounding to whole numbers
+
+ROUNDINGS = ["floor", "ceil", "trunc", "round"]
+RANGES = [(-3.0, 4.0), (-2.5, 1.5), (0.2, 0.4), (-0.3, 0.3), (0.5, 0.5), (1.0, 1.0), (-7.75, -3.1), (140.5, 150.0)]
+rounding = pytest.mark.parametrize("kind", ROUNDINGS)
+ranges = pytest.mark.parametrize("ends", RANGES, ids=str)
+
+
+def covering(low: float, high: float) -> Tensor:
+    """A grid with every whole number and half, and their neighbours."""
+    middle = torch.arange(math.floor(low), math.ceil(high) + 1, 0.5, dtype=F64)
+    near = [middle, *(torch.nextafter(middle, torch.full_like(middle, end)) for end in (-math.inf, math.inf))]
+    points = torch.cat([torch.linspace(low, high, 1001, dtype=F64), *near, torch.tensor([low, high], dtype=F64)])
+    return points[(low <= points) & (points <= high)]
+
+
+@rounding
+@ranges
+def test_a_staircase_is_the_rounding_on_its_range(kind, ends):
+    op = Rounding(kind)
+    f, x = staircase(op, *ends), covering(*ends)
+    assert torch.equal(f.apply(x), op.apply(x))
+    assert torch.equal(f._evaluate(x), op.apply(x)), "pieces and kernel differ"
+    far = torch.cat([x, torch.tensor([-1e9, 1e9, -0.5, 0.5, 0.0], dtype=F64), torch.randn(99, dtype=F64) * 9])
+    assert torch.equal(f._evaluate(far), f.apply(far))
+    assert f.derivative.is_zero and not f.derivative.apply(x).any()
+    assert len(f.breaks) <= ends[1] - ends[0] + 1
+
+
+@rounding
+@ranges
+def test_enclosures_and_lines_of_a_staircase_hold_both_sides_of_its_jumps(kind, ends):
+    f = staircase(Rounding(kind), *ends)
+    x = covering(*ends)
+    pick = torch.randint(len(x), (2, 400), generator=torch.Generator().manual_seed(2))
+    low, high = x[pick].amin(0), x[pick].amax(0)
+    least, greatest = f.enclose(low, high)
+    found, straight = lines(f, low, high), ~bent(f, low, high)
+    jumps = torch.tensor(f.breaks, dtype=F64)
+    for t, at in ((x, x), (jumps - 1e-9, jumps), (jumps + 1e-9, jumps)):  # at a jump both sides count
+        inside = (low <= at[:, None]) & (at[:, None] <= high)
+        y, at = f.apply(t)[:, None], at[:, None]
+        assert bool(((least <= y) & (y <= greatest))[inside].all())
+        assert bool((found.slope_low * at + found.offset_low <= y + 1e-9)[inside].all())
+        assert bool((y <= found.slope_high * at + found.offset_high + 1e-9)[inside].all())
+        assert bool((y == f.apply(low))[inside & straight & (low < high)].all())
+
+
+def rounded() -> Network:
+    """Each kind of rounding, of a layer and of sums of roundings."""
+    inner = mlp()
+    y = Combine((5.0,))(inner.outputs[0])
+    floor, ceil = Rounding("floor")(y), Rounding("ceil")(Combine((0.5,))(y))
+    sums = Combine((1.0, 1.0, 0.3))(floor, ceil, y)
+    output = Combine((1.0, 2.0))(Rounding("round")(sums), Rounding("trunc")(Combine((0.7,))(sums)))
+    return replace(inner, outputs=(output,))
+
+
+def test_roundings_are_lowered_over_a_region():
+    network = rounded()
+    program = lower(network, region=box(network, -0.5, 1.0))
+    wide = network.to(F64)
+    x = torch.rand(200, 4, generator=torch.Generator().manual_seed(8), dtype=F64) * 1.5 - 0.5
+    truth = torch.stack([wide(point[None])[0] for point in x])
+    assert torch.allclose(program.evaluate(x)[-1], truth, rtol=1e-9, atol=1e-9)
+    beyond = 40 * x  # where the staircases have ended
+    far = torch.stack([wide(point[None])[0] for point in beyond])
+    assert not torch.allclose(program.evaluate(beyond)[-1], far, rtol=1e-9, atol=1e-9)
+    with pytest.raises(MissingRule, match="64 steps"):
+        lower(network, region=box(network, -50.0, 50.0))
+    with pytest.raises(MissingRule, match="region"):
+        lower(network)
+    with pytest.raises(InvalidInput, match="region"):
+        lower(network, region={})
+
+
+def test_a_region_that_reaches_no_jump_has_constants():
+    network = function(ew.RELU, 0.2, 0.5)
+    whole = Network(network.inputs, (Rounding("floor")(network.outputs[0]),), {}, like=network.like)
+    program = lower(whole, region=box(whole, -1.0, 1.0))
+    assert kinds(program) == ["Variable", ""]
+    assert program.evaluate(torch.rand(5, 3, dtype=F64))[-1].tolist() == [[0.0] * 3] * 5
+
+
+@pytest.mark.parametrize("fault", ["floor", "few"])
+def test_wrong_staircases_are_noticed(monkeypatch, fault):
+    def wrong(op: Rounding, low: float, high: float) -> ew.Elementwise:
+        return staircase(Rounding("floor"), low, high) if fault == "floor" else staircase(op, low, high / 2)
+
+    network = function(ew.RELU, 8.0)
+    whole = Network(network.inputs, (Rounding("round")(network.outputs[0]),), {}, like=network.like)
+    lower(whole, region=box(whole, -1.0, 1.0))
+    monkeypatch.setattr(lowering, "staircase", wrong)
+    with pytest.raises(CaptureMismatch):
+        lower(whole, region=box(whole, -1.0, 1.0))
+
+
+def test_many_steps_are_fast():
+    f, x = staircase(Rounding("round"), -32.0, 31.0), torch.rand(10**6, dtype=F64) * 63 - 32
+    assert len(f.breaks) >= 60
+    assert torch.equal(f.apply(x), x.round())
+    assert f.special_points and f.kernel is not None
 
 
 # -- products with a constant

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from soundly.bounds.program import Affine, Convolution, Function, Map, Matrix, Program, Sparse, Times, Variable
+from soundly.bounds.program import Affine, Convolution, Function, Map, Matrix, Program, Sparse, Step, Times, Variable
 from soundly.bounds.relaxation import Lines
 from soundly.graph.elementwise import Elementwise
 
@@ -106,6 +106,79 @@ Slopes = Mapping[int, tuple[Tensor, Tensor | None]]
 """Per function step the slopes [batch, n] of the lower lines, and of the upper ones where they are chosen too."""
 
 
+FORWARD = 32
+"""With at most this many varying inputs, values are followed forward as affine forms as well."""
+
+
+class Forms:
+    """Affine forms: the value of a step is centre + <generators, e> + r with |e| <= 1, one e per varying input, and
+    |r| <= rest. A forward pass over few inputs costs next to nothing, and is all that early steps need.
+
+    Reference: Stolfi and de Figueiredo, "Self-validated numerical methods", 1997 (affine arithmetic).
+    """
+
+    def __init__(self, steps: Sequence[Step], lower: Tensor, upper: Tensor) -> None:
+        self.steps = steps
+        self.box = lower, upper
+        self.vary = (upper > lower).any(0).nonzero()[:, 0]
+        self.used = len(self.vary) <= FORWARD
+        self.centre: list[Tensor] = []
+        self.generators: list[Tensor] = []
+        self.rest: list[Tensor] = []
+
+    def follow(self, i: int, frame: Frame, known: Mapping[int, Lines]) -> tuple[Tensor, Tensor]:
+        """The form of the next step, and the interval it says."""
+        step = self.steps[i]
+        match step:
+            case Variable():
+                lower, upper = self.box
+                centre, rest = (lower + upper) / 2, torch.zeros_like(lower)
+                generators = torch.diag_embed((upper - lower) / 2)[:, self.vary]
+            case Affine(parts, bias):
+                centre = bias.expand(len(frame), -1)
+                for k, (part, source) in enumerate(parts):
+                    centre = centre + part.apply(self.centre[source])
+                    moved, more = part.apply(self.generators[source]), part.absolute.apply(self.rest[source])
+                    generators, rest = (moved, more) if k == 0 else (generators + moved, rest + more)
+            case Function(source, op):
+                low, high = frame.lower[source], frame.upper[source]
+                centre, generators, rest = self._narrow(source, low, high)
+                line = known[i]
+                slopes_of = kink(op)
+                if slopes_of is not None and slopes_of[1] >= slopes_of[0]:
+                    k_, least, greatest = line.slope_high, torch.zeros_like(low), line.offset_high
+                elif slopes_of is not None:
+                    k_, least, greatest = line.slope_low, line.offset_low, torch.zeros_like(low)
+                else:
+                    k_ = torch.where(torch.isfinite(line.slope_high), line.slope_high, 0.0)
+                    least, greatest = (v.reshape(low.shape) for v in _band(op, low, high, k_))
+                centre = k_ * centre + (least + greatest) / 2
+                generators, rest = k_[:, None] * generators, k_.abs() * rest + (greatest - least) / 2
+            case Times(left, right):
+                (a, ga, ra), (b, gb, rb) = (self._narrow(j, frame.lower[j], frame.upper[j]) for j in (left, right))
+                wide_a, wide_b = ga.abs().sum(1) + ra, gb.abs().sum(1) + rb
+                centre = a * b
+                generators = a[:, None] * gb + b[:, None] * ga
+                rest = a.abs() * rb + b.abs() * ra + wide_a * wide_b
+        self.centre.append(centre)
+        self.generators.append(generators)
+        self.rest.append(rest)
+        wide = generators.abs().sum(1) + rest
+        low = (centre - wide).nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
+        return low, (centre + wide).nan_to_num(nan=math.inf, posinf=math.inf, neginf=math.inf)
+
+    def _narrow(self, i: int, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A step's form, or its interval alone where that is tighter than the rest."""
+        centre, generators, rest = self.centre[i], self.generators[i], self.rest[i]
+        half = (high - low) / 2
+        plain = (half < rest) | ~torch.isfinite(rest)
+        return (
+            torch.where(plain, (low + high) / 2, centre),
+            torch.where(plain[:, None], 0.0, generators),
+            torch.where(plain, half, rest),
+        )
+
+
 class OutOfTime(Exception):
     """The deadline passed inside a pass over many rows; nothing that was being computed is known."""
 
@@ -123,10 +196,13 @@ class Bounder:
         self.deadline = deadline
         self.steps = program.steps
         readers = program.consumers()
-        self.read: list[bool] = [
-            any(isinstance(self.steps[j], (Function, Times)) for j in readers[i]) for i in range(len(self.steps))
-        ]
         self.readers = readers
+        self.read = [False] * len(self.steps)
+        for i in range(len(self.steps) - 1, -1, -1):
+            self.read[i] = any(
+                isinstance(self.steps[j], (Function, Times)) or (self.read[j] and copied(self.steps[j]) is not None)
+                for j in readers[i]
+            )
         self.widest = max(step.size for step in self.steps)
         self.chunk = chunk
         maps = [m for step in self.steps if isinstance(step, Affine) for m, _ in step.parts]
@@ -149,14 +225,23 @@ class Bounder:
             slopes: for the rows of some steps, the slopes of the functions below.
         """
         frame = Frame([], [], (lower > upper).any(-1))
+        forms = Forms(self.steps, lower, upper)
+        known: dict[int, Lines] = {}
         for i, step in enumerate(self.steps):
             low, high = (lower, upper) if isinstance(step, Variable) else self._forward(step, frame)
             if inherited is not None:
                 low, high = torch.maximum(low, inherited.lower[i]), torch.minimum(high, inherited.upper[i])
+            if isinstance(step, Function):
+                low_in, high_in = frame.lower[step.source], frame.upper[step.source]
+                known[i] = lines(step.op, low_in, high_in)
+            if forms.used:
+                least, greatest = forms.follow(i, frame, known)
+                low, high = torch.maximum(low, least), torch.minimum(high, greatest)
             frame.lower.append(low)
             frame.upper.append(high)
-            if self.read[i] and not isinstance(step, Variable):
-                self._tighten(i, frame, None if slopes is None else slopes.get(i))
+            if self.read[i] and not isinstance(step, Variable) and copied(step) is None:
+                own = None if slopes is None else slopes.get(i)
+                self._tighten(i, frame, known if own is None else self.lines(frame, own, upto=i + 1))
             low, high = frame.lower[i], frame.upper[i]
             frame.infeasible = frame.infeasible | (low > high).any(-1)
             # An empty interval would only produce nonsense further up.
@@ -190,7 +275,9 @@ class Bounder:
 
     def loose(self, i: int, frame: Frame) -> Tensor:
         """[batch, n]: which entries of a step's interval a relaxation depends on."""
-        low, high = frame.lower[i], frame.upper[i]
+        return self._wanted(i, frame.lower[i], frame.upper[i])
+
+    def _wanted(self, i: int, low: Tensor, high: Tensor) -> Tensor:
         wanted = torch.zeros_like(low, dtype=torch.bool)
         for j in self.readers[i]:
             reader = self.steps[j]
@@ -198,14 +285,20 @@ class Bounder:
                 wanted |= bent(reader.op, low, high)
             elif isinstance(reader, Times):
                 wanted |= low < high
+            elif self.read[j] and (copy := copied(reader)) is not None:
+                # A copy is bounded where it comes from; its own interval is that one, scaled.
+                least, greatest = low[:, copy.columns] * copy.values, high[:, copy.columns] * copy.values
+                assert isinstance(reader, Affine)
+                ends = torch.minimum(least, greatest) + reader.bias, torch.maximum(least, greatest) + reader.bias
+                mask = self._wanted(j, *ends)
+                wanted |= torch.zeros_like(low).index_add_(1, copy.columns, mask.to(low.dtype)) > 0
         return wanted
 
-    def _tighten(self, i: int, frame: Frame, slopes: Slopes | None) -> None:
+    def _tighten(self, i: int, frame: Frame, lines: Mapping[int, Lines]) -> None:
         step = self.steps[i]
         owner, entry = self.loose(i, frame).nonzero(as_tuple=True)
         if len(owner) == 0:
             return
-        lines = self.lines(frame, slopes, upto=i + 1)
         low, high = frame.lower[i].clone(), frame.upper[i].clone()
         box = frame.lower[0], frame.upper[0]
         for part in self.portions(len(owner)):
@@ -283,13 +376,18 @@ class Bounder:
                 case Affine(maps, bias):
                     d = d + here @ bias
                     parts = [(source, m.pull(here)) for m, source in maps]
-                case Function(source):
+                case Function(source, op):
                     if keep:
                         kept[i] = here
                     line = lines[i]
-                    up, down = here.clamp(min=0), here.clamp(max=0)
-                    d = d + _meet(up, of(line.offset_low)) + _meet(down, of(line.offset_high))
-                    parts = [(source, up * of(line.slope_low) + down * of(line.slope_high))]
+                    slopes_of = kink(op)
+                    if slopes_of is not None and slopes_of[1] >= slopes_of[0]:  # the lower line goes through 0
+                        d = d + (here.clamp(max=0) * of(line.offset_high)).sum(-1)
+                        parts = [(source, here * torch.where(here >= 0, of(line.slope_low), of(line.slope_high)))]
+                    else:
+                        up, down = here.clamp(min=0), here.clamp(max=0)
+                        d = d + _meet(up, of(line.offset_low)) + _meet(down, of(line.offset_high))
+                        parts = [(source, up * of(line.slope_low) + down * of(line.slope_high))]
                 case Times(left, right):
                     if keep:
                         kept[i] = here
@@ -342,6 +440,14 @@ class Bounder:
                     low, high = p[0] * u + p[1] * v + p[2], p[3] * u + p[4] * v + p[5]
                     values.append(torch.where(found.kept[i] >= 0, low, high) if i in found.kept else low)
         return values
+
+
+def copied(step: Step) -> Sparse | None:
+    """The map of a step whose every entry is one entry of another step, scaled and shifted."""
+    if not isinstance(step, Affine) or len(step.parts) != 1:
+        return None
+    part = step.parts[0][0]
+    return part if isinstance(part, Sparse) and part.selects else None
 
 
 def _meet(a: Tensor, b: Tensor) -> Tensor:
@@ -406,9 +512,9 @@ def _continuous(f: Elementwise, i: int) -> bool:
 def lines(f: Elementwise, lower: Tensor, upper: Tensor) -> Lines:
     """Of some candidate slopes those whose lines are best at the middle of the interval."""
     if (slopes := kink(f)) is not None:
-        left, right = slopes
-        rising = lower + upper > 0
-        return _kinked(slopes, lower, upper, torch.where(rising, right, left), torch.where(rising, right, left))
+        left, right = (lower.new_tensor(slope) for slope in slopes)
+        best = torch.where(lower + upper > 0, right, left)
+        return _kinked(slopes, lower, upper, best, best)
     flat = lower.reshape(-1), upper.reshape(-1)
     return Lines(*(v.reshape(lower.shape) for v in _chosen(f, *flat)))
 
@@ -434,7 +540,7 @@ def _kinked(slopes: tuple[float, float], lower: Tensor, upper: Tensor, low: Tens
     """Lines of a function with slopes (left, right) that is 0 at 0: one side is the chord, the other free."""
     left, right = slopes
     across = (lower < 0) & (upper > 0)
-    straight = torch.where(lower >= 0, right, left).to(lower.dtype)
+    straight = torch.where(lower >= 0, lower.new_tensor(right), lower.new_tensor(left))
     width = torch.where(across, upper - lower, 1.0)
     chord = torch.where(across, (right * upper - left * lower) / width, straight)
     lift = torch.where(across, (left - chord) * lower, 0.0)
@@ -478,6 +584,17 @@ def _chosen(f: Elementwise, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tenso
         best = (high + k * middle).argmin(0, keepdim=True)
         result[2][sloped], result[3][sloped] = k.gather(0, best)[0], high.gather(0, best)[0]
     return result[0], result[1], result[2], result[3]
+
+
+def _band(f: Elementwise, lower: Tensor, upper: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+    """Bounds of f(t) - slope t over intervals of any shape, infinite where they are."""
+    flat = [v.reshape(-1) for v in (lower.clamp(f.ring.lower, f.ring.upper), upper.clamp(max=f.ring.upper))]
+    known = torch.isfinite(flat[1] - flat[0])
+    p, q = (torch.where(known, v, 0.0) for v in flat)
+    least, greatest = sampled_offsets(f, p, q, slope.reshape(1, -1))
+    range_low, range_high = (v.reshape(-1) for v in f.enclose(lower, upper))
+    known &= torch.isfinite(range_low) & torch.isfinite(range_high)
+    return torch.where(known, least[0], -math.inf), torch.where(known, greatest[0], math.inf)
 
 
 def sampled_offsets(f: Elementwise, lower: Tensor, upper: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from soundly.bounds.batch import Bounder, Frame, Split, Start, entries, kink, step_rows
+from soundly.bounds.batch import Bounder, Frame, Split, Start, copied, entries, kink, step_rows
 from soundly.bounds.program import Affine, Function
 
 
@@ -128,7 +128,7 @@ def refine(bounder: Bounder, frame: Frame, *, rounds: int) -> dict[int, Refined]
     found: dict[int, Refined] = {}
     box = frame.lower[0], frame.upper[0]
     for i, step in enumerate(bounder.steps):
-        if not isinstance(step, (Affine, Function)) or not bounder.read[i]:
+        if not isinstance(step, (Affine, Function)) or not bounder.read[i] or copied(step) is not None:
             continue
         if i in found or not any(isinstance(s, Function) for s in bounder.steps[: i + 1]):
             continue

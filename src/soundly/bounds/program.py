@@ -135,7 +135,7 @@ class Sparse:
         return int(torch.bincount(self.rows).max()) if len(self.rows) else 1
 
     @cached_property
-    def _selects(self) -> bool:
+    def selects(self) -> bool:
         """Whether every output is one scaled input."""
         return len(self.rows) == self.size[0] and self.terms == 1
 
@@ -151,7 +151,7 @@ class Sparse:
     @cached_property
     def _dense(self) -> Tensor | None:
         """[m, n], where that is cheap."""
-        if self.size[0] * self.size[1] > 2**17 or self._selects:
+        if self.size[0] * self.size[1] > 2**17 or self.selects:
             return None
         dense = self.values.new_zeros(self.size)
         dense[self.rows, self.columns] = self.values
@@ -162,7 +162,7 @@ class Sparse:
         return torch.argsort(self.columns)
 
     def apply(self, x: Tensor) -> Tensor:
-        if self._selects:
+        if self.selects:
             y = x.index_select(-1, self.columns)
             return y if self._plain else y * self.values
         if self._dense is not None:
@@ -261,7 +261,10 @@ Step: TypeAlias = Variable | Affine | Function | Times
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """Steps in order of evaluation: the variable first, the network's outputs, flattened and joined, last."""
+    """Steps in order of evaluation: the variable first, the network's outputs, flattened and joined, last.
+
+    Where the network rounds to whole numbers, a program is made for a region and says nothing about points beyond it.
+    """
 
     steps: tuple[Step, ...]
 

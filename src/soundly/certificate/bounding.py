@@ -20,6 +20,7 @@ from soundly.certificate.functions import FAR, Function, U
 Array = npt.NDArray[Any]
 
 FLOOR = 2.0**-600  # pays for all underflow in one row, where no value is beyond 2^300
+ALL = (slice(None), slice(None))
 ABOVE = 1 + 2.0**-16  # for the roundings of the error terms themselves
 NUMBERS, MOST = 2**17, 2**24  # of coefficients at once: what fits a cache, but not too few rows
 
@@ -124,16 +125,16 @@ class Convolution:
                 slice(k * d, k * d + (out - 1) * s + 1, s)
                 for k, d, s, out in zip(position, self.dilation, self.stride, self.narrow[1:], strict=True)
             )
-            weight = self.weight[(slice(None), slice(None), *position)]
+            weight = self.weight[ALL + position]
             yield met, weight.reshape(self.groups, -1, weight.shape[1])
 
     def _narrow(self, x: Array) -> Array:
         rows, channels, inner = len(x), self.wide[0], tuple(slice(p, p + n) for p, n in self._inner())
         padded = np.zeros((rows, channels, *self.padded))
-        padded[(slice(None), slice(None), *inner)] = x.reshape(rows, *self.wide)
+        padded[ALL + inner] = x.reshape(rows, *self.wide)
         y = np.zeros((rows, self.groups, len(self.weight) // self.groups, math.prod(self.narrow[1:])))
         for met, weight in self._positions():
-            part = padded[(slice(None), slice(None), *met)].reshape(rows, self.groups, weight.shape[2], -1)
+            part = padded[ALL + met].reshape(rows, self.groups, weight.shape[2], -1)
             y += weight @ part
         return y.reshape(rows, -1)
 
@@ -143,8 +144,8 @@ class Convolution:
         padded = np.zeros((rows, channels, *self.padded))
         for met, weight in self._positions():
             part = weight.transpose(0, 2, 1) @ a
-            padded[(slice(None), slice(None), *met)] += part.reshape(rows, channels, *self.narrow[1:])
-        return padded[(slice(None), slice(None), *inner)].reshape(rows, -1)
+            padded[ALL + met] += part.reshape(rows, channels, *self.narrow[1:])
+        return padded[ALL + inner].reshape(rows, -1)
 
     def _inner(self) -> Iterator[tuple[int, int]]:
         return zip(self.padding, self.wide[1:], strict=True)
@@ -625,8 +626,8 @@ def refresh(
     Returns:
         the frame [M, n]; which boxes are empty or hold no point that the inherited intervals allow [M].
     """
-    nodes = len(lower)
-    frame, dead = Frame(), (lower > upper).any(axis=1)
+    frame = Frame()
+    dead: Array = (lower > upper).any(axis=1)
     current: dict[int, Pieces] = {}
     for i, step in enumerate(program.steps):
         low, high, cost = _interval(frame, step, lower, upper, program.contributions)
@@ -661,7 +662,6 @@ def refresh(
             frame.lower[i][owner, at] = np.maximum(frame.lower[i][owner, at], below)
             frame.upper[i][owner, at] = np.minimum(frame.upper[i][owner, at], above)
         dead |= _settle(frame, i)
-    assert len(dead) == nodes
     return frame, dead
 
 
@@ -691,7 +691,7 @@ def _wanted(program: Program, frame: Frame, i: int) -> Array:
 
 def _settle(frame: Frame, i: int) -> Array:
     """Which nodes have an empty interval in step i; their intervals become points, whatever they say."""
-    empty = frame.lower[i] > frame.upper[i]
+    empty: Array = frame.lower[i] > frame.upper[i]
     if not empty.any():
         return np.zeros(len(empty), bool)
     frame.upper[i] = np.maximum(frame.lower[i], frame.upper[i])
@@ -711,7 +711,7 @@ def _interval(
             case Affine(parts, bias, weight_error, bias_error):
                 centre = np.repeat(bias[None], len(lower), axis=0)
                 radius = np.zeros(centre.shape)
-                size = np.abs(centre)
+                size = np.zeros(centre.shape)
                 for part, source in parts:
                     a, b = frame.lower[source], frame.upper[source]
                     largest = np.maximum(np.abs(a), np.abs(b))
@@ -725,7 +725,7 @@ def _interval(
                         size[part.absolute.apply(unknown.astype(float)) > 0] = np.inf
                 terms = sum(part.terms for part, _ in parts)
                 steps = 4 * terms + 2 * len(bias) + contributions + 16
-                cost = ABOVE * ((steps * U + weight_error) * size + bias_error) + FLOOR
+                cost = ABOVE * (steps * U * (size + np.abs(bias)) + weight_error * size + bias_error) + FLOOR
                 low, high = centre - radius - cost, centre + radius + cost
             case Apply(source, function):
                 low, high = function.range(frame.lower[source], frame.upper[source])

@@ -167,7 +167,7 @@ def _square(x: Array) -> Array:
 
 S = math.sqrt(2 / math.pi)
 _SIGMOID = Base(_sigmoid, "up")
-_TANH = {(0, 0): 1.0, (0, 2): -1.0}
+_TANH: Rule = {(0, 0): 1.0, (0, 2): -1.0}
 
 
 def ring(name: str, rate: float | None) -> Ring:
@@ -422,7 +422,7 @@ class Function:
             ]
             slopes.append((values[1] - values[0]) / (upper - lower))
             for i, t in enumerate(self.breaks):
-                inside = (lower < t) & (t < upper)
+                inside = (lower <= t) & (t <= upper)
                 point = np.full(lower.shape, t)
                 sides = [_mean(self.ring.enclose(p, point, point)) for p in self.pieces[i : i + 2]]
                 for side in sides:

@@ -259,7 +259,7 @@ class Attack:
         return self.rows if self.dtype == torch.float64 else self.rows.to(torch.float64, self.device)
 
     def _polish(self, rounds: int, deadline: float) -> None:
-        """Line searches in float64 from the best point, along mixtures of the gradients of its clause's rows."""
+        """Line searches in float64 from the best points."""
         for k in range(rounds):
             if self._done(deadline) or not len(self._kept):
                 return
@@ -270,6 +270,7 @@ class Attack:
                 return
 
     def _lines(self, x: Tensor) -> Tensor:
+        """Points along mixtures of the gradients of the largest rows of x's best clause."""
         width, jumps = self.upper - self.lower, self._jumps
         x = x.clone().requires_grad_()
         program = self._fine
@@ -291,7 +292,13 @@ class Attack:
         scaled = scaled / (scaled.abs() / width.clamp(min=1e-300)).amax(-1, keepdim=True).clamp(min=1e-300)
         ways = torch.cat([mixed.sign() * width, scaled])
         lengths = 4.0 ** -torch.arange(0, 12, dtype=torch.float64, device=self.device)
-        return (x.detach() - lengths[:, None, None] * ways).flatten(0, 1)
+        # The shortest step, measured in widths, that the linear model says ends all violations: Gauss-Newton.
+        excess = rows.detach()[0, mine] - self._goal
+        wrong = torch.isfinite(excess) & (excess > 0)
+        newton = width * (torch.linalg.pinv(gradients[wrong] * width) @ excess[wrong])
+        shares = lengths.new_tensor([0.25, 0.5, 1.0, 1.01, 1.5, 4.0])
+        steps = torch.cat([(lengths[:, None, None] * ways).flatten(0, 1), shares[:, None] * newton])
+        return x.detach() - steps
 
     def _coordinates(self, x: Tensor) -> Tensor:
         """Single entries moved to either end and to random places; for inputs that are few."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from soundly.bounds.batch import Bounder, Frame, Pass, Split, Start, bent, kink
-from soundly.bounds.optimise import raised
+from soundly.bounds.optimise import Refined, raised
 from soundly.bounds.program import Function, Step
 from soundly.verification.forest import BOUND, NEURON, Forest
 from soundly.verification.problem import Problem
@@ -101,9 +101,18 @@ class NeuronSplit:
     """
 
     def __init__(
-        self, problem: Problem, bounder: Bounder, case: int, root: Frame, clauses: list[int], *, margin: float
+        self,
+        problem: Problem,
+        bounder: Bounder,
+        case: int,
+        root: Frame,
+        clauses: Sequence[int],
+        *,
+        margin: float,
+        refined: Mapping[int, Refined] | None = None,
     ) -> None:
         self.problem, self.bounder, self.case, self.root, self.margin = problem, bounder, case, root, margin
+        self.refined = refined or {}
         self.steps = bounder.steps
         self.dtype = root.lower[0].dtype
         self.forest = Forest()
@@ -128,7 +137,7 @@ class NeuronSplit:
 
     # ---------------------------------------------------------------- the root
 
-    def _best_rows(self, clauses: list[int]) -> Tensor:
+    def _best_rows(self, clauses: Sequence[int]) -> Tensor:
         """For each clause the row that is most nearly proved at the root."""
         rows, clause = (t[self.case] for t in self.problem.table)
         lines = self.bounder.lines(self.root)
@@ -149,7 +158,7 @@ class NeuronSplit:
             a[0] = problem.rows.x[rows].to(self.dtype)
         return Start(a, problem.rows.constant[rows].to(self.dtype))
 
-    def _plant(self, clauses: list[int]) -> Parts:
+    def _plant(self, clauses: Sequence[int]) -> Parts:
         nodes = [self.forest.plant(self.case, k, k + 1) for k in clauses]
         n = len(nodes)
         slopes = torch.zeros(n, self.slots.count, dtype=self.dtype)
@@ -372,10 +381,25 @@ class NeuronSplit:
         node = leaves.node.tolist()
         depth = (leaves.neuron >= 0).sum(1).tolist()
         beta = leaves.beta.double().numpy()
+        keys, rows = self._root_slopes()
         return Grown(
-            self.forest, trees, slot.numpy(), leaves.slopes.float().numpy(), {n: k for k, n in enumerate(node)},
-            {n: beta[k, : depth[k]] for k, n in enumerate(node)}, {},
+            self.forest, trees, slot.numpy(), torch.cat([leaves.slopes.float(), rows]).numpy(),
+            {n: k for k, n in enumerate(node)}, {n: beta[k, : depth[k]] for k, n in enumerate(node)},
+            {int(key): len(leaves) + k for k, key in enumerate(keys.tolist())},
         )  # fmt: skip
+
+    def _root_slopes(self) -> tuple[Tensor, Tensor]:
+        """2 * neuron + side of the bounds that the root's intervals were refined with, and their slopes."""
+        keys, rows = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, self.slots.count)]
+        for i, r in self.refined.items():
+            keys.append(2 * (self.offset[i] + r.entry) + r.side)
+            flat = torch.zeros(len(r.entry), self.slots.count)
+            for j, v in r.slopes.items():
+                if j in self.slots.entries:
+                    index, first = self.slots.entries[j], self.slots.first[j]
+                    flat[:, first : first + len(index)] = v[:, index].float()
+            rows.append(flat)
+        return torch.cat(keys), torch.cat(rows)
 
     def reopen(self, nodes: Sequence[int]) -> None:
         """Splits leaves that were proved but whose proof was not accepted."""

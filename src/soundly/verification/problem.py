@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from soundly.bounds.interval import interval_bounds
 from soundly.bounds.lower import lower
 from soundly.bounds.program import Program
+from soundly.graph.composite import Softmax
+from soundly.graph.linear import Reshape
 from soundly.graph.network import Network
-from soundly.spec.claim import Claim
+from soundly.graph.node import Node
+from soundly.spec.claim import Claim, Property
 from soundly.spec.region import Union
 from soundly.verification.rows import Rows, rows_of
 
@@ -23,7 +28,7 @@ class Problem:
     A clause is refuted on a box if one of its rows is above its slack everywhere. All numbers are float64.
 
     Attributes:
-        program: the network.
+        program: the network on the boxes; of a softmax that is only compared with itself, the scores.
         lower, upper: the boxes [cases, inputs]; together they cover the region.
         rows: all rows; their clauses are numbered through.
         slack: [rows], not negative.
@@ -66,30 +71,52 @@ class Problem:
 def problem_of(claim: Claim) -> Problem:
     """The claim over the boxes of its region; balls in other norms than linf are enclosed in their bounding box.
 
+    Args:
+        claim: about a network that is at hand, over a region that is not empty.
+
     Raises:
         MissingRule: an operation that no program can hold.
     """
-    network = claim.network
+    network, region = claim.network, claim.region
     assert isinstance(network, Network)
-    region = claim.region
-    n = sum(node.shape.numel() if isinstance(node.shape, torch.Size) else _numel(node.shape) for node in network.inputs)
+    n, spans = claim.property.inputs, torch.tensor([[0, claim.property.clauses]])
     if isinstance(region, Union):
         kept = torch.tensor(region.filled)
         low, high = (end.reshape(len(region), n)[kept] for end in (region.lower, region.upper))
-        spans = torch.tensor([[0, claim.property.clauses]]).expand(len(kept), 2)
-        if claim.spans is not None:
-            spans = claim.spans[kept]
+        spans = spans.expand(len(kept), 2) if claim.spans is None else claim.spans[kept]
     else:
-        box = region.box
-        low, high = box.lower.reshape(1, n), box.upper.reshape(1, n)
-        spans = torch.tensor([[0, claim.property.clauses]])
-    program = lower(network)
+        low, high = region.box.lower.reshape(1, n), region.box.upper.reshape(1, n)
+    ends = low.amin(0), high.amax(0)
+    sizes = [math.prod(node.shape) for node in network.inputs]
+    split = zip(network.inputs, *(end.split(sizes) for end in ends), strict=True)
+    hull = {node: (a.reshape(node.shape), b.reshape(node.shape)) for node, a, b in split}
+    scores = _scores(network, claim.property)
+    program = lower(network, None if scores is None else [scores], region=hull)
     rows = rows_of(claim.property)
-    return Problem(program, low, high, rows, torch.zeros_like(rows.constant), spans)
+    slack = torch.zeros_like(rows.constant)
+    if claim.property.inexact is not None:
+        bounds = interval_bounds(network.to(torch.float64).to("cpu"), hull, network.outputs)
+        outputs = torch.cat([bounds[node].size.reshape(-1) for node in network.outputs])
+        found = claim.property.slack(outputs, torch.maximum(ends[0].abs(), ends[1].abs()))
+        counts = torch.bincount(claim.property.clause, minlength=claim.property.clauses)
+        slack[counts[rows.clause] > 0] = found.nan_to_num(nan=math.inf, posinf=math.inf)
+    return Problem(program, low, high, rows, slack, spans)
 
 
-def _numel(shape: tuple[int, ...]) -> int:
-    result = 1
-    for size in shape:
-        result *= size
-    return result
+def _scores(network: Network, property: Property) -> Node | None:
+    """What a final softmax over all outputs is taken of, if every row is the difference of two of its outputs: that of
+    their scores has the same sign."""
+    node = network.outputs[0]
+    while isinstance(node.op, Reshape):
+        node = node.inputs[0]
+    if len(network.outputs) > 1 or not isinstance(node.op, Softmax) or len(node.inputs) > 1:
+        return None
+    y, each = property.y, torch.arange(len(property)).repeat_interleave(2)
+    compares = (
+        node.shape[node.op.axis] == property.outputs
+        and torch.equal(y.row, each)
+        and bool((y.column[::2] != y.column[1::2]).all())
+        and bool(((y.value[::2].abs() == 1) & (y.value[::2] == -y.value[1::2])).all())
+        and not bool(property.b.any() | property.x.value.any())
+    )
+    return node.inputs[0] if compares else None

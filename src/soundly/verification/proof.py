@@ -35,7 +35,7 @@ class Grown:
         slopes: [K, S] float32.
         bound_slopes: node -> row of `slopes`.
         betas: node -> multipliers of the constraints on its path.
-        root_slopes: node -> first row of `slopes` for its intervals.
+        root_slopes: 2 * neuron + side of a bound of the roots' intervals -> row of `slopes`.
     """
 
     forest: Forest
@@ -180,14 +180,20 @@ def _cases(problem: Problem) -> dict[str, Array]:
 
 
 def _trees(program: Program, grown: Sequence[Grown]) -> dict[str, Array]:
-    parts: dict[str, list[Array]] = {
-        name: []
-        for name in ("flags", "kind", "what", "at", "slopes_bound", "slopes_refresh", "tree_case", "tree_clause", "beta")
-    }
-    counts, tree_sizes = [], []
+    names = "flags kind what at slopes_bound slopes_refresh tree_case tree_clause beta group_key group_row".split()
+    parts: dict[str, list[Array]] = {name: [np.empty(0, np.int64)] for name in names}
+    parts |= {"at": [], "beta": [np.empty(0)], "tree_clause": [np.empty((0, 2), np.int64)]}
+    counts, tree_sizes, group_sizes = [], [], []
     first_row = 0
     for g in grown:
         forest = g.forest
+        group = -1
+        if g.root_slopes:
+            group = len(group_sizes)
+            keys = np.array(sorted(g.root_slopes), dtype=np.int64)
+            group_sizes.append(len(keys))
+            parts["group_key"].append(keys)
+            parts["group_row"].append(np.array([g.root_slopes[k] + first_row for k in keys.tolist()], dtype=np.int64))
         for t in g.trees:
             nodes = forest.order(t)
             tree_sizes.append(len(nodes))
@@ -199,17 +205,16 @@ def _trees(program: Program, grown: Sequence[Grown]) -> dict[str, Array]:
             parts["kind"].append(kind)
             parts["what"].append(np.where(inner, forest.what[nodes], 0))
             parts["at"].append(np.where(inner, forest.at[nodes], 0.0))
-            bound = np.array([g.bound_slopes.get(int(n), -1) for n in nodes], dtype=np.int64)
-            bound[(flags & BOUND) == 0] = -1
-            refresh = np.array([g.root_slopes.get(int(n), -1) for n in nodes], dtype=np.int64)
-            refresh[(flags & REFRESH) == 0] = -1
-            for name, rows in (("slopes_bound", bound), ("slopes_refresh", refresh)):
-                parts[name].append(np.where(rows >= 0, rows + first_row, -1))
-            none = np.empty(0)
+            bound = np.array([g.bound_slopes.get(n, -1) for n in nodes.tolist()], dtype=np.int64)
+            parts["slopes_bound"].append(np.where((bound >= 0) & (flags & BOUND > 0), bound + first_row, -1))
+            refresh = np.full(len(nodes), -1, dtype=np.int64)
+            refresh[0] = group
+            parts["slopes_refresh"].append(refresh)
             for n, f in zip(nodes.tolist(), flags.tolist(), strict=True):
-                beta = g.betas.get(n, none) if f & BOUND else none
-                counts.append(len(beta))
-                parts["beta"].append(beta.astype(np.float64))
+                beta = g.betas.get(n) if f & BOUND else None
+                counts.append(0 if beta is None else len(beta))
+                if beta is not None:
+                    parts["beta"].append(beta)
             parts["tree_case"].append(np.array([forest.case[t]], dtype=np.int64))
             parts["tree_clause"].append(np.array([[forest.first[t], forest.last[t]]], dtype=np.int64))
         first_row += len(g.slopes)
@@ -219,8 +224,7 @@ def _trees(program: Program, grown: Sequence[Grown]) -> dict[str, Array]:
     for g in grown:
         slopes[first_row : first_row + len(g.slopes), np.searchsorted(slots, g.slots)] = g.slopes
         first_row += len(g.slopes)
-    arrays = {name: np.concatenate(values) if values else np.empty(0) for name, values in parts.items()}
-    arrays["tree_start"] = np.concatenate([[0], np.cumsum(tree_sizes)]).astype(np.int64)
-    arrays["beta_start"] = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    arrays |= {"slots": slots, "slopes": slopes}
-    return arrays
+    arrays = {name: np.concatenate(values) for name, values in parts.items()}
+    for name, sizes in (("tree_start", tree_sizes), ("beta_start", counts), ("group_start", group_sizes)):
+        arrays[name] = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    return arrays | {"slots": slots, "slopes": slopes}

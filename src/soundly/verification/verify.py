@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from soundly.bounds.batch import Bounder, OutOfTime
+from soundly.bounds.optimise import refine
 from soundly.certificate.check import check
 from soundly.certificate.verification import replay as replay_proof
 from soundly.errors import InvalidInput, MissingRule
@@ -37,6 +38,8 @@ FEW, SOME = 6, 64
 """With at most FEW varying inputs only inputs are split, with more than SOME only neurons; between, both in turn."""
 SHARE = 0.3
 """How much of the time may go into attacks."""
+REFINING, WORK = 20, 2e11
+"""Rounds of improving the slopes behind inner intervals, and up to how many products that may take."""
 
 
 def verify(
@@ -286,9 +289,16 @@ class _Run:
         root = narrow.refresh(lower, upper)
         clauses = list(range(int(problem.spans[case, 1] - problem.spans[case, 0])))
         search = NeuronSplit(problem, narrow, case, root, clauses, margin=1e-5)
-        search.begin(30)
+        search.begin(20)
         self.subproblems += search.subproblems
         self.bound = search.bound
+        rows = sum(int(narrow.loose(i, root).sum()) for i in range(len(narrow.steps)) if narrow.read[i])
+        if len(search.waiting) and 8 * REFINING * rows * narrow.cost < WORK:
+            refined = refine(narrow, root, rounds=REFINING)
+            search = NeuronSplit(problem, narrow, case, root, clauses, margin=1e-5, refined=refined)
+            search.begin(50)
+            self.subproblems += search.subproblems
+            self.bound = search.bound
         return search
 
     def _work_neurons(self, search: NeuronSplit, until: float) -> None:
