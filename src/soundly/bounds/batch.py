@@ -189,6 +189,7 @@ class Bounder:
     Attributes:
         deadline: the time (of `time.monotonic`) at which a long pass raises `OutOfTime`.
         cost: products per row of a backward pass through the whole program.
+        dtype: of all numbers.
     """
 
     def __init__(self, program: Program, *, chunk: int = CHUNK, deadline: float = math.inf) -> None:
@@ -205,6 +206,7 @@ class Bounder:
             )
         self.widest = max(step.size for step in self.steps)
         self.chunk = chunk
+        self.dtype = next((s.bias.dtype for s in self.steps if isinstance(s, Affine)), torch.float64)
         maps = [m for step in self.steps if isinstance(step, Affine) for m, _ in step.parts]
         self.cost = sum(len(m.rows) if isinstance(m, Sparse) else m.size[0] * m.terms for m in maps)
 
@@ -579,6 +581,7 @@ def _chosen(f: Elementwise, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tenso
         k = torch.cat(candidates).nan_to_num(0.0, 0.0, 0.0)
         k = torch.where(thin, k[1], k)
         low, high = sampled_offsets(f, p, q, k)
+        low[0], high[0] = low[0].maximum(least[sloped]), high[0].minimum(greatest[sloped])
         best = (low + k * middle).argmax(0, keepdim=True)
         result[0][sloped], result[1][sloped] = k.gather(0, best)[0], low.gather(0, best)[0]
         best = (high + k * middle).argmin(0, keepdim=True)
@@ -603,11 +606,12 @@ def sampled_offsets(f: Elementwise, lower: Tensor, upper: Tensor, slope: Tensor)
     segments = 16
     t = torch.lerp(lower, upper, torch.linspace(0, 1, segments + 1, dtype=lower.dtype, device=lower.device)[:, None])
     value = f.apply(t)[:, None] - slope * t[:, None]
-    least, greatest = value.amin(0), value.amax(0)
+    turn = f.derivative.apply(t).diff(dim=0).abs() * ((upper - lower) / (8 * segments))
+    least = (torch.minimum(value[1:], value[:-1]) - turn[:, None]).amin(0)
+    greatest = (torch.maximum(value[1:], value[:-1]) + turn[:, None]).amax(0)
     for point, low, high in f.special_points:
         if point in f.breaks:
             inside = (lower <= point) & (point <= upper)
             least = torch.where(inside, least.minimum(low - slope * point), least)
             greatest = torch.where(inside, greatest.maximum(high - slope * point), greatest)
-    turn = (f.derivative.apply(t).diff(dim=0)).abs().amax(0) * (upper - lower) / (8 * segments)
-    return least - turn, greatest + turn
+    return least, greatest

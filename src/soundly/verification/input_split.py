@@ -8,10 +8,12 @@ Zhou et al., "Clip-and-Verify", 2025 (clipping).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -41,6 +43,9 @@ class Parts:
     def pick(self, index: Tensor) -> Parts:
         return Parts(*(v[index] for v in self._fields()))
 
+    def _asdict(self) -> dict[str, Tensor]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
     def _fields(self) -> tuple[Tensor, ...]:
         return self.lower, self.upper, self.node, self.case, self.open, self.bound
 
@@ -52,6 +57,10 @@ class Parts:
 class InputSplit:
     """The search; `step` handles one batch of boxes.
 
+    Args:
+        cases: which boxes of the problem; all if None.
+        margin: by how much rows must exceed their slack here, since the checker knows more about rounding.
+
     Attributes:
         forest: one tree per case, with all its clauses.
         waiting: the boxes that are neither proved nor split.
@@ -60,8 +69,8 @@ class InputSplit:
         stuck: whether some box was too small to be split.
     """
 
-    def __init__(self, problem: Problem, bounder: Bounder, cases: Tensor | None = None) -> None:
-        self.problem, self.bounder = problem, bounder
+    def __init__(self, problem: Problem, bounder: Bounder, cases: Tensor | None = None, *, margin: float = 0.0) -> None:
+        self.problem, self.bounder, self.margin = problem, bounder, margin
         self.forest = Forest()
         cases = torch.arange(len(problem.lower)) if cases is None else cases
         spans = problem.spans[cases].tolist()
@@ -102,6 +111,26 @@ class InputSplit:
         self.waiting = left if later is None else Parts.join([later, left])
         return points
 
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """What a journal keeps."""
+        arrays = {f"forest.{k}": v for k, v in self.forest.state().items()}
+        for name, parts in (("waiting", [self.waiting]), ("proved", self.proved)):
+            for field, value in Parts.join(parts)._asdict().items() if parts else ():
+                arrays[f"{name}.{field}"] = value.numpy()
+        return arrays | {"subproblems": np.array(self.subproblems)}
+
+    def restore(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Goes on where a journal left it."""
+        self.forest.restore({k.removeprefix("forest."): v for k, v in state.items() if k.startswith("forest.")})
+        for name in ("waiting", "proved"):
+            found = {k.split(".")[1]: torch.from_numpy(v) for k, v in state.items() if k.startswith(name + ".")}
+            parts = Parts(**found) if found else None
+            if name == "proved":
+                self.proved = [] if parts is None else [parts]
+            elif parts is not None:
+                self.waiting = parts
+        self.subproblems = int(state["subproblems"])
+
     def grown(self, trees: Sequence[int]) -> Grown:
         """Some trees, for a certificate."""
         return Grown(self.forest, trees, np.empty(0, np.int64), np.empty((0, 0), np.float32), {}, {}, {})
@@ -117,12 +146,12 @@ class InputSplit:
         self.waiting = Parts.join([self.waiting, children])
 
     def _treat(self, now: Parts) -> tuple[Parts, Tensor]:
-        frame = self.bounder.refresh(now.lower, now.upper)
+        frame = self.bounder.refresh(now.lower.to(self.bounder.dtype), now.upper.to(self.bounder.dtype))
         owner, row, clause, least, a = self._rows(frame, now)
         k, many = now.open.shape
         slack = self.problem.slack[row]
         place = owner * many + clause
-        above = torch.isfinite(least) & (least > slack)
+        above = torch.isfinite(least) & (least > slack + self.margin)
         done = torch.zeros(k * many, dtype=torch.bool)
         done[place[above]] = True
         done = done.reshape(k, many) | frame.infeasible[:, None]
@@ -198,13 +227,13 @@ class InputSplit:
         row, clause = rows[owner, slot], clauses[owner, slot]
         lines = bounder.lines(frame)
         last = len(bounder.steps) - 1
-        bounds, planes = [], []
+        bounds, planes = [now.lower.new_empty(0)], [now.lower.new_empty(0, now.lower.shape[1])]
         for part in bounder.portions(len(owner)):
             which, who = row[part], owner[part]
-            a = {last: problem.rows.y[which]}
+            a = {last: problem.rows.y[which].to(bounder.dtype)}
             if problem.rows.reads_inputs:
-                a[0] = problem.rows.x[which]
-            found = bounder.backward(frame, lines, Start(a, problem.rows.constant[which], who))
-            bounds.append(found.least(now.lower[who], now.upper[who]))
-            planes.append(found.a)
+                a[0] = problem.rows.x[which].to(bounder.dtype)
+            found = bounder.backward(frame, lines, Start(a, problem.rows.constant[which].to(bounder.dtype), who))
+            bounds.append(found.least(frame.lower[0][who], frame.upper[0][who]).double())
+            planes.append(found.a.double())
         return owner, row, clause, torch.cat(bounds), torch.cat(planes)

@@ -61,6 +61,11 @@ def certificate(problem: Problem, grown: Sequence[Grown], *, claim: str, model: 
     )  # fmt: skip
 
 
+def identity(problem: Problem) -> dict[str, Array]:
+    """The numbers of a problem: equal for equal problems."""
+    return _program(problem.program)[1] | _cases(problem)
+
+
 def _f8(x: Tensor) -> Array:
     return np.ascontiguousarray(x.detach().cpu().double().numpy())
 
@@ -183,7 +188,9 @@ def _trees(program: Program, grown: Sequence[Grown]) -> dict[str, Array]:
     names = "flags kind what at slopes_bound slopes_refresh tree_case tree_clause beta group_key group_row".split()
     parts: dict[str, list[Array]] = {name: [np.empty(0, np.int64)] for name in names}
     parts |= {"at": [], "beta": [np.empty(0)], "tree_clause": [np.empty((0, 2), np.int64)]}
-    counts, tree_sizes, group_sizes = [], [], []
+    counts: list[int] = []
+    tree_sizes: list[int] = []
+    group_sizes: list[int] = []
     first_row = 0
     for g in grown:
         forest = g.forest

@@ -25,9 +25,10 @@ from soundly.errors import InvalidInput, MissingRule
 from soundly.spec.claim import Claim
 from soundly.verification.attack import Attack
 from soundly.verification.input_split import InputSplit
+from soundly.verification.journal import Journal
 from soundly.verification.neuron_split import NeuronSplit
 from soundly.verification.problem import Problem, problem_of
-from soundly.verification.proof import certificate
+from soundly.verification.proof import certificate, identity
 from soundly.verification.replay import Replay, replay
 from soundly.verification.rows import Rows
 from soundly.verification.verdict import Effort, Empty, Progress, Proved, Refuted, Unknown, Verdict
@@ -38,6 +39,10 @@ FEW, SOME = 6, 64
 """With at most FEW varying inputs only inputs are split, with more than SOME only neurons; between, both in turn."""
 SHARE = 0.3
 """How much of the time may go into attacks."""
+MARGIN = 1e-5
+"""By how much searches in float32 want rows above their slack."""
+LARGE = 1e6
+"""Products per row from which inputs are split in float32."""
 REFINING, WORK = 20, 2e11
 """Rounds of improving the slopes behind inner intervals, and up to how many products that may take."""
 
@@ -49,6 +54,7 @@ def verify(
     timeout: float | None = None,
     memory: int | None = None,
     attack: bool = True,
+    journal: str | os.PathLike[str] | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Verdict:
     """Decides whether a claim holds for every input of its region.
@@ -59,7 +65,10 @@ def verify(
             one the network itself confirms them.
         timeout: seconds; without one the search ends when it is done.
         memory: bytes that the process may use; the search stops there.
-        attack: whether to look for counterexamples with gradients. Without it only points that bounds suggest are tried.
+        attack: whether to look for counterexamples with gradients; without it only points that bounds suggest are
+            tried.
+        journal: a file that keeps the search, written every few seconds; with the same claim the search goes on from
+            there.
         progress: called now and then.
 
     Returns:
@@ -68,13 +77,13 @@ def verify(
         Interrupting (Ctrl-C) returns what is known.
 
     Raises:
-        InvalidInput: an argument is of the wrong type.
+        InvalidInput: an argument is of the wrong type, or the journal is that of another claim.
     """
     if not isinstance(claim, Claim):
         raise InvalidInput(f"claim is a {type(claim).__name__}; give a Claim, as soundly.robust or read_vnnlib return.")
     if timeout is not None and not timeout > 0:
         raise InvalidInput(f"timeout is {timeout}; give seconds above 0, or None.")
-    run = _Run(claim, model, timeout, memory, attack, progress)
+    run = _Run(claim, model, timeout, memory, attack, journal, progress)
     with torch.no_grad():
         return run.verdict()
 
@@ -97,6 +106,7 @@ class _Run:
     timeout: float | None
     memory: int | None
     attacking: bool
+    journal_path: str | os.PathLike[str] | None
     progress: Callable[[Progress], None] | None
 
     def __post_init__(self) -> None:
@@ -107,6 +117,8 @@ class _Run:
         self.bound, self.open = -math.inf, 1.0
         self.attacks: dict[int, Attack] = {}
         self.tried: set[bytes] = set()
+        self.problem: Problem | None = None
+        self.journal = Journal(None, {})
 
     # ---------------------------------------------------------------- the outcome
 
@@ -115,12 +127,13 @@ class _Run:
             return Empty(self._effort("empty region"))
         try:
             try:
-                self.problem = problem_of(self.claim)
+                problem = self.problem = problem_of(self.claim)
             except MissingRule as error:
-                self.problem = None
                 self._attack_network()
                 raise _Stop(f"no bounds for this network: {error}") from error
-            return self._decide(self.problem)
+            if self.journal_path is not None:
+                self.journal = Journal(self.journal_path, identity(problem))
+            return self._decide(problem)
         except _Found as found:
             w = found.witness
             return Refuted(
@@ -132,6 +145,7 @@ class _Run:
                 reason = "out of memory"
         except KeyboardInterrupt:
             reason = "interrupted"
+        self.journal.write(now=True)
         return Unknown(self.bound, self.open, reason, self._effort("unknown"))
 
     def _effort(self, settled: str) -> Effort:
@@ -144,6 +158,7 @@ class _Run:
             raise _Stop("the memory limit was reached; allow more with memory")
 
     def _tell(self) -> None:
+        self.journal.write()
         if self.progress is not None:
             self.progress(Progress(time.monotonic() - self.begun, self.subproblems, self.open, self.bound))
 
@@ -215,9 +230,13 @@ class _Run:
             self._try(case, 0.05)
         vary = int((problem.upper > problem.lower).sum(1).max())
         wide = Bounder(problem.program, deadline=self.deadline)
+        margin = 0.0
+        if wide.cost > LARGE:  # in float32 twice as fast
+            wide, margin = Bounder(problem.program.to(torch.float32), deadline=self.deadline), MARGIN
         settled: list[tuple[Search, list[int]]] = []
-        inputs = InputSplit(problem, wide) if vary <= SOME or cases > 1 else None
+        inputs = InputSplit(problem, wide, margin=margin) if vary <= SOME or cases > 1 else None
         if inputs is not None:
+            self.journal.follow("inputs", inputs)
             self._work_inputs(inputs, rounds=None if vary <= FEW else 1)
             waiting = set(inputs.waiting.case.tolist())
             settled.append((inputs, [t for t, case in enumerate(inputs.forest.case) if case not in waiting]))
@@ -225,7 +244,10 @@ class _Run:
         else:
             left = [0]
         for case in left:
-            own = inputs if cases == 1 else InputSplit(problem, wide, torch.tensor([case]))
+            own = inputs
+            if cases > 1:
+                own = InputSplit(problem, wide, torch.tensor([case]), margin=margin)
+                self.journal.follow(f"inputs {case}", own)
             search = self._case(problem, case, own if vary <= SOME else None)
             settled.append((search, list(range(len(search.forest.root)))))
         return self._prove(problem, settled)
@@ -250,7 +272,7 @@ class _Run:
             batch = int(max(1, min(512, 2 * batch, batch * 0.5 / max(spent, 1e-3))))
             self.bound, self.open = search.bound, search.open_share
             if len(points):
-                if len(self.problem.lower) == 1:
+                if len(search.problem.lower) == 1:
                     self._offer(0, points)
                 elif len(treated):
                     self._offer(int(treated[0]), points)
@@ -273,6 +295,7 @@ class _Run:
             end = time.monotonic() + turn
             if neurons is None:
                 neurons = self._rooted(problem, case)
+                self.journal.follow(f"neurons {case}", neurons)
             self._work_neurons(neurons, end if inputs is not None else math.inf)
             if not len(neurons.waiting) and not neurons.stuck:
                 return neurons
@@ -288,14 +311,14 @@ class _Run:
         lower, upper = (v[case : case + 1].float() for v in (problem.lower, problem.upper))
         root = narrow.refresh(lower, upper)
         clauses = list(range(int(problem.spans[case, 1] - problem.spans[case, 0])))
-        search = NeuronSplit(problem, narrow, case, root, clauses, margin=1e-5)
+        search = NeuronSplit(problem, narrow, case, root, clauses, margin=MARGIN)
         search.begin(20)
         self.subproblems += search.subproblems
         self.bound = search.bound
         rows = sum(int(narrow.loose(i, root).sum()) for i in range(len(narrow.steps)) if narrow.read[i])
         if len(search.waiting) and 8 * REFINING * rows * narrow.cost < WORK:
             refined = refine(narrow, root, rounds=REFINING)
-            search = NeuronSplit(problem, narrow, case, root, clauses, margin=1e-5, refined=refined)
+            search = NeuronSplit(problem, narrow, case, root, clauses, margin=MARGIN, refined=refined)
             search.begin(50)
             self.subproblems += search.subproblems
             self.bound = search.bound
