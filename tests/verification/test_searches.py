@@ -97,7 +97,7 @@ FALSE = {
     "many": lambda: conjunctive(net(1), square(2), 0.4, 1),
     "tanh": lambda: conjunctive(net(2, activation=nn.Tanh), square(2), 0.05, 2),
     "three inputs": lambda: conjunctive(net(3, inputs=3), square(3), 0.01, 3),
-    "output": lambda: within(net(4), square(2), None, 0.0),
+    "output": lambda: within(net(4), square(2), None, -1.3),
 }
 
 

@@ -7,14 +7,14 @@ intervals, or all with the same intervals except for a few clamped entries.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from soundly.certificate.functions import FAR, U
-from soundly.certificate.program import Affine, Apply, Program, Step, Times, Variable, nonlinear_sources
+from soundly.certificate.program import Affine, Apply, Program, Step, Stored, Times, Variable, nonlinear_sources
 
 Array = npt.NDArray[Any]
 
@@ -54,13 +54,14 @@ class Frame:
 class Pieces:
     """Of a function or product, per side: slopes towards each source, and an offset that pays for roundings [M, n].
 
-    Below: where the coefficient is positive.
+    Below: where the coefficient is positive. by_row: of each row of a pass instead of each node.
     """
 
     below: tuple[Array, ...]
     below_offset: Array
     above: tuple[Array, ...]
     above_offset: Array
+    by_row: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,13 +118,16 @@ def relax(program: Program, i: int, intervals: Sequence[tuple[Array, Array]], lo
     return Pieces(*found[0], found[1][0], -found[1][1])
 
 
-def pieces(program: Program, i: int, frame: Frame, slopes: Array | None) -> Pieces:
-    """The relaxation of step i over a frame, with stored slopes [M or 1, S] or the default."""
+def pieces(program: Program, i: int, frame: Frame, slopes: Array | None, owner: Array | None = None) -> Pieces:
+    """The relaxation of step i over a frame, with stored slopes [M or 1, S] or the default; or [owners, S] by row."""
     intervals = [(frame.lower[s], frame.upper[s]) for s in nonlinear_sources(program.steps[i])]
+    if owner is not None:
+        intervals = [(_owned(a, owner), _owned(b, owner)) for a, b in intervals]
     low, high = program.stored(i, slopes, 1 if slopes is None else len(slopes))
     shape = intervals[0][0].shape if len(low) == 1 else low.shape
     intervals = [(np.broadcast_to(a, shape), np.broadcast_to(b, shape)) for a, b in intervals]
-    return relax(program, i, intervals, np.broadcast_to(low, shape).copy(), np.broadcast_to(high, shape).copy())
+    found = relax(program, i, intervals, np.broadcast_to(low, shape).copy(), np.broadcast_to(high, shape).copy())
+    return found if owner is None else replace(found, by_row=True)
 
 
 def _below(x: Array) -> Array:
@@ -233,11 +237,11 @@ class View:
                 extra: list[tuple[Array, Array, Array]] = []
                 if i in self.exceptions:
                     extra = self._exceptional(i, a, owner, bound)
-                positive = a > 0
-                offset = np.where(positive, _owned(some.below_offset, owner), _owned(some.above_offset, owner))
+                positive, who = a > 0, np.arange(len(a)) if some.by_row else owner
+                offset = np.where(positive, _owned(some.below_offset, who), _owned(some.above_offset, who))
                 bound.add(_rowwise(a, offset))
                 for j, source in enumerate(sources):
-                    slope = np.where(positive, _owned(some.below[j], owner), _owned(some.above[j], owner))
+                    slope = np.where(positive, _owned(some.below[j], who), _owned(some.above[j], who))
                     slope *= a
                     if extra:
                         row, entry, parts = extra[j]
@@ -315,14 +319,14 @@ def _rows_of(node: Array, owner: Array) -> tuple[Array, Array]:
 
 
 def refresh(
-    program: Program, lower: Array, upper: Array, inherited: Frame | None, slopes: Sequence[Array] | None
+    program: Program, lower: Array, upper: Array, inherited: Frame | None, group: Array, stored: Stored
 ) -> tuple[Frame, Array]:
     """Intervals of all steps over boxes.
 
     Args:
         lower, upper: boxes [M, inputs].
         inherited: intervals that are known already [M, n].
-        slopes: stored slopes [M, S], for each of the steps whose intervals matter; None for the default.
+        group: [M], which group of stored slopes belongs to each box; -1 for none.
 
     Returns:
         the frame [M, n]; which boxes are empty or hold no point that the inherited intervals allow [M].
@@ -338,44 +342,53 @@ def refresh(
         frame.upper.append(high)
         frame.cost.append(cost)
         dead = dead | _settle(frame, i)
-        if slopes is None and isinstance(step, (Apply, Times)):
+        if isinstance(step, (Apply, Times)):
             current[i] = pieces(program, i, frame, None)
         if i not in program.bounded or _is_exact(step):
             continue
-        wanted = _wanted(program, frame, i) & ~dead[:, None]
-        if not wanted.any():
-            continue
-        if slopes is not None:
-            row = slopes[program.bounded.index(i)]
-            current = {
-                j: pieces(program, j, frame, row)
-                for j, earlier in enumerate(program.steps[: i + 1])
-                if isinstance(earlier, (Apply, Times))
-            }
-        view = View(program, frame, current, frame.lower[0], frame.upper[0])
-        node, entry = wanted.nonzero()
-        size = max(1, program.rows_at_once // 2)
-        for begin in range(0, len(node), size):
-            owner, at = node[begin : begin + size], entry[begin : begin + size]
-            both = np.concatenate([owner, owner])
-            bounds, *_ = view.backward(_units(program, i, at), both)
-            below, above = bounds[: len(at)], -bounds[len(at) :]
-            frame.lower[i][owner, at] = np.maximum(frame.lower[i][owner, at], below)
-            frame.upper[i][owner, at] = np.minimum(frame.upper[i][owner, at], above)
-        dead = dead | _settle(frame, i)
+        node, entry = (_wanted(program, frame, i) & ~dead[:, None]).nonzero()
+        if len(node):
+            _tighten(program, frame, i, current, node, entry, group, stored)
+            dead = dead | _settle(frame, i)
     return frame, dead
+
+
+def _tighten(
+    program: Program,
+    frame: Frame,
+    i: int,
+    current: dict[int, Pieces],
+    node: Array,
+    entry: Array,
+    group: Array,
+    stored: Stored,
+) -> None:
+    """Meets the intervals of some entries of step i with backward bounds, each with its stored slopes, if it has any."""
+    node, entry, side = np.tile(node, 2), np.tile(entry, 2), np.repeat([0, 1], len(node))
+    row = stored.rows(group[node], 2 * (program.offsets[i] + entry) + side)
+    low, high = frame.lower[i].copy(), frame.upper[i].copy()
+    for chosen in (False, True):
+        which = np.flatnonzero((row >= 0) == chosen)
+        for begin in range(0, len(which), program.rows_at_once):
+            some = which[begin : begin + program.rows_at_once]
+            owner, at, sign = node[some], entry[some], 1.0 - 2.0 * side[some]
+            own = current
+            if chosen:
+                slopes = stored.of(row[some])
+                own = {j: pieces(program, j, frame, slopes, owner) if program.has_slots(j) else current[j]
+                       for j in current}  # fmt: skip
+            start = np.zeros((len(some), program.steps[i].size))
+            start[np.arange(len(some)), at] = sign
+            bounds, *_ = View(program, frame, own, frame.lower[0], frame.upper[0]).backward({i: start}, owner)
+            below = sign > 0
+            low[owner[below], at[below]] = np.maximum(low[owner[below], at[below]], bounds[below])
+            high[owner[~below], at[~below]] = np.minimum(high[owner[~below], at[~below]], -bounds[~below])
+    frame.lower[i], frame.upper[i] = low, high
 
 
 def _is_exact(step: Step) -> bool:
     """Whether its interval is already as tight as a backward pass could make it."""
     return isinstance(step, Variable) or (isinstance(step, Affine) and [s for _, s in step.parts] == [0])
-
-
-def _units(program: Program, i: int, entry: Array) -> dict[int, Array]:
-    rows = np.zeros((2 * len(entry), program.steps[i].size))
-    rows[np.arange(len(entry)), entry] = 1.0
-    rows[np.arange(len(entry)) + len(entry), entry] = -1.0
-    return {i: rows}
 
 
 def _wanted(program: Program, frame: Frame, i: int) -> Array:

@@ -299,6 +299,10 @@ class Program:
                 found[i] = sides
         return found
 
+    def has_slots(self, i: int) -> bool:
+        """Whether any slope of step i can be stored."""
+        return any(len(entry) for entry, _ in self._placed[i])
+
     def stored(self, i: int, slopes: Array | None, nodes: int) -> tuple[Array, Array]:
         """Stored slopes of step i [nodes, n], lower and upper, NaN where there are none."""
         result = np.full((2, nodes, self.steps[i].size), np.nan)
@@ -306,6 +310,34 @@ class Program:
             for side, (entry, at) in enumerate(self._placed[i]):
                 result[side][:, entry] = slopes[:, at]
         return result[0], result[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """The slopes of a certificate [K, slots], and groups of them for single bounds.
+
+    Entry e of group g, for e from start[g] to start[g + 1]: the bound key[e] = 2 * neuron + side (0 its lower, 1 its
+    upper bound) is found with row[e] of the slopes. Keys ascend within a group.
+    """
+
+    slopes: Array
+    start: Array
+    key: Array
+    row: Array
+
+    def rows(self, group: Array, key: Array) -> Array:
+        """For bounds [p] the rows of slopes that their groups have for them, or -1; group -1 has none."""
+        found = np.full(len(key), -1)
+        for g in np.unique(group[group >= 0]).tolist():
+            first, last = self.start[g : g + 2]
+            own = np.flatnonzero(group == g)
+            at = np.minimum(first + np.searchsorted(self.key[first:last], key[own]), max(first, last - 1))
+            if last > first:
+                found[own] = np.where(self.key[at] == key[own], self.row[at], -1)
+        return found
+
+    def of(self, rows: Array) -> Array:
+        return self.slopes[rows].astype(np.float64)
 
 
 def nonlinear_sources(step: Step) -> tuple[int, ...]:

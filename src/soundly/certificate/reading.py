@@ -24,6 +24,7 @@ from soundly.certificate.program import (
     Program,
     Sparse,
     Step,
+    Stored,
     Times,
     Variable,
 )
@@ -75,7 +76,7 @@ class Proof:
     slopes_refresh: Array
     beta_start: Array
     beta: Array
-    slopes: Array
+    stored: Stored
 
 
 class _Reader:
@@ -140,13 +141,14 @@ def read(certificate: Certificate) -> Proof:
     if not (np.abs(slopes) < np.inf).all():
         _refuse("slopes are not finite")
     cases = _cases(arrays, inputs, outputs)
-    trees = _trees(arrays, program, cases["pair_start"], len(slopes))
+    stored = _stored(arrays, slopes, neurons)
+    trees = _trees(arrays, program, cases["pair_start"], stored)
     rows = np.diff(cases["pair_rows"][cases["pair_start"]]).max()
     if rows * inputs > MAX_CLIPPED and (trees["flags"] & CLIP).any():
         _refuse(f"flags: {rows} rows of one case with {inputs} inputs are too many to clip with")
     if unused := set(certificate.arrays) - arrays.used:
         _refuse(f"arrays that nothing refers to: {sorted(unused)!s:.200}")
-    return Proof(program=program, slopes=slopes, **cases, **trees)
+    return Proof(program=program, stored=stored, **cases, **trees)
 
 
 def _list(value: object, name: str) -> list[Any]:
@@ -325,7 +327,20 @@ def _cases(arrays: _Reader, inputs: int, outputs: int) -> dict[str, Array]:
     }  # fmt: skip
 
 
-def _trees(arrays: _Reader, program: Program, pair_start: Array, stored: int) -> dict[str, Array]:
+def _stored(arrays: _Reader, slopes: Array, neurons: int) -> Stored:
+    count = len(arrays.get("group_start", "i8", None)) - 1
+    if count < 0:
+        _refuse("group_start is empty")
+    row = arrays.indices("group_row", None, len(slopes))
+    key = arrays.indices("group_key", len(row), 2 * neurons)
+    start = arrays.offsets("group_start", count, len(key))
+    group = np.repeat(np.arange(count), np.diff(start))
+    if (np.diff(group * (2 * neurons) + key) <= 0).any():
+        _refuse("group_key must increase within a group")
+    return Stored(slopes, start, key, row)
+
+
+def _trees(arrays: _Reader, program: Program, pair_start: Array, stored: Stored) -> dict[str, Array]:
     case = arrays.indices("tree_case", None, len(pair_start) - 1)
     trees = len(case)
     clause = arrays.get("tree_clause", "i8", trees, 2)
@@ -347,16 +362,14 @@ def _trees(arrays: _Reader, program: Program, pair_start: Array, stored: int) ->
     if (beta < 0).any():
         _refuse("beta is negative")
     beta_start = arrays.offsets("beta_start", nodes, len(beta))
-    bound = arrays.indices("slopes_bound", nodes, stored, least=-1)
-    rows = arrays.indices("slopes_refresh", nodes, stored, least=-1)
-    if (rows[rows >= 0] + len(program.bounded) > stored).any():
-        _refuse("slopes_refresh: fewer rows of slopes follow than there are steps to bound")
+    bound = arrays.indices("slopes_bound", nodes, len(stored.slopes), least=-1)
+    group = arrays.indices("slopes_refresh", nodes, len(stored.start) - 1, least=-1)
     refreshed, bounded, clipped = ((flags & flag) > 0 for flag in (REFRESH, BOUND, CLIP))
     if not refreshed[start[:-1]].all():
         _refuse("flags: the root of a tree must be refreshed")
     if (clipped & ~bounded).any():
         _refuse("flags: a node is clipped that is not bounded")
-    if ((bound >= 0) & ~bounded).any() or ((rows >= 0) & ~refreshed).any():
+    if ((bound >= 0) & ~bounded).any() or ((group >= 0) & ~refreshed).any():
         _refuse("slopes for a node that does not use them")
     if (np.diff(beta_start)[~bounded] > 0).any():
         _refuse("beta for a node that is not bounded")
@@ -386,5 +399,5 @@ def _trees(arrays: _Reader, program: Program, pair_start: Array, stored: int) ->
         _refuse("beta: one number for each neuron split above the node, or none")
     return {
         "tree_case": case, "tree_clause": clause, "tree_start": start, "flags": flags, "kind": kind, "what": what,
-        "at": at, "child": child, "slopes_bound": bound, "slopes_refresh": rows, "beta_start": beta_start, "beta": beta,
+        "at": at, "child": child, "slopes_bound": bound, "slopes_refresh": group, "beta_start": beta_start, "beta": beta,
     }  # fmt: skip

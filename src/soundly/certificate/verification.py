@@ -97,10 +97,8 @@ class _Replayer:
         for begin in range(0, len(unique), self.narrow):
             some = unique[begin : begin + self.narrow]
             lower, upper = proof.lower[some[:, 0]], proof.upper[some[:, 0]]
-            row_of: dict[int, tuple[Frame, int, bool]] = {}
-            for which in _alike((some[:, 1] >= 0).astype(int)):
-                frame, dead = self._refresh(lower[which], upper[which], None, some[which, 1])
-                row_of |= {int(key): (frame, row, bool(dead[row])) for row, key in enumerate(which)}
+            frame, dead = refresh(proof.program, lower, upper, None, some[:, 1], proof.stored)
+            row_of = {key: (frame, key, bool(dead[key])) for key in range(len(some))}
             first, last = np.searchsorted(number, [begin, begin + len(some)])
             for tree, key in zip(order[first:last].tolist(), (number[first:last] - begin).tolist(), strict=True):
                 frame, row, gone = row_of[key]
@@ -124,30 +122,22 @@ class _Replayer:
             proven[base + first : base + last] |= ~left
         return Replay(proven, self.margin, proof.pair_start, sorted(self.failed))
 
-    def _refresh(self, lower: Array, upper: Array, inherited: Frame | None, first: Array) -> tuple[Frame, Array]:
-        """Intervals of boxes; `first` [M]: where their slopes begin, all -1 or none."""
-        slopes = None
-        if first[0] >= 0:
-            rows = range(len(self.proof.program.bounded))
-            slopes = [self.proof.slopes[first + j].astype(np.float64) for j in rows]
-        return refresh(self.proof.program, lower, upper, inherited, slopes)
-
     def _replay(self, batch: list[_Node]) -> None:
         proof, living = self.proof, []
         renewed = [n for n in batch if n.depth and proof.flags[n.place] & REFRESH]
         living = [n for n in batch if not (n.depth and proof.flags[n.place] & REFRESH)]
-        renewed.sort(key=lambda n: (bool(proof.slopes_refresh[n.place] >= 0), id(n.frame)))
-        for which in _alike(np.array([proof.slopes_refresh[n.place] >= 0 for n in renewed], int)):
-            for begin in range(0, len(which), self.narrow):
-                nodes = [renewed[i] for i in which[begin : begin + self.narrow]]
-                inherited = self._gather(nodes)
-                boxes = inherited.lower[0], inherited.upper[0]
-                first = np.array([proof.slopes_refresh[n.place] for n in nodes])
-                frame, dead = self._refresh(*boxes, inherited, first)
-                for row, node in enumerate(nodes):
-                    if not dead[row]:
-                        node.frame, node.row = frame, row
-                        living.append(node)
+        renewed.sort(key=lambda n: id(n.frame))
+        for begin in range(0, len(renewed), self.narrow):
+            nodes = renewed[begin : begin + self.narrow]
+            inherited = self._gather(nodes)
+            groups_of = np.array([proof.slopes_refresh[n.place] for n in nodes])
+            frame, dead = refresh(
+                proof.program, inherited.lower[0], inherited.upper[0], inherited, groups_of, proof.stored
+            )
+            for row, node in enumerate(nodes):
+                if not dead[row]:
+                    node.frame, node.row = frame, row
+                    living.append(node)
         bounded = [n for n in living if proof.flags[n.place] & BOUND]
         groups: dict[tuple[int, int, int], list[_Node]] = {}
         for node in bounded:
@@ -227,7 +217,7 @@ class _Replayer:
     def _mixed_view(self, nodes: Sequence[_Node]) -> View:
         proof, frame = self.proof, self._gather(nodes)
         rows = np.array([proof.slopes_bound[n.place] for n in nodes])
-        slopes = proof.slopes[rows].astype(np.float64) if rows[0] >= 0 else None
+        slopes = proof.stored.of(rows) if rows[0] >= 0 else None
         return View(proof.program, frame, self._pieces(frame, slopes), frame.lower[0], frame.upper[0], {},
                     self._splits(nodes))  # fmt: skip
 
@@ -241,7 +231,7 @@ class _Replayer:
 
     def _shared_view(self, key: tuple[int, int, int], nodes: Sequence[_Node]) -> View:
         proof, program = self.proof, self.proof.program
-        slopes = proof.slopes[key[2]][None].astype(np.float64) if key[2] >= 0 else None
+        slopes = proof.stored.of(np.array(key[2:])) if key[2] >= 0 else None
         same_box = all(n.lower is nodes[0].lower and n.upper is nodes[0].upper for n in nodes)
         boxes = nodes[:1] if same_box else nodes
         lower, upper = np.stack([n.lower for n in boxes]), np.stack([n.upper for n in boxes])

@@ -40,7 +40,7 @@ class Parts:
     def __len__(self) -> int:
         return len(self.node)
 
-    def pick(self, index: Tensor) -> Parts:
+    def pick(self, index: Tensor | slice) -> Parts:
         return Parts(*(v[index] for v in self._fields()))
 
     def _asdict(self) -> dict[str, Tensor]:
@@ -51,6 +51,8 @@ class Parts:
 
     @staticmethod
     def join(parts: Sequence[Parts]) -> Parts:
+        if len(parts) == 1:
+            return parts[0]
         return Parts(*(torch.cat(v) for v in zip(*(p._fields() for p in parts), strict=True)))
 
 
@@ -63,7 +65,7 @@ class InputSplit:
 
     Attributes:
         forest: one tree per case, with all its clauses.
-        waiting: the boxes that are neither proved nor split.
+        stack: the boxes that are neither proved nor split.
         proved: the leaves.
         subproblems: how many boxes were bounded.
         stuck: whether some box was too small to be split.
@@ -76,19 +78,28 @@ class InputSplit:
         spans = problem.spans[cases].tolist()
         nodes = [self.forest.plant(c, 0, b - a) for c, (a, b) in zip(cases.tolist(), spans, strict=True)]
         bound = torch.full((len(cases),), -torch.inf, dtype=torch.float64)
-        self.waiting = Parts(
+        roots = Parts(
             problem.lower[cases], problem.upper[cases], torch.tensor(nodes), cases, problem.open_clauses(cases), bound
         )
+        self.stack = [roots]
         self.proved: list[Parts] = []
         self.subproblems = 0
         self.stuck = False
 
+    def __len__(self) -> int:
+        return sum(map(len, self.stack))
+
+    @property
+    def waiting(self) -> Parts:
+        """The boxes that are neither proved nor split; at least one."""
+        return Parts.join(self.stack)
+
     @property
     def open_share(self) -> float:
         """Which share of the volume waits, the mean over cases."""
-        now = self.waiting
-        if not len(now):
+        if not self.stack:
             return 0.0
+        now = self.waiting
         whole = (self.problem.upper - self.problem.lower)[now.case]
         shares = torch.where(whole > 0, (now.upper - now.lower) / whole, 1.0).prod(-1)
         return min(1.0, float(shares.sum()) / len(self.forest.root))
@@ -96,25 +107,34 @@ class InputSplit:
     @property
     def bound(self) -> float:
         """The worst bound among the boxes that wait."""
-        return float(self.waiting.bound.min()) if len(self.waiting) else 0.0
+        return float(self.waiting.bound.min()) if len(self) else 0.0
 
     def step(self, batch: int) -> Tensor:
-        """Bounds the worst boxes, drops what is proved, splits the rest; returns points where the bounds are worst."""
-        now, later = self.waiting, None
+        """Bounds the boxes on top, drops what is proved, splits the rest; returns points where bounds are worst.
+
+        Depth first, the worst of a batch first: what waits stays little.
+        """
+        taken = [self.stack.pop()]
+        while self.stack and sum(map(len, taken)) < batch:
+            taken.append(self.stack.pop())
+        now = Parts.join(taken)
         if len(now) > batch:
-            worst = now.bound.topk(batch, largest=False, sorted=False).indices
-            rest = torch.ones(len(now), dtype=torch.bool)
-            rest[worst] = False
-            now, later = now.pick(worst), now.pick(rest)
-        left, points = self._treat(now)
+            self.stack.append(now.pick(slice(batch, None)))
+            now = now.pick(slice(None, batch))
+        try:
+            left, points = self._treat(now)
+        except BaseException:  # a limit or Ctrl-C: nothing was recorded
+            self.stack.append(now)
+            raise
         self.subproblems += len(now)
-        self.waiting = left if later is None else Parts.join([later, left])
+        if len(left):
+            self.stack.append(left.pick(left.bound.argsort()))
         return points
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """What a journal keeps."""
         arrays = {f"forest.{k}": v for k, v in self.forest.state().items()}
-        for name, parts in (("waiting", [self.waiting]), ("proved", self.proved)):
+        for name, parts in (("waiting", self.stack), ("proved", self.proved)):
             for field, value in Parts.join(parts)._asdict().items() if parts else ():
                 arrays[f"{name}.{field}"] = value.numpy()
         return arrays | {"subproblems": np.array(self.subproblems)}
@@ -125,10 +145,7 @@ class InputSplit:
         for name in ("waiting", "proved"):
             found = {k.split(".")[1]: torch.from_numpy(v) for k, v in state.items() if k.startswith(name + ".")}
             parts = Parts(**found) if found else None
-            if name == "proved":
-                self.proved = [] if parts is None else [parts]
-            elif parts is not None:
-                self.waiting = parts
+            setattr(self, "stack" if name == "waiting" else name, [] if parts is None else [parts])
         self.subproblems = int(state["subproblems"])
 
     def grown(self, trees: Sequence[int]) -> Grown:
@@ -143,7 +160,7 @@ class InputSplit:
         leaves = leaves.pick(again)
         self.forest.flags[leaves.node.numpy()] = 0
         children = self._split(leaves, leaves.upper - leaves.lower)
-        self.waiting = Parts.join([self.waiting, children])
+        self.stack.append(children)
 
     def _treat(self, now: Parts) -> tuple[Parts, Tensor]:
         frame = self.bounder.refresh(now.lower.to(self.bounder.dtype), now.upper.to(self.bounder.dtype))

@@ -6,6 +6,7 @@ believe: only what was split and with which slopes and multipliers.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +64,9 @@ def certificate(problem: Problem, grown: Sequence[Grown], *, claim: str, model: 
 
 def identity(problem: Problem) -> dict[str, Array]:
     """The numbers of a problem: equal for equal problems."""
-    return _program(problem.program)[1] | _cases(problem)
+    header, arrays = _program(problem.program)
+    text = np.frombuffer(json.dumps(header, sort_keys=True).encode(), dtype=np.uint8)
+    return arrays | _cases(problem) | {"header": text}
 
 
 def _f8(x: Tensor) -> Array:

@@ -7,6 +7,7 @@ the original model.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import time
@@ -41,8 +42,8 @@ SHARE = 0.3
 """How much of the time may go into attacks."""
 MARGIN = 1e-5
 """By how much searches in float32 want rows above their slack."""
-LARGE = 1e6
-"""Products per row from which inputs are split in float32."""
+BOXES = 2048
+"""The most boxes that are bounded at once."""
 REFINING, WORK = 20, 2e11
 """Rounds of improving the slopes behind inner intervals, and up to how many products that may take."""
 
@@ -112,7 +113,7 @@ class _Run:
     def __post_init__(self) -> None:
         self.begun = time.monotonic()
         self.deadline = math.inf if self.timeout is None else self.begun + self.timeout
-        self.attacked = 0.0
+        self.attacked = self.told = 0.0
         self.subproblems = 0
         self.bound, self.open = -math.inf, 1.0
         self.attacks: dict[int, Attack] = {}
@@ -229,16 +230,13 @@ class _Run:
         for case in range(min(cases, 4)):
             self._try(case, 0.05)
         vary = int((problem.upper > problem.lower).sum(1).max())
-        wide = Bounder(problem.program, deadline=self.deadline)
-        margin = 0.0
-        if wide.cost > LARGE:  # in float32 twice as fast
-            wide, margin = Bounder(problem.program.to(torch.float32), deadline=self.deadline), MARGIN
+        wide, margin = Bounder(problem.program.to(torch.float32), deadline=self.deadline), MARGIN
         settled: list[tuple[Search, list[int]]] = []
         inputs = InputSplit(problem, wide, margin=margin) if vary <= SOME or cases > 1 else None
         if inputs is not None:
             self.journal.follow("inputs", inputs)
             self._work_inputs(inputs, rounds=None if vary <= FEW else 1)
-            waiting = set(inputs.waiting.case.tolist())
+            waiting = {case for parts in inputs.stack for case in parts.case.tolist()}
             settled.append((inputs, [t for t, case in enumerate(inputs.forest.case) if case not in waiting]))
             left = sorted(waiting)
         else:
@@ -254,10 +252,9 @@ class _Run:
 
     def _work_inputs(self, search: InputSplit, *, rounds: int | None = None, until: float = math.inf) -> None:
         """Steps until nothing waits, or for some rounds or until some time."""
-        batch = max(1, len(search.waiting)) if rounds == 1 else 8
-        batch = min(batch, 256)
+        batch = 512 if rounds == 1 else 8
         count = 0
-        while len(search.waiting):
+        while len(search):
             if (rounds is not None and count >= rounds) or time.monotonic() > until:
                 return
             self._limits()
@@ -265,20 +262,20 @@ class _Run:
                 raise _Stop("a box became too small to be split: the claim holds or fails too narrowly")
             start = time.monotonic()
             before = search.subproblems
-            treated = search.waiting.case
-            points = search.step(batch)
+            case = int(search.stack[-1].case[0])
+            points = search.step(len(search) if rounds == 1 else batch)
             self.subproblems += search.subproblems - before
             spent = time.monotonic() - start
-            batch = int(max(1, min(512, 2 * batch, batch * 0.5 / max(spent, 1e-3))))
-            self.bound, self.open = search.bound, search.open_share
+            batch = int(max(1, min(BOXES, 2 * batch, batch * 0.5 / max(spent, 1e-3))))
             if len(points):
-                if len(search.problem.lower) == 1:
-                    self._offer(0, points)
-                elif len(treated):
-                    self._offer(int(treated[0]), points)
-            self._interleave(int(search.waiting.case[search.waiting.bound.argmin()]) if len(search.waiting) else None)
-            self._tell()
+                self._offer(case, points)
+            if time.monotonic() - self.told > 0.5:
+                self.told = time.monotonic()
+                self.bound, self.open = search.bound, search.open_share
+                self._tell()
+            self._interleave(case if len(search) else None)
             count += 1
+        self.bound, self.open = 0.0, 0.0
 
     def _interleave(self, case: int | None) -> None:
         """Attacks again once its share of the time has become small."""
@@ -302,7 +299,7 @@ class _Run:
             if inputs is None:
                 raise _Stop("every neuron is split and the claim neither holds nor fails by a margin")
             self._work_inputs(inputs, until=time.monotonic() + turn)
-            if not len(inputs.waiting):
+            if not len(inputs):
                 return inputs
             turn *= 2
 
@@ -346,7 +343,11 @@ class _Run:
 
     def _prove(self, problem: Problem, settled: list[tuple[Search, list[int]]]) -> Verdict:
         """Replays the certificate, and splits again what it does not prove."""
-        model = {} if self.model is None else {"file": os.path.basename(os.fspath(self.model))}
+        model = {}
+        if self.model is not None:
+            with open(self.model, "rb") as file:
+                digest = hashlib.sha256(file.read()).hexdigest()
+            model = {"file": os.path.basename(os.fspath(self.model)), "sha256": digest}
         owners = [(search, tree) for search, trees in settled for tree in trees]
         while True:
             proof = certificate(
@@ -363,6 +364,7 @@ class _Run:
                 if mine:
                     search.reopen([int(search.forest.order(t)[position]) for t, position in mine])
                     if isinstance(search, InputSplit):
+                        search.bounder, search.margin = Bounder(problem.program, deadline=self.deadline), 0.0
                         self._work_inputs(search)
                     else:
                         self._work_neurons(search, math.inf)
