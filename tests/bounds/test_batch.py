@@ -163,6 +163,7 @@ def test_owners_change_nothing(name):
     bounder, short = Bounder(program), Bounder(program, chunk=1)
     low, high = boxes(program.inputs, 5)
     frame, portioned = bounder.refresh(low, high), short.refresh(low, high)
+    straight = all(kink(s.op) is not None for s in program.steps if isinstance(s, Function))
     start = rows(program, 17, len(frame), 5)
     found = bounder.backward(frame, bounder.lines(frame), start)
     least = found.least(low[start.owner], high[start.owner])
@@ -171,8 +172,8 @@ def test_owners_change_nothing(name):
         for i in range(len(program.steps)):
             for side in ("lower", "upper"):
                 many = getattr(frame, side)[i][k]
-                # Of candidate slopes that are equally good rounding chooses one.
-                near = 1e-9 + 1e-4 * (frame.upper[i][k] - frame.lower[i][k])
+                # Of slopes that are equally good for a smooth function rounding chooses one.
+                near = 1e-9 + (0.0 if straight else 0.1) * (frame.upper[i][k] - frame.lower[i][k])
                 for other in (getattr(one, side)[i][0], getattr(portioned, side)[i][k]):
                     assert bool(((other == many) | ((other - many).abs() <= near)).all())
         mine = (start.owner == k).nonzero()[:, 0]

@@ -64,6 +64,7 @@ class Claim:
     trees: list[tuple[int, int, int, Node]] = field(default_factory=list)
     slots: Sequence[int] = ()
     slopes: Any = None
+    groups: Sequence[Mapping[int, int]] = ()
 
     def certificate(self) -> Certificate:
         a = dict(self.arrays)
@@ -105,6 +106,9 @@ class Claim:
             "kind": [n.kind for n in flat], "what": [n.what for n in flat],
             "slopes_bound": [n.slopes_bound for n in flat], "slopes_refresh": [n.slopes_refresh for n in flat],
             "beta_start": np.cumsum([0, *(len(n.beta) for n in flat)]), "slots": list(self.slots),
+            "group_start": np.cumsum([0, *map(len, self.groups)]),
+            "group_key": [key for group in self.groups for key in sorted(group)],
+            "group_row": [group[key] for group in self.groups for key in sorted(group)],
         }  # fmt: skip
         floats = {
             "box_lower": [c[0] for c in self.cases], "box_upper": [c[1] for c in self.cases], "row_value": value,
@@ -376,7 +380,9 @@ def random_tree(rng: np.random.Generator, claim: Claim) -> Node:
     relaxed = [i for i, s in enumerate(steps) if s["step"] in ("function", "times")]
     slots = [2 * int(k) + side for i in relaxed for k in range(offsets[i], offsets[i + 1]) for side in (0, 1)]
     claim.slots = [s for s in slots if rng.random() < 0.5]
-    claim.slopes = rng.choice([0, 0.25, 0.5, 1.0], (len(read) + 3, len(claim.slots)))
+    claim.slopes = rng.choice([0, 0.25, 0.5, 1.0], (6, len(claim.slots)))
+    keys = [2 * int(k) + side for i in read for k in range(offsets[i], offsets[i + 1]) for side in (0, 1)]
+    claim.groups = [{k: int(rng.integers(0, 6)) for k in keys if rng.random() < share} for share in (0, 0.5, 1)]
     c = claim.certificate()
     samples = points(c, 0, rng, 200)
     root = Node(REFRESH | BOUND | int(rng.choice([0, CLIP])))
@@ -777,6 +783,21 @@ def malformed() -> dict[str, Certificate]:
     }  # fmt: skip
     assert len(deep.arrays["beta"]) > 0
     betas = deep.arrays["beta"]
+    grouped = next(c for c in map(random_certificate, range(SEEDS)) if len(c.arrays["group_key"]) > 3)
+    key, row, start = (np.array(grouped.arrays[f"group_{name}"]) for name in ("key", "row", "start"))
+    first = np.arange(len(key)) == start[2]
+    found |= {
+        "group of another size": changed(grouped, group_row=row[:-1]), "no group_start": changed(
+            grouped, group_start=np.zeros(0, int)),
+        "groups begin late": changed(grouped, group_start=np.r_[1, start[1:]]), "groups end early": changed(
+            grouped, group_start=np.r_[start[:-1], len(key) - 1]),
+        "the same bound twice": changed(grouped, group_key=np.where(first, key[start[2] + 1], key)),
+        "negative bound": changed(grouped, group_key=np.where(first, -1, key)), "bound of no neuron": changed(
+            grouped, group_key=np.where(np.arange(len(key)) == len(key) - 1, 2**40, key)),
+        "bound with slopes beyond": changed(grouped, group_row=row + 6), "bound with negative slopes": changed(
+            grouped, group_row=row - 6),
+        "group beyond": changed(grouped, slopes_refresh=np.where(grouped.arrays["slopes_refresh"] >= -1, 3, 0)),
+    }  # fmt: skip
     found["negative beta"] = changed(deep, beta=np.where(np.arange(len(betas)) == 0, -1.0, betas))
     found["NaN beta"] = changed(deep, beta=np.where(np.arange(len(betas)) == 0, np.nan, betas))
     found["betas of another node"] = changed(

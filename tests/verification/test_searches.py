@@ -85,10 +85,11 @@ def lost(search: InputSplit, problem: Problem, x: Tensor) -> int:
     """How many counterexamples lie in no part that still waits with their clause open."""
     bad = counterexamples(problem, x)
     kept = torch.zeros_like(bad)
-    for low, high, open_ in zip(search.waiting.lower, search.waiting.upper, search.waiting.open, strict=True):
-        # The ends of a clipped part are rounded.
-        inside = ((x >= low - 1e-9) & (x <= high + 1e-9)).all(-1)
-        kept |= inside[:, None] & open_
+    for part in search.stack:
+        for low, high, open_ in zip(part.lower, part.upper, part.open, strict=True):
+            # The ends of a clipped part are rounded.
+            inside = ((x >= low - 1e-9) & (x <= high + 1e-9)).all(-1)
+            kept |= inside[:, None] & open_
     return int((bad & ~kept).sum())
 
 
@@ -144,7 +145,7 @@ def test_wrong_clips_are_caught(wrong):
         x = grid(claim.region, 61)
         search = wrong(problem, Bounder(problem.program))
         for _ in range(8):
-            if len(search.waiting):
+            if len(search):
                 search.step(64)
         missing += lost(search, problem, x)
     assert missing > 0
@@ -188,11 +189,11 @@ def test_finished_input_splits_cover_and_are_true(seed, activation):
     claim = true_claim(seed, activation)
     problem = problem_of(claim)
     search = InputSplit(problem, Bounder(problem.program))
-    for _ in range(60):
-        if not len(search.waiting):
+    for _ in range(200):
+        if not len(search):
             break
         search.step(64)
-    assert not len(search.waiting) and search.open_share == 0 and not search.stuck
+    assert not len(search) and search.open_share == 0 and not search.stuck
     x = grid(claim.region, 61)
     leaf = located(search.forest, search.forest.root[0], x)
     proved = torch.cat([p.node for p in search.proved]).tolist()
@@ -247,13 +248,13 @@ def test_reopened_leaves_are_split_again():
     claim = true_claim(1)
     problem = problem_of(claim)
     search = InputSplit(problem, Bounder(problem.program))
-    while len(search.waiting):
+    while len(search):
         search.step(64)
     again = torch.cat([p.node for p in search.proved])[:3].tolist()
     count = search.forest.size
     search.reopen(again)
-    assert len(search.waiting) == 6 and search.forest.size == count + 6
-    while len(search.waiting):
+    assert len(search) == 6 and search.forest.size == count + 6
+    while len(search):
         search.step(64)
     leaf = located(search.forest, search.forest.root[0], grid(claim.region, 31))
     assert set(leaf.tolist()) <= set(torch.cat([p.node for p in search.proved]).tolist())

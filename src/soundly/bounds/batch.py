@@ -444,6 +444,17 @@ class Bounder:
         return values
 
 
+def plainly(frame: Frame, start: Start) -> Tensor:
+    """Lower bounds [rows] of rows from intervals alone: where functions jump they may say more than planes."""
+    total = start.d
+    for i, a in start.a.items():
+        low, high = frame.lower[i], frame.upper[i]
+        if start.owner is not None and len(frame) > 1:
+            low, high = low.index_select(0, start.owner), high.index_select(0, start.owner)
+        total = total + _meet(a.clamp(min=0), low) + _meet(a.clamp(max=0), high)
+    return total.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
+
+
 def copied(step: Step) -> Sparse | None:
     """The map of a step whose every entry is one entry of another step, scaled and shifted."""
     if not isinstance(step, Affine) or len(step.parts) != 1:

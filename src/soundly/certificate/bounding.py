@@ -363,7 +363,7 @@ def _tighten(
     group: Array,
     stored: Stored,
 ) -> None:
-    """Meets the intervals of some entries of step i with backward bounds, each with its stored slopes, if it has any."""
+    """Meets the intervals of some entries of step i with backward bounds, each with stored slopes if it has any."""
     node, entry, side = np.tile(node, 2), np.tile(entry, 2), np.repeat([0, 1], len(node))
     row = stored.rows(group[node], 2 * (program.offsets[i] + entry) + side)
     low, high = frame.lower[i].copy(), frame.upper[i].copy()

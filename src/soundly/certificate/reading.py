@@ -399,5 +399,6 @@ def _trees(arrays: _Reader, program: Program, pair_start: Array, stored: Stored)
         _refuse("beta: one number for each neuron split above the node, or none")
     return {
         "tree_case": case, "tree_clause": clause, "tree_start": start, "flags": flags, "kind": kind, "what": what,
-        "at": at, "child": child, "slopes_bound": bound, "slopes_refresh": group, "beta_start": beta_start, "beta": beta,
+        "at": at, "child": child, "slopes_bound": bound, "slopes_refresh": group, "beta_start": beta_start,
+        "beta": beta,
     }  # fmt: skip

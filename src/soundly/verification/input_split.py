@@ -17,11 +17,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from soundly.bounds.batch import Bounder, Frame, Start
+from soundly.bounds.batch import Bounder, Frame, Start, plainly
 from soundly.verification.forest import BOUND, CLIP, INPUT, REFRESH, Forest
 from soundly.verification.problem import Problem
 from soundly.verification.proof import Grown
 
+ROOM = 1e-4
 WORTH = 0.8
 """A clip is kept where it leaves less than this share of the volume: whoever replays the tree must repeat it."""
 
@@ -164,7 +165,7 @@ class InputSplit:
 
     def _treat(self, now: Parts) -> tuple[Parts, Tensor]:
         frame = self.bounder.refresh(now.lower.to(self.bounder.dtype), now.upper.to(self.bounder.dtype))
-        owner, row, clause, least, a = self._rows(frame, now)
+        owner, row, clause, least, base, a = self._rows(frame, now)
         k, many = now.open.shape
         slack = self.problem.slack[row]
         place = owner * many + clause
@@ -175,12 +176,12 @@ class InputSplit:
         still = now.open & ~done
 
         alive = still.reshape(-1)[place]
-        owner, least, slack, a, place = (v[alive] for v in (owner, least, slack, a, place))
+        owner, least, base, slack, a, place = (v[alive] for v in (owner, least, base, slack, a, place))
         low, high = now.lower[owner], now.upper[owner]
         points = torch.where(a > 0, low, high)
         worst = torch.full((k,), torch.inf, dtype=a.dtype).scatter_reduce(0, owner, least, "amin")
         points = points[least <= worst[owner]]
-        clipped, hull_low, hull_high = self._clipped(now, still, owner, place, (slack - least)[:, None] / a, a)
+        clipped, hull_low, hull_high = self._clipped(now, still, owner, place, (slack - base)[:, None] / a, a)
         width = now.upper - now.lower
         share = torch.where(width > 0, (hull_high - hull_low) / width, 1.0).prod(-1)
         use = still.any(1) & ((share < WORTH) | ~clipped.any(1))
@@ -212,7 +213,10 @@ class InputSplit:
         k, many = still.shape
         n = a.shape[1]
         low, high = now.lower[owner], now.upper[owner]
-        cut_high, cut_low = torch.where(a > 0, low + reach, high), torch.where(a < 0, high + reach, low)
+        # A little room: a box that is clipped to a point could not be split.
+        room = ROOM * (high - low)
+        cut_high = torch.where(a > 0, low + reach + room, high)
+        cut_low = torch.where(a < 0, high + reach - room, low)
         index = place[:, None].expand(-1, n)
         clause_low = now.lower.repeat_interleave(many, 0).scatter_reduce(0, index, cut_low, "amax")
         clause_high = now.upper.repeat_interleave(many, 0).scatter_reduce(0, index, cut_high, "amin")
@@ -235,8 +239,8 @@ class InputSplit:
         children.lower[1::2].scatter_(1, entry, at)
         return children
 
-    def _rows(self, frame: Frame, now: Parts) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """owner, row, clause, lower bound and input coefficients of every open row of the boxes."""
+    def _rows(self, frame: Frame, now: Parts) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """owner, row, clause, lower bound, the least of the plane below and its coefficients, for every open row."""
         problem, bounder = self.problem, self.bounder
         rows, clauses = (t[now.case] for t in problem.table)
         wanted = (rows >= 0) & now.open.gather(1, clauses.clamp(min=0))
@@ -244,13 +248,17 @@ class InputSplit:
         row, clause = rows[owner, slot], clauses[owner, slot]
         lines = bounder.lines(frame)
         last = len(bounder.steps) - 1
-        bounds, planes = [now.lower.new_empty(0)], [now.lower.new_empty(0, now.lower.shape[1])]
+        bounds, bases = [now.lower.new_empty(0)], [now.lower.new_empty(0)]
+        planes = [now.lower.new_empty(0, now.lower.shape[1])]
         for part in bounder.portions(len(owner)):
             which, who = row[part], owner[part]
             a = {last: problem.rows.y[which].to(bounder.dtype)}
             if problem.rows.reads_inputs:
                 a[0] = problem.rows.x[which].to(bounder.dtype)
-            found = bounder.backward(frame, lines, Start(a, problem.rows.constant[which].to(bounder.dtype), who))
-            bounds.append(found.least(frame.lower[0][who], frame.upper[0][who]).double())
+            start = Start(a, problem.rows.constant[which].to(bounder.dtype), who)
+            found = bounder.backward(frame, lines, start)
+            least = found.least(frame.lower[0][who], frame.upper[0][who])
+            bounds.append(torch.maximum(least, plainly(frame, start)).double())
+            bases.append(least.double())
             planes.append(found.a.double())
-        return owner, row, clause, torch.cat(bounds), torch.cat(planes)
+        return owner, row, clause, torch.cat(bounds), torch.cat(bases), torch.cat(planes)

@@ -45,7 +45,7 @@ class Problem:
     @cached_property
     def row_spans(self) -> Tensor:
         """[cases, 2]: the rows of each box."""
-        return torch.searchsorted(self.rows.clause, self.spans)
+        return torch.searchsorted(self.rows.clause, self.spans.contiguous())
 
     @cached_property
     def most_clauses(self) -> int:

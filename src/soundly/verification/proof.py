@@ -80,7 +80,8 @@ def _i8(x: Tensor) -> Array:
 def _weights(x: Tensor) -> Array:
     """In float32 where that holds them exactly."""
     wide = _f8(x)
-    narrow = wide.astype(np.float32)
+    with np.errstate(over="ignore"):
+        narrow = wide.astype(np.float32)
     return narrow if bool((narrow == wide).all()) else wide
 
 

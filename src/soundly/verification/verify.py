@@ -218,7 +218,7 @@ class _Run:
         """Where no program exists: random points, through the network itself."""
         for x in self.claim.region.samples(100):
             self._limits()
-            if not self.claim.holds_at(x):
+            if bool(torch.isfinite(self.claim.outputs(x)).all()) and not self.claim.holds_at(x):
                 witness = replay(self.claim, x.reshape(-1), model=self.model)
                 if witness is not None:
                     raise _Found(witness, "sampling")
