@@ -360,7 +360,7 @@ def _steeper(f: Elementwise, low: Tensor, high: Tensor) -> Lines:
 
 
 def _lifted(f: Elementwise, low: Tensor, high: Tensor) -> Lines:
-    a, b, c, d = lines(f, low, high)
+    a, b, c, _ = lines(f, low, high)
     return Lines(a, b, c, b)
 
 
@@ -505,7 +505,7 @@ def test_lines_enclose_their_function(name):
 
 
 def test_lines_of_relu_are_the_triangle():
-    """Against the textbook: the chord above; below, the side that leaves the smaller area, or the slope that is given."""
+    """Against the textbook: the chord above; below, the side that leaves less area, or the slope that is given."""
     low, high = torch.tensor([-1.0, -3.0, 1.0, -2.0]), torch.tensor([3.0, 1.0, 2.0, -1.0])
     found = lines(ew.RELU, low, high)
     assert found.slope_high.tolist() == [0.75, 0.25, 1.0, 0.0] and found.offset_high.tolist() == [0.75, 0.75, 0.0, 0.0]

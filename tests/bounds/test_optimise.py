@@ -26,9 +26,7 @@ def chain(sizes: tuple[int, ...], op: Elementwise, seed: int) -> Program:
     steps: list = [Variable(sizes[0])]
     for k, (n, m) in enumerate(pairwise(sizes)):
         weight = torch.randn(m, n, generator=source, dtype=F64) * (2 / n) ** 0.5
-        steps.append(
-            Affine(((Matrix(weight), len(steps) - 1),), 0.3 * torch.randn(m, generator=source, dtype=F64))
-        )
+        steps.append(Affine(((Matrix(weight), len(steps) - 1),), 0.3 * torch.randn(m, generator=source, dtype=F64)))
         if k < len(sizes) - 2:
             steps.append(Function(len(steps) - 1, op, m))
     return Program(tuple(steps))
@@ -167,7 +165,7 @@ def gradients(monkeypatch: pytest.MonkeyPatch, s: Scene) -> dict[tuple[str, int]
 
 
 def reference(s: Scene, slopes: dict[int, Tensor], force: dict[int, Tensor]) -> Tensor:
-    """The textbook's bound of a chain with a convex kink, written down anew: differentiable, one row after the other."""
+    """The textbook's bound of a chain with a convex kink, written down anew, row by row; differentiable."""
     result = []
     for r in range(len(s.start.d)):
         k = min(r, len(s.frame) - 1)
@@ -312,9 +310,7 @@ def relaxed_optimum(s: Scene, r: int) -> float:
                     at_most.append(-a * b / (b - a))
     goal = np.zeros(total)
     goal[first[-2] :] = s.start.a[len(steps) - 1][r].numpy()
-    found = linprog(
-        goal, np.array(least) if least else None, at_most or None, np.array(equal), equal_to, bounds=limits
-    )
+    found = linprog(goal, np.array(least) if least else None, at_most or None, np.array(equal), equal_to, bounds=limits)
     if found.status == 2:
         return math.inf
     assert found.status == 0

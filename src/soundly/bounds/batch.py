@@ -121,7 +121,7 @@ class Forms:
         self.steps = steps
         self.box = lower, upper
         self.vary = (upper > lower).any(0).nonzero()[:, 0]
-        self.used = len(self.vary) <= FORWARD
+        self.used = 0 < len(self.vary) <= FORWARD
         self.centre: list[Tensor] = []
         self.generators: list[Tensor] = []
         self.rest: list[Tensor] = []

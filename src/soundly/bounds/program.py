@@ -40,14 +40,14 @@ class Matrix:
         """x [..., n] to y [..., m]."""
         if self.blocks == 1:
             return x @ self.weight.T
-        y = x.reshape(*x.shape[:-1], self.blocks, self.weight.shape[1]) @ self.weight.T
+        y = x.unflatten(-1, (self.blocks, self.weight.shape[1])) @ self.weight.T
         return y.flatten(-2)
 
     def pull(self, a: Tensor) -> Tensor:
         """Coefficients of y [..., m] to those of x [..., n]: the transposed map."""
         if self.blocks == 1:
             return a @ self.weight
-        x = a.reshape(*a.shape[:-1], self.blocks, self.weight.shape[0]) @ self.weight
+        x = a.unflatten(-1, (self.blocks, self.weight.shape[0])) @ self.weight
         return x.flatten(-2)
 
     @cached_property

@@ -6,15 +6,15 @@ off d. docs/certificates.md derives the costs. Rows have owners: the nodes of a 
 intervals, or all with the same intervals except for a few clamped entries.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from soundly.certificate.functions import FAR, U
-from soundly.certificate.program import Affine, Apply, Program, Step, Stored, Times, Variable, nonlinear_sources
+from soundly.certificate.functions import FAR, Lines, U
+from soundly.certificate.program import Affine, Apply, Program, Times, nonlinear_sources
 
 Array = npt.NDArray[Any]
 
@@ -22,19 +22,62 @@ FLOOR = 2.0**-600  # pays for all underflow in one row, where no value is beyond
 ABOVE = 1 + 2.0**-16  # for the roundings of the error terms themselves
 
 
+@dataclass(frozen=True, eq=False)
+class Pieces:
+    """Of a function or product, per side: slopes towards each source, and an offset; [M, n] or for all nodes [1, n].
+
+    Below: where the coefficient is positive. An offset of None is 0. cost: what roundings may change per unit of
+    coefficient. by_row: of each row of a pass instead of each node.
+    """
+
+    below: tuple[Array, ...]
+    below_offset: Array | None
+    above: tuple[Array, ...]
+    above_offset: Array | None
+    cost: Array
+    by_row: bool = False
+
+    def take(self, rows: Array) -> "Pieces":
+        def some(x: Array | None) -> Array | None:
+            return None if x is None else x[rows]
+
+        below, above = (tuple(x[rows] for x in side) for side in (self.below, self.above))
+        return Pieces(below, some(self.below_offset), above, some(self.above_offset), self.cost[rows])
+
+    @staticmethod
+    def join(found: Sequence["Pieces"]) -> "Pieces":
+        def offsets(all_: Sequence[Array | None]) -> Array | None:
+            if all(x is None for x in all_):
+                return None
+            pairs = zip(all_, found, strict=True)
+            return np.concatenate([np.zeros(p.cost.shape) if x is None else x for x, p in pairs])
+
+        below, above = (tuple(map(np.concatenate, zip(*sides, strict=True)))
+                        for sides in ([p.below for p in found], [p.above for p in found]))  # fmt: skip
+        return Pieces(
+            below, offsets([p.below_offset for p in found]), above, offsets([p.above_offset for p in found]),
+            np.concatenate([p.cost for p in found]),
+        )  # fmt: skip
+
+
 @dataclass(eq=False)
 class Frame:
-    """Intervals of all steps [M, n], and what the roundings of affine steps may cost, per unit of coefficient."""
+    """Intervals of all steps [M, n], what the roundings of affine steps may cost per unit of coefficient, and the
+    default relaxations for these intervals, where they are known already."""
 
     lower: list[Array] = field(default_factory=list)
     upper: list[Array] = field(default_factory=list)
     cost: list[Array | None] = field(default_factory=list)
+    pieces: dict[int, Pieces] = field(default_factory=dict)
 
     def take(self, rows: Array) -> "Frame":
+        if len(rows) == len(self.lower[0]) and (rows == np.arange(len(rows))).all():
+            return Frame(list(self.lower), list(self.upper), list(self.cost), dict(self.pieces))
         return Frame(
             [x[rows] for x in self.lower],
             [x[rows] for x in self.upper],
             [None if x is None else x[rows] for x in self.cost],
+            {i: p.take(rows) for i, p in self.pieces.items()},
         )
 
     @staticmethod
@@ -47,21 +90,9 @@ class Frame:
             joined.upper.append(np.concatenate([f.upper[i] for f in frames]))
             costs = [f.cost[i] for f in frames]
             joined.cost.append(None if costs[0] is None else np.concatenate([c for c in costs if c is not None]))
+            if all(i in f.pieces for f in frames):
+                joined.pieces[i] = Pieces.join([f.pieces[i] for f in frames])
         return joined
-
-
-@dataclass(frozen=True, eq=False)
-class Pieces:
-    """Of a function or product, per side: slopes towards each source, and an offset that pays for roundings [M, n].
-
-    Below: where the coefficient is positive. by_row: of each row of a pass instead of each node.
-    """
-
-    below: tuple[Array, ...]
-    below_offset: Array
-    above: tuple[Array, ...]
-    above_offset: Array
-    by_row: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,22 +121,15 @@ def relax(program: Program, i: int, intervals: Sequence[tuple[Array, Array]], lo
 
     Args:
         intervals: for each source, of any shape.
-        low, high: slopes of that shape, NaN where the default is wanted.
+        low, high: slopes of that shape (or one that broadcasts), NaN where the default is wanted.
     """
     step = program.steps[i]
-    steps = 2 * step.size + program.contributions + 16
+    if isinstance(step, Apply):
+        return relaxed(program, i, step.function.lines(*intervals[0], low, high), intervals)
+    (xl, xu), (yl, yu) = intervals
+    sides = []
     with np.errstate(all="ignore"):
-        sizes = [np.maximum(np.abs(a), np.abs(b)) for a, b in intervals]
-        if isinstance(step, Apply):
-            k, b, top_k, top_b = step.function.lines(*intervals[0], low, high)
-            cost, top_cost = (
-                steps * U * (np.where(slope == 0, 0.0, np.abs(slope) * sizes[0]) + np.abs(offset)) * ABOVE + FLOOR
-                for slope, offset in ((k, b), (top_k, top_b))
-            )
-            return Pieces((k,), _below(b - cost), (top_k,), -_below(-top_b - top_cost))
-        (xl, xu), (yl, yu) = intervals
-        known = np.isfinite(sizes[0]) & np.isfinite(sizes[1])
-        found = []
+        known = np.isfinite(xl) & np.isfinite(xu) & np.isfinite(yl) & np.isfinite(yu)
         for sign, rate in ((1, low), (-1, high)):  # -x y = (-x) y has its planes below where x y has them above
             r, (a, b) = np.where(np.isnan(rate), 0.5, rate), (yl, yu) if sign > 0 else (yu, yl)
             cx, cy = (np.where(known & np.isfinite(c), c, 0.0) for c in (b + r * (a - b), xu + r * (xl - xu)))
@@ -113,9 +137,42 @@ def relax(program: Program, i: int, intervals: Sequence[tuple[Array, Array]], lo
             for x, y in ((xl, yl), (xl, yu), (xu, yl), (xu, yu)):  # x y - cx x - cy y is least in a corner
                 size = np.abs(x * y) + np.abs(cx * x) + np.abs(cy * y)
                 offset = np.minimum(offset, sign * (x * y - cx * x - cy * y) - 8 * U * size)
-            cost = steps * U * (np.abs(cx) * sizes[0] + np.abs(cy) * sizes[1] + np.abs(offset)) * ABOVE + FLOOR
-            found.append(((cx, cy), np.where(known, _below(offset - cost), -np.inf)))
-    return Pieces(*found[0], found[1][0], -found[1][1])
+            sides.append(((cx, cy), sign * np.where(known, offset, -np.inf)))
+    (below, below_offset), (above, above_offset) = sides
+    return _paid(program, i, below, below_offset, above, above_offset, intervals)
+
+
+def relaxed(program: Program, i: int, lines: Lines, intervals: Sequence[tuple[Array, Array]]) -> Pieces:
+    """The relaxation that lines of step i make."""
+    return _paid(
+        program, i, (lines.below,), lines.below_offset, (lines.above,), lines.above_offset, intervals
+    )  # fmt: skip
+
+
+def _paid(
+    program: Program,
+    i: int,
+    below: tuple[Array, ...],
+    below_offset: Array,
+    above: tuple[Array, ...],
+    above_offset: Array,
+    intervals: Sequence[tuple[Array, Array]],
+) -> Pieces:
+    """With the cost of roundings; where that is not finite nothing is known."""
+    with np.errstate(all="ignore"):
+        b, top_b = np.abs(below_offset), np.abs(above_offset)
+        size = np.maximum(np.where(b <= FAR, b, 0.0), np.where(top_b <= FAR, top_b, 0.0))
+        for k, top_k, (l, u) in zip(below, above, intervals, strict=True):  # noqa: E741
+            slope = np.maximum(np.abs(k), np.abs(top_k))
+            size = size + np.where(slope == 0, 0.0, slope * np.maximum(np.abs(l), np.abs(u)))
+        cost = (2 * program.steps[i].size + program.contributions + 16) * U * ABOVE * size + FLOOR
+        known = cost <= FAR
+        below_offset = np.where(known & (b <= FAR), below_offset, -np.inf)
+        above_offset = np.where(known & (top_b <= FAR), above_offset, np.inf)
+    return Pieces(
+        below, below_offset if below_offset.any() else None, above, above_offset if above_offset.any() else None,
+        np.where(known, cost, 0.0),
+    )  # fmt: skip
 
 
 def pieces(program: Program, i: int, frame: Frame, slopes: Array | None, owner: Array | None = None) -> Pieces:
@@ -123,15 +180,10 @@ def pieces(program: Program, i: int, frame: Frame, slopes: Array | None, owner: 
     intervals = [(frame.lower[s], frame.upper[s]) for s in nonlinear_sources(program.steps[i])]
     if owner is not None:
         intervals = [(_owned(a, owner), _owned(b, owner)) for a, b in intervals]
-    low, high = program.stored(i, slopes, 1 if slopes is None else len(slopes))
-    shape = intervals[0][0].shape if len(low) == 1 else low.shape
-    intervals = [(np.broadcast_to(a, shape), np.broadcast_to(b, shape)) for a, b in intervals]
-    found = relax(program, i, intervals, np.broadcast_to(low, shape).copy(), np.broadcast_to(high, shape).copy())
-    return found if owner is None else replace(found, by_row=True)
-
-
-def _below(x: Array) -> Array:
-    return np.where(np.isnan(x) | (np.abs(x) > FAR), -np.inf, x)
+    found = relax(program, i, intervals, *program.stored(i, slopes, 1 if slopes is None else len(slopes)))
+    if owner is None:
+        return found
+    return Pieces(found.below, found.below_offset, found.above, found.above_offset, found.cost, by_row=True)
 
 
 class Bound:
@@ -161,18 +213,22 @@ class Bound:
 
 def _owned(q: Array, owner: Array) -> Array:
     """A quantity [M, n] of nodes for their rows; all share it if M is 1."""
-    return q if len(q) == 1 else q[owner]
+    return q if len(q) == 1 else q.take(owner, axis=0)
 
 
-def _dot(a: Array, q: Array, owner: Array) -> Array:
-    """<a[r], q[owner[r]]>; -inf where a coefficient other than zero meets an infinite number."""
-    known = np.isfinite(q)
-    if known.all():
-        return a @ q[0] if len(q) == 1 else np.einsum("rn,rn->r", a, q[owner])
-    clean = np.where(known, q, 0.0)
-    value: Array = a @ clean[0] if len(q) == 1 else np.einsum("rn,rn->r", a, clean[owner])
-    unknown = ((a != 0) & _owned(~known, owner)).any(axis=1)
-    return np.where(unknown, -np.inf, value)
+def _rowwise(a: Array, q: Array) -> Array:
+    """<a[r], q[r]>, or q[0] for all; -inf where a coefficient other than zero meets an infinite number."""
+    value = _product(a, q)
+    if np.isfinite(value).all():
+        return value
+    infinite = ~np.isfinite(q)
+    value = _product(a, np.where(infinite, 0.0, q))
+    return np.where(((a != 0) & infinite).any(axis=1) | np.isnan(value), -np.inf, value)
+
+
+def _product(a: Array, q: Array) -> Array:
+    value: Array = a @ q[0] if len(q) == 1 else np.einsum("rn,rn->r", a, q)
+    return value
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,7 +250,7 @@ class View:
     splits: Splits | None = None
 
     def backward(
-        self, start: dict[int, Array], owner: Array, constant: Array | float = 0.0
+        self, start: dict[int, Array], owner: Array, constant: Array | float = 0.0, lost: Array | float = 0.0
     ) -> tuple[Array, Array, Bound]:
         """Carries rows back to the input.
 
@@ -202,15 +258,17 @@ class View:
             start: coefficients [R, n] by step; the arrays are used up.
             owner: the node of each row, ascending if there are exceptions or splits.
             constant: to be added to each row.
+            lost: how far each row may be from what it stands for.
 
         Returns:
             bounds from below [R]; the coefficients of the input [R, inputs]; the bound before the input was put in.
         """
         program, coefficients, bound = self.program, dict(start), Bound(len(owner))
         bound.add(np.zeros(len(owner)) + constant)
+        bound.lose(lost)
         for i in sorted(start)[:-1]:  # others will be added to these; what they bring is in the costs of their steps
             size = np.maximum(np.abs(self.frame.lower[i]), np.abs(self.frame.upper[i]))
-            bound.lose(-_dot(np.abs(start[i]), -program.contributions * U * size, owner))
+            self._lose(bound, start[i], program.contributions * U * size, owner)
 
         def give(source: int, part: Array) -> None:
             if source in coefficients:
@@ -229,33 +287,59 @@ class View:
                 cost = self.frame.cost[i]
                 assert cost is not None
                 bound.add(a @ step.bias)
-                bound.lose(-_dot(np.abs(a), -cost, owner))
+                self._lose(bound, a, cost, owner)
                 for part, source in step.parts:
                     give(source, part.pull(a))
             elif isinstance(step, (Apply, Times)):
-                sources, some = nonlinear_sources(step), self.pieces[i]
-                extra: list[tuple[Array, Array, Array]] = []
-                if i in self.exceptions:
-                    extra = self._exceptional(i, a, owner, bound)
-                positive, who = a > 0, np.arange(len(a)) if some.by_row else owner
-                offset = np.where(positive, _owned(some.below_offset, who), _owned(some.above_offset, who))
-                bound.add(_rowwise(a, offset))
-                for j, source in enumerate(sources):
-                    slope = np.where(positive, _owned(some.below[j], who), _owned(some.above[j], who))
-                    slope *= a
-                    if extra:
-                        row, entry, parts = extra[j]
-                        slope[row, entry] = parts
-                    give(source, slope)
+                self._relaxed(i, a, owner, bound, give)
         a = coefficients.pop(0, None)
         if a is None:
             a = np.zeros((len(owner), program.steps[0].size))
         before = bound.copy()
-        n = a.shape[1]
+        middle = self.lower / 2 + self.upper / 2
         size = np.maximum(np.abs(self.lower), np.abs(self.upper))
-        cost = (2 * n + program.contributions + 8) * U * ABOVE * size
-        bound.add(_rowwise(a, np.where(a > 0, _owned(self.lower - cost, owner), _owned(self.upper + cost, owner))))
+        radius = np.maximum(self.upper - middle, middle - self.lower) * (1 + 4 * U)
+        radius += (4 * a.shape[1] + program.contributions + 8) * U * ABOVE * size + FLOOR
+        bound.add(_product(a, _owned(middle, owner)))
+        bound.add(-_product(np.abs(a), _owned(radius, owner)))
         return bound.lower(), a, before
+
+    def _lose(self, bound: Bound, a: Array, cost: Array, owner: Array) -> None:
+        """Takes off what roundings cost: that of the worst node, unless it is infinite."""
+        worst = cost.max(axis=0, keepdims=True) if len(cost) > 1 else cost
+        if not np.isfinite(worst).all():
+            worst = _owned(cost, owner)
+        bound.lose(-_rowwise(np.abs(a), -worst))
+
+    def _relaxed(self, i: int, a: Array, owner: Array, bound: Bound, give: Callable[[int, Array], None]) -> None:
+        """Hands the coefficients of a function or product on to what it reads."""
+        some = self.pieces[i]
+        extra: list[tuple[Array, Array, Array]] = []
+        if i in self.exceptions:
+            extra = self._exceptional(i, a, owner, bound)
+
+        def owned(q: Array) -> Array:
+            return q if some.by_row else _owned(q, owner)
+
+        positive = a > 0
+        below, above = some.below_offset, some.above_offset
+        if below is not None and above is not None:
+            bound.add(_rowwise(a, np.where(positive, owned(below), owned(above))))
+        elif above is not None:
+            bound.add(_rowwise(np.minimum(a, 0.0), owned(above)))
+        elif below is not None:
+            bound.add(_rowwise(np.maximum(a, 0.0), owned(below)))
+        if some.by_row and len(some.cost) > 1:
+            bound.lose(-_rowwise(np.abs(a), -some.cost))
+        else:
+            self._lose(bound, a, some.cost, owner)
+        for j, source in enumerate(nonlinear_sources(self.program.steps[i])):
+            slope = np.where(positive, owned(some.below[j]), owned(some.above[j]))
+            slope *= a
+            if extra:
+                row, entry, parts = extra[j]
+                slope[row, entry] = parts
+            give(source, slope)
 
     def _exceptional(self, i: int, a: Array, owner: Array, bound: Bound) -> list[tuple[Array, Array, Array]]:
         """Takes the exceptional entries out of a; returns rows, entries and new coefficients, for each source."""
@@ -265,13 +349,14 @@ class View:
         values = a[row, entry]
         a[row, entry] = 0.0
         positive, some = values > 0, special.pieces
-        offset = np.where(positive, some.below_offset[pair], some.above_offset[pair])
+        below, above = (np.zeros(len(pair)) if x is None else x[pair] for x in (some.below_offset, some.above_offset))
         with np.errstate(all="ignore"):
-            term = np.where(values == 0, 0.0, values * offset)
+            term = np.where(values == 0, 0.0, values * np.where(positive, below, above))
         bound.add(np.bincount(row, np.where(np.isnan(term), -np.inf, term), len(owner)))
+        bound.lose(np.bincount(row, np.abs(values) * some.cost[pair], len(owner)))
         return [
-            (row, entry, values * np.where(positive, below[pair], above[pair]))
-            for below, above in zip(some.below, some.above, strict=True)
+            (row, entry, values * np.where(positive, k[pair], top_k[pair]))
+            for k, top_k in zip(some.below, some.above, strict=True)
         ]
 
     def _split(self, i: int, a: Array | None, owner: Array, bound: Bound) -> Array | None:
@@ -300,151 +385,9 @@ class View:
         return a
 
 
-def _rowwise(a: Array, q: Array) -> Array:
-    """<a[r], q[r]>; -inf where a coefficient other than zero meets an infinite number."""
-    value: Array = np.einsum("rn,rn->r", a, q)
-    if np.isfinite(value).all():
-        return value
-    infinite = ~np.isfinite(q)
-    value = np.einsum("rn,rn->r", a, np.where(infinite, 0.0, q))
-    return np.where(((a != 0) & infinite).any(axis=1) | np.isnan(value), -np.inf, value)
-
-
 def _rows_of(node: Array, owner: Array) -> tuple[Array, Array]:
     """For nodes [p] all rows that belong to them: position in `node`, row."""
     first, last = np.searchsorted(owner, node), np.searchsorted(owner, node, side="right")
     pair = np.repeat(np.arange(len(node)), last - first)
     start = np.cumsum(last - first) - (last - first)
     return pair, np.arange(len(pair)) - start[pair] + first[pair]
-
-
-def refresh(
-    program: Program, lower: Array, upper: Array, inherited: Frame | None, group: Array, stored: Stored
-) -> tuple[Frame, Array]:
-    """Intervals of all steps over boxes.
-
-    Args:
-        lower, upper: boxes [M, inputs].
-        inherited: intervals that are known already [M, n].
-        group: [M], which group of stored slopes belongs to each box; -1 for none.
-
-    Returns:
-        the frame [M, n]; which boxes are empty or hold no point that the inherited intervals allow [M].
-    """
-    frame = Frame()
-    dead = np.asarray((lower > upper).any(axis=1))
-    current: dict[int, Pieces] = {}
-    for i, step in enumerate(program.steps):
-        low, high, cost = _interval(frame, step, lower, upper, program.contributions)
-        if inherited is not None:
-            low, high = np.maximum(low, inherited.lower[i]), np.minimum(high, inherited.upper[i])
-        frame.lower.append(low)
-        frame.upper.append(high)
-        frame.cost.append(cost)
-        dead = dead | _settle(frame, i)
-        if isinstance(step, (Apply, Times)):
-            current[i] = pieces(program, i, frame, None)
-        if i not in program.bounded or _is_exact(step):
-            continue
-        node, entry = (_wanted(program, frame, i) & ~dead[:, None]).nonzero()
-        if len(node):
-            _tighten(program, frame, i, current, node, entry, group, stored)
-            dead = dead | _settle(frame, i)
-    return frame, dead
-
-
-def _tighten(
-    program: Program,
-    frame: Frame,
-    i: int,
-    current: dict[int, Pieces],
-    node: Array,
-    entry: Array,
-    group: Array,
-    stored: Stored,
-) -> None:
-    """Meets the intervals of some entries of step i with backward bounds, each with stored slopes if it has any."""
-    node, entry, side = np.tile(node, 2), np.tile(entry, 2), np.repeat([0, 1], len(node))
-    row = stored.rows(group[node], 2 * (program.offsets[i] + entry) + side)
-    low, high = frame.lower[i].copy(), frame.upper[i].copy()
-    for chosen in (False, True):
-        which = np.flatnonzero((row >= 0) == chosen)
-        for begin in range(0, len(which), program.rows_at_once):
-            some = which[begin : begin + program.rows_at_once]
-            owner, at, sign = node[some], entry[some], 1.0 - 2.0 * side[some]
-            own = current
-            if chosen:
-                slopes = stored.of(row[some])
-                own = {j: pieces(program, j, frame, slopes, owner) if program.has_slots(j) else current[j]
-                       for j in current}  # fmt: skip
-            start = np.zeros((len(some), program.steps[i].size))
-            start[np.arange(len(some)), at] = sign
-            bounds, *_ = View(program, frame, own, frame.lower[0], frame.upper[0]).backward({i: start}, owner)
-            below = sign > 0
-            low[owner[below], at[below]] = np.maximum(low[owner[below], at[below]], bounds[below])
-            high[owner[~below], at[~below]] = np.minimum(high[owner[~below], at[~below]], -bounds[~below])
-    frame.lower[i], frame.upper[i] = low, high
-
-
-def _is_exact(step: Step) -> bool:
-    """Whether its interval is already as tight as a backward pass could make it."""
-    return isinstance(step, Variable) or (isinstance(step, Affine) and [s for _, s in step.parts] == [0])
-
-
-def _wanted(program: Program, frame: Frame, i: int) -> Array:
-    """Entries of step i whose intervals decide how something later is relaxed."""
-    lower, upper = frame.lower[i], frame.upper[i]
-    wanted = np.zeros(lower.shape, bool)
-    for step in program.steps[i + 1 :]:
-        if isinstance(step, Apply) and step.source == i:
-            wanted |= step.function.straight(lower, upper) == -1
-        elif isinstance(step, Times) and i in (step.left, step.right):
-            wanted |= lower < upper
-    return wanted
-
-
-def _settle(frame: Frame, i: int) -> Array:
-    """Which nodes have an empty interval in step i; their intervals become points, whatever they say."""
-    empty = np.asarray(frame.lower[i] > frame.upper[i])
-    if not empty.any():
-        return np.zeros(len(empty), bool)
-    frame.upper[i] = np.maximum(frame.lower[i], frame.upper[i])
-    return np.asarray(empty.any(axis=1))
-
-
-def _interval(
-    frame: Frame, step: Step, lower: Array, upper: Array, contributions: int
-) -> tuple[Array, Array, Array | None]:
-    """The interval of a step from those it reads, and what its roundings cost."""
-    cost = None
-    with np.errstate(all="ignore"):
-        match step:
-            case Variable():
-                return lower.copy(), upper.copy(), None
-            case Affine(parts, bias, weight_error, bias_error):
-                centre = np.repeat(bias[None], len(lower), axis=0)
-                radius = np.zeros(centre.shape)
-                size = np.zeros(centre.shape)
-                for part, source in parts:
-                    a, b = frame.lower[source], frame.upper[source]
-                    largest = np.maximum(np.abs(a), np.abs(b))
-                    unknown = ~np.isfinite(largest)
-                    m = np.where(unknown, 0.0, a / 2 + b / 2)
-                    r = np.where(unknown, 0.0, np.maximum(b - m, m - a) * (1 + 4 * U))
-                    centre += part.apply(m)
-                    radius += part.absolute.apply(r)
-                    size += part.absolute.apply(np.where(unknown, 0.0, largest))
-                    if unknown.any():
-                        size[part.absolute.apply(unknown.astype(float)) > 0] = np.inf
-                terms = sum(part.terms for part, _ in parts)
-                steps = 4 * terms + 2 * len(bias) + contributions + 16
-                cost = ABOVE * (steps * U * (size + np.abs(bias)) + weight_error * size + bias_error) + FLOOR
-                low, high = centre - radius - cost, centre + radius + cost
-            case Apply(source, function):
-                low, high = function.range(frame.lower[source], frame.upper[source])
-            case Times(left, right):
-                (a, b), (c, d) = ((frame.lower[s], frame.upper[s]) for s in (left, right))
-                corners = np.stack([a * c, a * d, b * c, b * d])
-                slack = 4 * U * np.abs(corners).max(0) + FLOOR
-                low, high = corners.min(0) - slack, corners.max(0) + slack
-    return np.where(low >= -FAR, low, -np.inf), np.where(high <= FAR, high, np.inf), cost

@@ -7,12 +7,12 @@ arithmetic. Trusted: numpy's exp, log, tanh, arctan, sqrt, power to 4 ulp, its s
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -24,8 +24,9 @@ U = 2.0**-53
 FAR = 2.0**300  # what is larger counts as infinite; nothing that is smaller overflows in a few products
 TINY = 2.0**-900  # pays for underflow
 BASE = 32 * U  # relative error of a base function: 4 ulp of each library function, a few operations
-ENTRIES = 2**13  # curved functions are bounded for so many entries at once
+ENTRIES = 2**10  # curved functions are bounded for so many entries at once
 SEGMENTS, PARTS, ROUNDS = 8, 4, 20  # at first, of the worst segment, and how often that is cut
+ENOUGH = 2.0**-10  # of what a function's excess over a line varies by: a bound that is so near the truth is not cut
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ class Base:
             v = self.value(np.where(wide, 0.0, m))
             h = h + 2.0**-47 + 4 * U * np.abs(m)
             return np.where(wide, -1.0, np.maximum(v - h, -1)), np.where(wide, 1.0, np.minimum(v + h, 1))
-        (low_a, high_a), (low_b, high_b) = self.at(a), self.at(b)
+        low_a, high_a = self.at(a)
+        low_b, high_b = (low_a, high_a) if a is b else self.at(b)
         if self.shape == "hill":
             top = self.at(np.zeros(1))[1]
             return np.minimum(low_a, low_b), np.where((a <= 0) & (b >= 0), top, np.maximum(high_a, high_b))
@@ -98,24 +100,35 @@ class Ring:
                     found[key] = value + term.coefficient * factor, size + term.size * abs(factor)
         return tuple(Term(e, c, s) for e, (c, s) in sorted(found.items()) if s)
 
+    def values(self, a: Array, b: Array) -> "Values":
+        """x and the bases over each [a, b]."""
+        return Values((a, b), tuple(base.enclose(a, b) for base in self.bases), self._exists(a, b))
+
+    def _exists(self, a: Array, b: Array) -> Array | None:
+        known = None if self.lower == -math.inf else a >= self.lower
+        if self.pole is None:
+            return known
+        beside = (a > self.pole) | (b < self.pole)
+        return beside if known is None else known & beside
+
     def enclose(self, p: Polynomial, a: Array, b: Array) -> Enclosure:
         """Bounds of the polynomial over each [a, b]; (-inf, inf) where nothing is known."""
-        a, b = np.broadcast_arrays(a, b)
-        known = a >= self.lower
-        if self.pole is not None:
-            known &= (a > self.pole) | (b < self.pole)
-        values: list[Enclosure | None] = [(a, b)]
-        for i, base in enumerate(self.bases, 1):
-            values.append(base.enclose(a, b) if any(t.exponents[i] for t in p) else None)
+        return self.bounds(p, self.values(*np.broadcast_arrays(a, b)))
+
+    def bounds(self, p: Polynomial, values: "Values") -> Enclosure:
+        """Bounds of the polynomial where x and the bases are within `values`."""
+        (a, b), known = values.x, values.known
         low, high, size = np.zeros(a.shape), np.zeros(a.shape), np.full(a.shape, TINY)
         for power in sorted({t.exponents[0] for t in p}):  # x once for each power: its terms often cancel
-            least, most, largest = np.zeros(a.shape), np.zeros(a.shape), np.zeros(a.shape)
+            least, most, largest = (np.zeros(()) for _ in range(3))
             for term in (t for t in p if t.exponents[0] == power):
-                c, one = float(term.coefficient), np.ones(())
-                q, r = one, one
-                for value, e in zip(values[1:], term.exponents[1:], strict=True):
-                    if e and value is not None:
-                        q, r = _times(q, r, *_power(*value, e))
+                c, q, r = float(term.coefficient), np.ones(()), np.ones(())
+                first = True
+                for value, e in zip(values.bases, term.exponents[1:], strict=True):
+                    if e:
+                        factor = _power(*value, e)
+                        q, r = factor if first else _times(q, r, *factor)
+                        first = False
                 least, most = least + (c * q if c >= 0 else c * r), most + (c * r if c >= 0 else c * q)
                 largest = largest + float(term.size) * np.maximum(np.abs(q), np.abs(r))
             if power:
@@ -123,10 +136,22 @@ class Ring:
                 least, most = _times(least, most, *x)
                 largest = largest * np.maximum(np.abs(x[0]), np.abs(x[1]))
             low, high, size = low + least, high + most, size + largest
-        steps = 16 + 2 * len(p) + max((4 * sum(t.exponents) for t in p), default=0)
-        slack = steps * U * size + TINY
-        low, high = low - slack, high + slack
-        return np.where(known & ~np.isnan(low), low, -np.inf), np.where(known & ~np.isnan(high), high, np.inf)
+        size *= (16 + 2 * len(p) + max((4 * sum(t.exponents) for t in p), default=0)) * U
+        size += TINY
+        low, high = low - size, high + size
+        sure = ~(np.isnan(low) | np.isnan(high))
+        if known is not None:
+            sure &= known
+        return (low, high) if sure.all() else (np.where(sure, low, -np.inf), np.where(sure, high, np.inf))
+
+
+@dataclass(frozen=True, eq=False)
+class Values:
+    """Bounds of x and of a ring's base functions; `known`: where these exist, None for everywhere."""
+
+    x: Enclosure
+    bases: tuple[Enclosure, ...]
+    known: Array | None
 
 
 def _power(low: Array, high: Array, exponent: int) -> Enclosure:
@@ -272,6 +297,18 @@ class Function:
         sides = zip(pairwise(points), pairwise([True, *whole, True]), strict=True)
         return tuple((left, right, *closed) for (left, right), closed in sides)
 
+    def sample(self, polynomials: Sequence[Polynomial], t: Array) -> Array:
+        """Values, roughly, of one polynomial for each piece."""
+        result = np.full(t.shape, np.nan)
+        for p, (a, b, _, _) in zip(polynomials, self.ends, strict=True):
+            some = t <= b if a == -math.inf else (t > a) & (t <= b)
+            line = _affine(p)
+            if line is not None:
+                np.copyto(result, line[0] * t + line[1] if line[0] else line[1], where=some)
+            elif some.any():
+                result[some] = _mean(self.ring.enclose(p, t[some], t[some]))
+        return result
+
     def straight(self, lower: Array, upper: Array) -> Array:
         """The number of the affine piece that f is on all of [lower, upper], or -1."""
         found = np.full(lower.shape, -1)
@@ -282,6 +319,14 @@ class Function:
                 found[left & right] = i
         return found
 
+    @cached_property
+    def kink(self) -> tuple[float, float] | None:
+        """Left and right slope of a function that is linear on both sides of 0, and 0 there."""
+        if self.breaks != (0.0,) or any(line is None or line[1] != 0 for line in self.affine):
+            return None
+        (left, _), (right, _) = (line for line in self.affine if line is not None)
+        return (left, right) if math.isnan(self.held[0]) or self.held[0] == 0 else None
+
     def range(self, lower: Array, upper: Array) -> Enclosure:
         """Bounds of f over each [lower, upper]; infinite where nothing is known, never NaN."""
         zero = np.zeros(lower.shape)
@@ -289,32 +334,165 @@ class Function:
 
     def least(self, lower: Array, upper: Array, slope: Array, sign: int = 1) -> Array:
         """A lower bound of sign * (f(t) - slope t) over each [lower, upper], at jumps with both sides; never NaN."""
-        shape = lower.shape
-        lower, upper, slope = lower.reshape(-1), upper.reshape(-1), slope.reshape(-1)
-        result = np.full(lower.shape, np.inf)
-        bounded = (lower >= -FAR) & (upper <= FAR)
+        slope = slope.reshape(-1)
+        parts = [over.least(slope[part], sign) for part, over in self._over(lower, upper)]
+        return np.concatenate([np.zeros(0), *parts]).reshape(lower.shape)
+
+    def _over(self, lower: Array, upper: Array) -> Iterator[tuple[slice, "_Over"]]:
+        lower, upper = lower.reshape(-1), upper.reshape(-1)
+        for begin in range(0, len(lower), ENTRIES):
+            part = slice(begin, begin + ENTRIES)
+            yield part, _Over(self, lower[part], upper[part])
+
+    def lines(self, lower: Array, upper: Array, low: Array | None = None, high: Array | None = None) -> "Lines":
+        """k, b, K, B with k t + b <= f(t) <= K t + B for t in each [lower, upper].
+
+        Args:
+            lower, upper: any shape.
+            low, high: slopes to use, NaN or None where the default is wanted; ignored where the line is exact or f
+                unbounded, and where f is linear on both sides of 0 for the side on which the chord is best.
+        """
+        if self.kink is not None:
+            return self._kinked(self.kink, lower, upper, low, high)
+        return self._lines(lower, upper, low, high, False)[0]
+
+    def follow(self, lower: Array, upper: Array) -> tuple[Enclosure, "Lines", "Band"]:
+        """The range, the default lines, and bounds of f(t) - k t: k is the slope of the upper line, or of the chord
+        of a function that is linear on both sides of 0."""
+        if self.kink is None:
+            lines, *others = self._lines(lower, upper, None, None, True)
+            low, high, floor = others
+            return (low, high), lines, Band(lines.above, floor, lines.above_offset)
+        lines = self._kinked(self.kink, lower, upper, None, None)
+        left, right = self.kink
+        ends = []
         with np.errstate(all="ignore"):
-            for i, (left, right, _, _) in enumerate(self.ends):
+            for t in (lower, upper):
+                value = np.where(t >= 0, right * t if right else 0.0, left * t if left else 0.0)
+                slack = 0.0 if {left, right} <= {-1.0, 0.0, 1.0} else 2 * U * np.abs(value) + TINY
+                ends.append((value - slack, value + slack))
+        low, high = np.minimum(ends[0][0], ends[1][0]), np.maximum(ends[0][1], ends[1][1])
+        across = (lower < 0) & (upper > 0)
+        low, high = np.where(across, np.minimum(low, 0.0), low), np.where(across, np.maximum(high, 0.0), high)
+        # One of the lines is the chord; the other one goes through 0, so in 0 the function is farthest from the chord.
+        zero = np.zeros(lower.shape)
+        if right < left:
+            return (low, high), lines, Band(lines.below, lines.below_offset, zero)
+        return (low, high), lines, Band(lines.above, zero, lines.above_offset)
+
+    def _kinked(
+        self, slopes: tuple[float, float], lower: Array, upper: Array, low: Array | None, high: Array | None
+    ) -> "Lines":
+        left, right = slopes
+        least, greatest = min(slopes), max(slopes)
+        free = low if right >= left else high
+        with np.errstate(all="ignore"):
+            across = (lower < 0) & (upper > 0)
+            straight = np.where(lower >= 0, right, left)
+            default = np.where(lower + upper > 0, right, left)
+            if free is not None:
+                default = np.where(np.isnan(free), default, np.clip(free, least, greatest))
+            through = np.where(across, default, straight)
+            chord = np.clip((right * upper - left * lower) / (upper - lower), least, greatest)
+            chord = np.where(across, chord, straight)
+            rise = np.maximum(np.abs((left - chord) * lower), np.abs((right - chord) * upper))
+            rise = np.where(across, rise * (1 + 4 * U) + TINY, 0.0)
+        offset = np.zeros(np.broadcast_shapes(through.shape, lower.shape))
+        unknown = across & ~((lower >= -FAR) & (upper <= FAR))
+        if unknown.any():
+            through, chord, rise = (np.where(unknown, v, w) for v, w in ((0.0, through), (0.0, chord), (np.inf, rise)))
+            if least > 0 or greatest < 0:
+                offset = np.where(unknown, -np.inf if right >= left else np.inf, offset)
+        if right >= left:
+            return Lines(through, offset, chord, rise)
+        return Lines(chord, -rise, through, offset)
+
+    def _lines(
+        self, lower: Array, upper: Array, low: Array | None, high: Array | None, more: bool
+    ) -> tuple["Lines", Array, Array, Array]:
+        """Lines; with `more`, least and greatest value, and the least f(t) - K t."""
+        shape = np.broadcast_shapes(lower.shape, *(v.shape for v in (low, high) if v is not None))
+        given = [None if v is None else np.broadcast_to(v, shape).reshape(-1) for v in (low, high)]
+        lower, upper = (np.broadcast_to(v, shape).reshape(-1) for v in (lower, upper))
+        piece = self.straight(lower, upper)
+        result = [np.zeros(len(lower)) for _ in range(7)]
+        k, b, top_k, top_b, least, greatest, floor = result
+        for i, line in enumerate(self.affine):
+            if line is not None:
+                exact = piece == i
+                k[exact], b[exact] = line
+                top_k[exact], top_b[exact] = line
+                floor[exact] = line[1]
+        bent = (piece == -1).nonzero()[0]
+        for begin in range(0, len(bent), ENTRIES):
+            at = bent[begin : begin + ENTRIES]
+            over = _Over(self, lower[at], upper[at])
+            wanted = [np.full(len(at), np.nan) if v is None else v[at] for v in given]
+            for v, found in zip(result, over.lines(*wanted), strict=False):
+                v[at] = found
+            if more:
+                floor[at] = over.least(top_k[at])
+        if more:
+            flat = (piece != -1).nonzero()[0]
+            least[flat], greatest[flat] = self.range(lower[flat], upper[flat])
+        shaped = [v.reshape(shape) for v in result]
+        return Lines(*shaped[:4]), shaped[4], shaped[5], shaped[6]
+
+
+class Lines(NamedTuple):
+    """Of a line below and a line above: slopes and offsets."""
+
+    below: Array
+    below_offset: Array
+    above: Array
+    above_offset: Array
+
+
+class Band(NamedTuple):
+    """floor <= f(t) - slope t <= ceiling."""
+
+    slope: Array
+    floor: Array
+    ceiling: Array
+
+
+class _Over:
+    """A function over some intervals [n]: what does not depend on a slope is computed once."""
+
+    def __init__(self, f: Function, lower: Array, upper: Array) -> None:
+        self.f, self.lower, self.upper = f, lower, upper
+        self.bounded = (lower >= -FAR) & (upper <= FAR)
+        self.parts: list[tuple[int, Array, Array, Array, _Grid | None]] = []
+        with np.errstate(all="ignore"):
+            for i, (left, right, _, _) in enumerate(f.ends):
                 met = (upper >= left) & (lower <= right)
-                for some, finite in ((met & bounded, True), (met & ~bounded, False)):
+                for some, finite in ((met & self.bounded, True), (met & ~self.bounded, False)):
                     at = some.nonzero()[0]
                     if len(at):
                         a, b = np.maximum(lower[at], left), np.minimum(upper[at], right)
-                        result[at] = np.minimum(result[at], self._piece(i, a, b, slope[at], sign, finite))
-            for t, own in zip(self.breaks, self.held, strict=True):
+                        curved = finite and f.affine[i] is None
+                        self.parts.append((i, at, a, b, _Grid(f, i, *_cut(a, b, SEGMENTS)) if curved else None))
+
+    def least(self, slope: Array, sign: int = 1) -> Array:
+        """A lower bound of sign * (f(t) - slope t)."""
+        f, result = self.f, np.full(self.lower.shape, np.inf)
+        with np.errstate(all="ignore"):
+            for i, at, a, b, grid in self.parts:
+                result[at] = np.minimum(result[at], self._piece(i, a, b, grid, slope[at], sign))
+            for t, own in zip(f.breaks, f.held, strict=True):
                 if not math.isnan(own):
                     value = sign * (own - slope * t) - 4 * U * (abs(own) + np.abs(slope * t)) - TINY
-                    result = np.where((lower <= t) & (upper >= t), np.minimum(result, value), result)
-        return np.where(lower <= upper, result, -np.inf).reshape(shape)
+                    inside = (self.lower <= t) & (self.upper >= t)
+                    result = np.where(inside, np.minimum(result, value), result)
+        return np.where(self.lower <= self.upper, result, -np.inf)
 
-    def _piece(self, i: int, a: Array, b: Array, slope: Array, sign: int, finite: bool) -> Array:
-        if not finite:
-            low, high = self.ring.enclose(self.pieces[i], a, b)
+    def _piece(self, i: int, a: Array, b: Array, grid: "_Grid | None", slope: Array, sign: int) -> Array:
+        line = self.f.affine[i]
+        if grid is not None:
+            return grid.least(slope, sign)
+        if line is None or not (np.isfinite(a) & np.isfinite(b) & (np.maximum(np.abs(a), np.abs(b)) <= FAR)).all():
+            low, high = self.f.ring.enclose(self.f.pieces[i], a, b)
             return np.where(slope == 0, low if sign > 0 else -high, -np.inf)
-        line = self.affine[i]
-        if line is None:
-            parts = [slice(j, j + ENTRIES) for j in range(0, len(a), ENTRIES)]
-            return np.concatenate([self._curved(i, a[part], b[part], slope[part], sign) for part in parts])
         excess, ends = line[0] - slope, []
         for t in (a, b):
             product = excess * t
@@ -322,26 +500,109 @@ class Function:
             ends.append(sign * (product + line[1]) - slack)
         return np.nan_to_num(np.minimum(*ends), nan=-np.inf, posinf=-np.inf, neginf=-np.inf)
 
-    def _curved(self, i: int, a: Array, b: Array, slope: Array, sign: int) -> Array:
-        """Segments; the worst of each entry is cut until it is known well enough."""
-        steps = np.arange(SEGMENTS + 1)[:, None] / SEGMENTS
-        points = np.clip(a + (b - a) * steps, a, b)
-        points[0], points[-1] = a, b
-        left, right = points[:-1], points[1:]
-        low, doubt, value = self._segments(i, left, right, slope, sign)
+    def lines(self, low: Array, high: Array) -> tuple[Array, ...]:
+        """Lines with slopes, or default ones where they are NaN, and the range."""
+        zero = np.zeros(self.lower.shape)
+        least, greatest = self.least(zero), -self.least(zero, sign=-1)
+        if np.isnan(low).any() or np.isnan(high).any():
+            slopes = self.default_slopes()
+            low, high = (np.where(np.isnan(v), w, v) for v, w in zip((low, high), slopes, strict=True))
+        k, top_k = np.where(self.bounded, low, 0.0), np.where(self.bounded, high, 0.0)
+        b, top_b = self.least(k), -self.least(top_k, sign=-1)
+        sloped, top_sloped = np.isfinite(b), np.isfinite(top_b)  # a slope may have been too steep
+        return (
+            np.where(sloped, k, 0.0), np.where(sloped, b, least),
+            np.where(top_sloped, top_k, 0.0), np.where(top_sloped, top_b, greatest), least, greatest,
+        )  # fmt: skip
+
+    def default_slopes(self) -> Enclosure:
+        """Of a few candidates those whose lines are best in the middle, judged by samples. Any slope is sound."""
+        f, lower, upper = self.f, self.lower, self.upper
+        grid = self.parts[0][4] if len(f.pieces) == 1 and len(self.parts) == 1 else None
+        with np.errstate(all="ignore"):
+            if grid is not None:
+                points, heights, candidates = grid.samples()
+            else:
+                points, heights, candidates = self._samples()
+            middle = lower / 2 + upper / 2
+            best = [np.zeros(lower.shape), np.zeros(lower.shape)]
+            record = [np.full(lower.shape, -np.inf), np.full(lower.shape, np.inf)]
+            scratch = np.empty(points.shape)
+            for slope in candidates:
+                slope = np.where(np.isfinite(slope), slope, 0.0)
+                np.multiply(points, slope, out=scratch)
+                np.subtract(heights, scratch, out=scratch)
+                at = slope * middle
+                low, high = scratch.min(0) + at, scratch.max(0) + at
+                higher, lower_still = low > record[0], high < record[1]
+                best = [np.where(higher, slope, best[0]), np.where(lower_still, slope, best[1])]
+                record = [np.where(higher, low, record[0]), np.where(lower_still, high, record[1])]
+        return best[0], best[1]
+
+    def _samples(self) -> tuple[Array, Array, Sequence[Array]]:
+        f, lower, upper = self.f, self.lower, self.upper
+        steps = 16 if None in f.affine else 1
+        at = [lower, upper, *(lower + (upper - lower) * (i / 16) for i in range(1, steps))]
+        values = [f.sample(f.pieces, t) for t in at]
+        slopes = [np.zeros(lower.shape), *(f.sample(f.slopes, lower + (upper - lower) * (i / 8)) for i in range(9))]
+        slopes.append((values[1] - values[0]) / (upper - lower))
+        for i, t in enumerate(f.breaks):
+            inside = (lower <= t) & (t <= upper)
+            point = np.full(lower.shape, t)
+            sides = [_mean(f.ring.enclose(p, point, point)) for p in f.pieces[i : i + 2]]
+            for side in sides:
+                at.append(np.where(inside, t, lower))
+                values.append(np.where(inside, side, values[0]))
+            for end in (0, 1):
+                slopes += [np.where(inside, (side - values[end]) / (t - at[end]), 0.0) for side in sides]
+        return np.stack(at), np.stack(values), slopes
+
+
+def _cut(a: Array, b: Array, parts: int) -> tuple[Array, Array]:
+    """Ends of equal parts of each [a, b], [parts, n]."""
+    steps = np.arange(parts + 1)[:, None] / parts
+    points = np.clip(a + (b - a) * steps, a, b)
+    points[0], points[-1] = a, b
+    return points[:-1], points[1:]
+
+
+class _Grid:
+    """A curved piece on segments [segments, n]."""
+
+    def __init__(self, f: Function, i: int, left: Array, right: Array) -> None:
+        self.f, self.i, self.left, self.right = f, i, left, right
+        ring, self.m = f.ring, left / 2 + right / 2
+        self.h = np.maximum(self.m - left, right - self.m) * (1 + 4 * U)
+        middle, over = ring.values(self.m, self.m), ring.values(left, right)
+        self.value, self.steep = ring.bounds(f.pieces[i], middle), ring.bounds(f.slopes[i], middle)
+        self.whole, self.bend = ring.bounds(f.pieces[i], over), ring.bounds(f.bends[i], over)
+        self.doubt = (self.bend[1] - self.bend[0]) * self.h * self.h / 2 + (self.steep[1] - self.steep[0]) * self.h
+        self.doubt = np.where(np.isnan(self.doubt), np.inf, self.doubt)
+
+    def samples(self) -> tuple[Array, Array, Sequence[Array]]:
+        """Points, values at them, and slopes to choose from."""
+        points = np.concatenate([self.left, self.right[-1:]])
+        ends = self.f.ring.values(points, points)
+        heights = _mean(self.f.ring.bounds(self.f.pieces[self.i], ends))
+        slopes = _mean(self.f.ring.bounds(self.f.slopes[self.i], ends))
+        chord = (heights[-1] - heights[0]) / (points[-1] - points[0])
+        heights = np.concatenate([heights, _mean(self.value)])
+        return np.concatenate([points, self.m]), heights, [np.zeros(chord.shape), *slopes, chord]
+
+    def least(self, slope: Array, sign: int) -> Array:
+        """A lower bound of sign * (f(t) - slope t); the worst segment of each entry is cut until it is known well."""
+        low, value = self._least(slope, sign)
         spread = value.max(0) - value.min(0)
-        enough = np.nan_to_num(2.0**-15 * spread + 2.0**-46 * np.abs(value).max(0), posinf=0.0)
-        parts = np.arange(PARTS + 1)[:, None] / PARTS
+        enough = np.nan_to_num(ENOUGH * spread + 2.0**-46 * np.abs(value).max(0), posinf=0.0)
+        every, doubt, left, right = np.arange(low.shape[1]), self.doubt, self.left, self.right
         for _ in range(ROUNDS):
-            worst, every = low.argmin(0), np.arange(low.shape[1])
+            worst = low.argmin(0)
             busy = (~(doubt[worst, every] <= enough)).nonzero()[0]
             if len(busy) == 0:
                 break
             worst = worst[busy]
-            p, q = left[worst, busy], right[worst, busy]
-            points = np.clip(p + (q - p) * parts, p, q)
-            points[0], points[-1] = p, q
-            found = (points[:-1], points[1:], *self._segments(i, points[:-1], points[1:], slope[busy], sign)[:2])
+            finer = _Grid(self.f, self.i, *_cut(left[worst, busy], right[worst, busy], PARTS))
+            found = (finer.left, finer.right, finer._least(slope[busy], sign)[0], finer.doubt)
             arrays = []
             for old, new, blank in zip((left, right, low, doubt), found, (0.0, 0.0, np.inf, 0.0), strict=True):
                 whole = np.concatenate([old, np.full((PARTS - 1, old.shape[1]), blank)])
@@ -351,108 +612,32 @@ class Function:
             left, right, low, doubt = arrays
         return low.min(0)
 
-    def _segments(self, i: int, a: Array, b: Array, slope: Array, sign: int) -> tuple[Array, Array, Array]:
-        """Of sign * (f - slope t) over each [a, b]: a lower bound, how far it may be from the truth, some value."""
-        m = a / 2 + b / 2
-        h = np.maximum(m - a, b - m) * (1 + 4 * U)
-        k = sign * slope
-
-        def enclose(p: Polynomial, x: Array, y: Array) -> Enclosure:
-            low, high = self.ring.enclose(p, x, y)
-            return (low, high) if sign > 0 else (-high, -low)
-
-        value, _ = enclose(self.pieces[i], m, m)
-        steep_low, steep_high = enclose(self.slopes[i], m, m)
-        steep = np.maximum(np.abs(steep_low - k), np.abs(steep_high - k)) * (1 + 4 * U)
-        bend, bend_high = enclose(self.bends[i], a, b)
-        inside = (bend > 0) & (steep < bend * h)
-        fall = np.where(inside, steep * steep / (2 * bend), steep * h - bend * h * h / 2)
-        size = np.abs(value) + np.abs(k * m) + steep * h + np.where(inside, fall, np.abs(bend) * h * h)
-        low = np.nan_to_num(value - k * m - fall - 16 * U * size - TINY, nan=-np.inf, posinf=-np.inf, neginf=-np.inf)
-        whole, _ = enclose(self.pieces[i], a, b)
-        largest = np.maximum(k * a, k * b)
+    def _least(self, slope: Array, sign: int) -> tuple[Array, Array]:
+        """Of sign * (f - slope t) over each segment: a lower bound, and some value."""
+        k, m, h = sign * slope, self.m, self.h
+        (value, bend, whole), steep = (
+            (x[0] if sign > 0 else -x[1] for x in (self.value, self.bend, self.whole)),
+            self.steep,
+        )
+        tilt = sign * steep[0] - k, sign * steep[1] - k
+        steepness = np.maximum(np.abs(tilt[0]), np.abs(tilt[1]))
+        steepness *= 1 + 4 * U
+        reach, arc = steepness * h, bend * h
+        inside = (bend > 0) & (steepness < arc)
+        arc *= h
+        fall = reach - arc / 2
+        if inside.any():
+            np.copyto(fall, steepness * steepness / (2 * bend), where=inside)
+        line = k * m
+        size = np.abs(value) + np.abs(line) + reach + np.where(inside, fall, np.abs(arc))
+        height = value - line
+        low = height - fall - 16 * U * size - TINY
+        largest = np.maximum(k * self.left, k * self.right)
         plain = whole - largest - 4 * U * (np.abs(whole) + np.abs(largest)) - TINY
-        doubt = (bend_high - bend) * h * h / 2 + (steep_high - steep_low) * h
-        low = np.maximum(low, np.nan_to_num(plain, nan=-np.inf, posinf=-np.inf, neginf=-np.inf))
-        return low, np.where(np.isnan(doubt), np.inf, doubt), np.nan_to_num(value - k * m, nan=0.0, posinf=0, neginf=0)
-
-    def lines(self, lower: Array, upper: Array, low: Array, high: Array) -> tuple[Array, Array, Array, Array]:
-        """k, b, K, B with k t + b <= f(t) <= K t + B for t in each [lower, upper].
-
-        Args:
-            lower, upper: any shape.
-            low, high: slopes to use, NaN where the default is wanted; ignored where the line is exact or f unbounded.
-        """
-        piece = self.straight(lower, upper)
-        k, b, top_k, top_b = (np.zeros(lower.shape) for _ in range(4))
-        for i, line in enumerate(self.affine):
-            if line is not None:
-                exact = piece == i
-                k[exact], b[exact] = line
-                top_k[exact], top_b[exact] = line
-        at = piece == -1
-        if at.any():
-            a, z, low, high = lower[at], upper[at], low[at], high[at]
-            wanted = np.isnan(low) | np.isnan(high)
-            if wanted.any():
-                default = self.default_slopes(a[wanted], z[wanted])
-                for slopes, found in zip((low, high), default, strict=True):
-                    slopes[wanted] = np.where(np.isnan(slopes[wanted]), found, slopes[wanted])
-            known = (a >= -FAR) & (z <= FAR)
-            k[at], top_k[at] = low, high = np.where(known, low, 0.0), np.where(known, high, 0.0)
-            b[at], top_b[at] = self.least(a, z, low), -self.least(a, z, high, sign=-1)
-            flat = ~(np.isfinite(b) & np.isfinite(top_b)) & at  # a slope may have been too steep
-            k[flat & ~np.isfinite(b)] = 0.0
-            top_k[flat & ~np.isfinite(top_b)] = 0.0
-            if flat.any():
-                least, greatest = self.range(lower[flat], upper[flat])
-                b[flat] = np.where(np.isfinite(b[flat]), b[flat], least)
-                top_b[flat] = np.where(np.isfinite(top_b[flat]), top_b[flat], greatest)
-        return k, b, top_k, top_b
-
-    def default_slopes(self, lower: Array, upper: Array) -> Enclosure:
-        """Of a few candidates those whose lines are best in the middle, judged by samples. Any slope is sound."""
-        curved = None in self.affine
-        with np.errstate(all="ignore"):
-            at = [lower, upper, *(lower + (upper - lower) * (i / 16) for i in range(1, 16 if curved else 1))]
-            values = [self._sample(self.pieces, t) for t in at]
-            slopes = [
-                np.zeros(lower.shape),
-                *(self._sample(self.slopes, lower + (upper - lower) * (i / 8)) for i in range(9)),
-            ]
-            slopes.append((values[1] - values[0]) / (upper - lower))
-            for i, t in enumerate(self.breaks):
-                inside = (lower <= t) & (t <= upper)
-                point = np.full(lower.shape, t)
-                sides = [_mean(self.ring.enclose(p, point, point)) for p in self.pieces[i : i + 2]]
-                for side in sides:
-                    at.append(np.where(inside, t, lower))
-                    values.append(np.where(inside, side, values[0]))
-                for end in (0, 1):
-                    slopes += [np.where(inside, (side - values[end]) / (t - at[end]), 0.0) for side in sides]
-            points, heights, middle = np.stack(at), np.stack(values), lower / 2 + upper / 2
-            best = [np.zeros(lower.shape), np.zeros(lower.shape)]
-            record = [np.full(lower.shape, -np.inf), np.full(lower.shape, np.inf)]
-            for slope in slopes:
-                usable = np.isfinite(slope)
-                slope = np.where(usable, slope, 0.0)
-                excess = heights - slope * points
-                low, high = excess.min(0) + slope * middle, excess.max(0) + slope * middle
-                higher, lower_still = usable & (low > record[0]), usable & (high < record[1])
-                best = [np.where(higher, slope, best[0]), np.where(lower_still, slope, best[1])]
-                record = [np.where(higher, low, record[0]), np.where(lower_still, high, record[1])]
-        return best[0], best[1]
-
-    def _sample(self, polynomials: Sequence[Polynomial], t: Array) -> Array:
-        result = np.full(t.shape, np.nan)
-        for p, (a, b, _, _) in zip(polynomials, self.ends, strict=True):
-            some = t <= b if a == -math.inf else (t > a) & (t <= b)
-            line = _affine(p)
-            if line is not None:
-                np.copyto(result, line[0] * t + line[1] if line[0] else line[1], where=some)
-            elif some.any():
-                result[some] = _mean(self.ring.enclose(p, t[some], t[some]))
-        return result
+        for bound in (low, plain):
+            if not np.isfinite(bound).all():
+                np.nan_to_num(bound, copy=False, nan=-np.inf, posinf=-np.inf, neginf=-np.inf)
+        return np.maximum(low, plain), np.nan_to_num(height, nan=0.0, posinf=0, neginf=0)
 
 
 def _mean(x: Enclosure) -> Array:

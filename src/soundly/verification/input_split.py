@@ -23,13 +23,17 @@ from soundly.verification.problem import Problem
 from soundly.verification.proof import Grown
 
 ROOM = 1e-4
+"""A clip leaves this share of the width beyond where it could cut."""
+FORGET = 0.9
+"""How much of what splits brought counts in the next step."""
 WORTH = 0.8
 """A clip is kept where it leaves less than this share of the volume: whoever replays the tree must repeat it."""
 
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """Boxes: their ends [k, n], tree nodes, cases, open clauses [k, clauses] and the worst bound known."""
+    """Boxes: their ends [k, n], tree nodes, cases, open clauses [k, clauses] and the worst bound known; by a split of
+    which entry (-1: none) they came about, and what it promised."""
 
     lower: Tensor
     upper: Tensor
@@ -37,6 +41,8 @@ class Parts:
     case: Tensor
     open: Tensor
     bound: Tensor
+    entry: Tensor
+    promise: Tensor
 
     def __len__(self) -> int:
         return len(self.node)
@@ -48,7 +54,7 @@ class Parts:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def _fields(self) -> tuple[Tensor, ...]:
-        return self.lower, self.upper, self.node, self.case, self.open, self.bound
+        return tuple(getattr(self, f.name) for f in fields(self))
 
     @staticmethod
     def join(parts: Sequence[Parts]) -> Parts:
@@ -80,8 +86,10 @@ class InputSplit:
         nodes = [self.forest.plant(c, 0, b - a) for c, (a, b) in zip(cases.tolist(), spans, strict=True)]
         bound = torch.full((len(cases),), -torch.inf, dtype=torch.float64)
         roots = Parts(
-            problem.lower[cases], problem.upper[cases], torch.tensor(nodes), cases, problem.open_clauses(cases), bound
-        )
+            problem.lower[cases], problem.upper[cases], torch.tensor(nodes), cases, problem.open_clauses(cases), bound,
+            torch.full_like(cases, -1), torch.zeros_like(bound),
+        )  # fmt: skip
+        self.gained, self.promised = torch.zeros(2, problem.lower.shape[1], dtype=torch.float64)
         self.stack = [roots]
         self.proved: list[Parts] = []
         self.subproblems = 0
@@ -160,7 +168,7 @@ class InputSplit:
         self.proved = [leaves.pick(~again)]
         leaves = leaves.pick(again)
         self.forest.flags[leaves.node.numpy()] = 0
-        children = self._split(leaves, leaves.upper - leaves.lower)
+        children = self._split(leaves, torch.ones_like(leaves.lower))
         self.stack.append(children)
 
     def _treat(self, now: Parts) -> tuple[Parts, Tensor]:
@@ -181,6 +189,7 @@ class InputSplit:
         points = torch.where(a > 0, low, high)
         worst = torch.full((k,), torch.inf, dtype=a.dtype).scatter_reduce(0, owner, least, "amin")
         points = points[least <= worst[owner]]
+        self._learn(now, worst)
         clipped, hull_low, hull_high = self._clipped(now, still, owner, place, (slack - base)[:, None] / a, a)
         width = now.upper - now.lower
         share = torch.where(width > 0, (hull_high - hull_low) / width, 1.0).prod(-1)
@@ -198,9 +207,16 @@ class InputSplit:
         steep = torch.zeros(k, a.shape[1], dtype=a.dtype).scatter_reduce(
             0, owner[:, None].expand(-1, a.shape[1]), a.abs(), "amax"
         )
-        steep = steep.maximum(1e-3 * steep.amax(1, keepdim=True) + 1e-30)
         inner = replace(now, lower=lower, upper=upper, open=still, bound=torch.maximum(now.bound, worst)).pick(left)
-        return self._split(inner, (steep * (upper - lower))[left]), points
+        return self._split(inner, steep[left]), points
+
+    def _learn(self, now: Parts, worst: Tensor) -> None:
+        """Remembers what the splits behind these boxes brought: the share of the parent's bound that is gone."""
+        known = (now.entry >= 0) & torch.isfinite(now.bound) & (now.bound < 0)
+        before, entry = now.bound[known], now.entry[known]
+        share = ((worst[known].clamp(max=0) - before) / -before).clamp(0, 1)
+        self.gained = (FORGET * self.gained).index_add(0, entry, share)
+        self.promised = (FORGET * self.promised).index_add(0, entry, now.promise[known])
 
     def _clipped(
         self, now: Parts, still: Tensor, owner: Tensor, place: Tensor, reach: Tensor, a: Tensor
@@ -226,15 +242,25 @@ class InputSplit:
         hull_high = torch.where(clipped[:, :, None], clause_high, -torch.inf).amax(1)
         return clipped, hull_low.maximum(now.lower), hull_high.minimum(now.upper)
 
-    def _split(self, parts: Parts, score: Tensor) -> Parts:
-        """Halves each box in the entry with the highest score."""
-        entry = score.argmax(1, keepdim=True)
+    def _split(self, parts: Parts, steep: Tensor) -> Parts:
+        """Halves each box in one entry. The more the rows' planes change along an entry and the wider it is, the more
+        a split promises; the splits so far tell how far to trust that, entry by entry."""
+        width = parts.upper - parts.lower
+        steep = steep.maximum(1e-3 * steep.amax(1, keepdim=True) + 1e-30)
+        promise = steep.sqrt() * width
+        promise = promise / promise.amax(1, keepdim=True).clamp(min=1e-300)
+        kept = (self.gained + 0.5) / (self.promised + 0.5)
+        kept = torch.where(self.promised > 0, kept, (self.gained.sum() + 0.5) / (self.promised.sum() + 0.5))
+        entry = (promise * kept).argmax(1, keepdim=True)
         low, high = parts.lower.gather(1, entry), parts.upper.gather(1, entry)
         at = low / 2 + high / 2
         self.stuck |= not bool(((low < at) & (at < high)).all())
         made = self.forest.split(parts.node.numpy(), INPUT, entry[:, 0].numpy(), at[:, 0].numpy())
         both = torch.arange(len(parts)).repeat_interleave(2)
-        children = replace(parts.pick(both), node=torch.from_numpy(np.ascontiguousarray(made.reshape(-1))))
+        children = replace(
+            parts.pick(both), node=torch.from_numpy(np.ascontiguousarray(made.reshape(-1))), entry=entry[both, 0],
+            promise=promise.gather(1, entry)[both, 0],
+        )  # fmt: skip
         children.upper[0::2].scatter_(1, entry, at)
         children.lower[1::2].scatter_(1, entry, at)
         return children
