@@ -857,7 +857,7 @@ def test_a_thousand_corruptions_prove_nothing_false():
 def broken(old: str, new: str) -> Any:
     """The checker with one piece of its source exchanged."""
     folder = Path(checker.__file__).parent
-    names = ("functions", "program", "bounding", "reading", "verification")
+    names = ("functions", "program", "bounding", "forms", "intervals", "reading", "verification")
     sources = {name: (folder / f"{name}.py").read_text(encoding="utf-8") for name in names}
     assert sum(s.count(old) for s in sources.values()) == 1, f"{old!r} is not in the checker exactly once: adapt this"
     for name in names:

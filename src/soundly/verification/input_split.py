@@ -187,8 +187,11 @@ class InputSplit:
         owner, least, base, slack, a, place = (v[alive] for v in (owner, least, base, slack, a, place))
         low, high = now.lower[owner], now.upper[owner]
         points = torch.where(a > 0, low, high)
-        worst = torch.full((k,), torch.inf, dtype=a.dtype).scatter_reduce(0, owner, least, "amin")
-        points = points[least <= worst[owner]]
+        # A clause is as far from being refuted as its best row, a box as its worst clause.
+        reached = torch.full((k * many,), -torch.inf, dtype=a.dtype).scatter_reduce(0, place, least, "amax")
+        best = least >= reached[place]
+        worst = torch.full((k,), torch.inf, dtype=a.dtype).scatter_reduce(0, owner, reached[place], "amin")
+        points = points[best & (least <= worst[owner])]
         self._learn(now, worst)
         clipped, hull_low, hull_high = self._clipped(now, still, owner, place, (slack - base)[:, None] / a, a)
         width = now.upper - now.lower
@@ -205,7 +208,7 @@ class InputSplit:
         if not bool(left.all()):
             self.proved.append(now.pick(~left))
         steep = torch.zeros(k, a.shape[1], dtype=a.dtype).scatter_reduce(
-            0, owner[:, None].expand(-1, a.shape[1]), a.abs(), "amax"
+            0, owner[best, None].expand(-1, a.shape[1]), a[best].abs(), "amax"
         )
         inner = replace(now, lower=lower, upper=upper, open=still, bound=torch.maximum(now.bound, worst)).pick(left)
         return self._split(inner, steep[left]), points
