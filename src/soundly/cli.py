@@ -84,7 +84,11 @@ def _add_check(verbs: "Verbs") -> None:
         epilog="example: soundly check edit.cert --model edited.safetensors",
     )
     parser.add_argument("file", metavar="FILE", help="a certificate")
-    parser.add_argument("--model", metavar="M.safetensors", help="also compare this model's weights, bit by bit")
+    parser.add_argument(
+        "--model", metavar="M", help="also compare this model's weights, bit by bit: an edit's .safetensors, or a "
+        "verification's .onnx together with --spec",
+    )  # fmt: skip
+    parser.add_argument("--spec", metavar="S.vnnlib", help="also compare the specification that was verified")
     parser.add_argument("--format", choices=("text", "json"), default="text", help="default: text")
     parser.set_defaults(run=_check)
 
@@ -92,7 +96,10 @@ def _add_check(verbs: "Verbs") -> None:
 def _check(arguments: argparse.Namespace) -> int:
     from soundly.certificate import check
 
-    result = check(arguments.file, model=arguments.model)
+    if arguments.spec is not None or (arguments.model or "").endswith((".onnx", ".onnx.gz")):
+        result = _compared(arguments.file, arguments.model, arguments.spec)
+    else:
+        result = check(arguments.file, model=arguments.model)
     if arguments.format == "json":
         print(json.dumps(_finite({"file": arguments.file, **asdict(result)}), indent=2, sort_keys=True))
     else:
@@ -100,6 +107,28 @@ def _check(arguments: argparse.Namespace) -> int:
         for line in _text(result, arguments.model):
             print(_plain(line).encode(encoding, "backslashreplace").decode(encoding))
     return YES if result.accepted else NO
+
+
+def _compared(file: str, model: str | None, spec: str | None) -> "CheckResult":
+    """Checks a verification's certificate, and that it is about this model and this specification."""
+    if model is None or spec is None:
+        raise InvalidInput("check: --model M.onnx and --spec S.vnnlib belong together: give both, or neither.")
+    from dataclasses import replace
+
+    from soundly.certificate import Certificate, check
+    from soundly.graph.load import load
+    from soundly.spec.vnnlib import read_vnnlib
+    from soundly.verification.problem import problem_of
+    from soundly.verification.proof import differences
+
+    certificate = Certificate.load(file)
+    result = check(certificate)
+    network = load(model)
+    problem = problem_of(read_vnnlib(spec, network))
+    found = [f"this is not the claim of {spec} about {model}: {text}" for text in differences(certificate, problem)[:3]]
+    return replace(
+        result, accepted=result.accepted and not found, problems=(*result.problems, *found), model_matches=not found
+    )
 
 
 def _text(result: "CheckResult", model: str | None) -> Iterator[str]:

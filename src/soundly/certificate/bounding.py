@@ -201,7 +201,7 @@ class Bound:
         self.d = self.d + value
         self.lost += U * np.abs(self.d)
 
-    def lose(self, value: Array) -> None:
+    def lose(self, value: Array | float) -> None:
         self.lost += value
 
     def lower(self) -> Array:
@@ -303,6 +303,25 @@ class View:
         bound.add(_product(a, _owned(middle, owner)))
         bound.add(-_product(np.abs(a), _owned(radius, owner)))
         return bound.lower(), a, before
+
+    def entries(self, i: int, entry: Array, sign: Array, owner: Array) -> Array:
+        """Lower bounds of sign times entries of step i [R]."""
+        program, step = self.program, self.program.steps[i]
+        if not isinstance(step, Affine):
+            start = np.zeros((len(entry), step.size))
+            start[np.arange(len(entry)), entry] = sign
+            return self.backward({i: start}, owner)[0]
+        cost = self.frame.cost[i]
+        assert cost is not None
+        rows: dict[int, Array] = {}
+        for part, source in step.parts:
+            found = part.rows_of(entry)
+            found *= sign[:, None]
+            rows[source] = rows[source] + found if source in rows else found
+        lost = cost[0, entry] if len(cost) == 1 else cost[owner, entry]
+        if not rows:
+            rows = {0: np.zeros((len(entry), program.steps[0].size))}
+        return self.backward(rows, owner, sign * step.bias[entry], lost)[0]
 
     def _lose(self, bound: Bound, a: Array, cost: Array, owner: Array) -> None:
         """Takes off what roundings cost: that of the worst node, unless it is infinite."""

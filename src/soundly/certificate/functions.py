@@ -517,27 +517,14 @@ class _Over:
 
     def default_slopes(self) -> Enclosure:
         """Of a few candidates those whose lines are best in the middle, judged by samples. Any slope is sound."""
-        f, lower, upper = self.f, self.lower, self.upper
-        grid = self.parts[0][4] if len(f.pieces) == 1 and len(self.parts) == 1 else None
+        found = np.zeros(self.lower.shape), np.zeros(self.lower.shape)
         with np.errstate(all="ignore"):
-            if grid is not None:
-                points, heights, candidates = grid.samples()
-            else:
-                points, heights, candidates = self._samples()
-            middle = lower / 2 + upper / 2
-            best = [np.zeros(lower.shape), np.zeros(lower.shape)]
-            record = [np.full(lower.shape, -np.inf), np.full(lower.shape, np.inf)]
-            scratch = np.empty(points.shape)
-            for slope in candidates:
-                slope = np.where(np.isfinite(slope), slope, 0.0)
-                np.multiply(points, slope, out=scratch)
-                np.subtract(heights, scratch, out=scratch)
-                at = slope * middle
-                low, high = scratch.min(0) + at, scratch.max(0) + at
-                higher, lower_still = low > record[0], high < record[1]
-                best = [np.where(higher, slope, best[0]), np.where(lower_still, slope, best[1])]
-                record = [np.where(higher, low, record[0]), np.where(lower_still, high, record[1])]
-        return best[0], best[1]
+            if len(self.f.pieces) > 1:
+                return _chosen(self.lower, self.upper, *self._samples())
+            for _, at, a, b, grid in self.parts:
+                if grid is not None:
+                    found[0][at], found[1][at] = _chosen(a, b, *grid.samples())
+        return found
 
     def _samples(self) -> tuple[Array, Array, Sequence[Array]]:
         f, lower, upper = self.f, self.lower, self.upper
@@ -556,6 +543,24 @@ class _Over:
             for end in (0, 1):
                 slopes += [np.where(inside, (side - values[end]) / (t - at[end]), 0.0) for side in sides]
         return np.stack(at), np.stack(values), slopes
+
+
+def _chosen(lower: Array, upper: Array, points: Array, heights: Array, candidates: Sequence[Array]) -> Enclosure:
+    """The slopes of the lines below and above the samples that are best in the middle."""
+    middle = lower / 2 + upper / 2
+    best = [np.zeros(lower.shape), np.zeros(lower.shape)]
+    record = [np.full(lower.shape, -np.inf), np.full(lower.shape, np.inf)]
+    scratch = np.empty(points.shape)
+    for slope in candidates:
+        slope = np.where(np.isfinite(slope), slope, 0.0)
+        np.multiply(points, slope, out=scratch)
+        np.subtract(heights, scratch, out=scratch)
+        at = slope * middle
+        low, high = scratch.min(0) + at, scratch.max(0) + at
+        higher, lower_still = low > record[0], high < record[1]
+        best = [np.where(higher, slope, best[0]), np.where(lower_still, slope, best[1])]
+        record = [np.where(higher, low, record[0]), np.where(lower_still, high, record[1])]
+    return best[0], best[1]
 
 
 def _cut(a: Array, b: Array, parts: int) -> tuple[Array, Array]:

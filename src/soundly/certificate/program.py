@@ -40,6 +40,9 @@ class Map(Protocol):
 
     def pull(self, a: Array) -> Array: ...
 
+    def rows_of(self, entry: Array) -> Array:
+        """Coefficients of some entries of the result [k, n]; an array of its own."""
+
     @property
     def absolute(self) -> "Map": ...
 
@@ -68,6 +71,14 @@ class Matrix:
 
     def pull(self, a: Array) -> Array:
         return self._blockwise(a, self.weight)
+
+    def rows_of(self, entry: Array) -> Array:
+        (m, n), k = self.weight.shape, np.arange(len(entry))
+        if self.blocks == 1:
+            return self.weight[entry]
+        rows = np.zeros((len(entry), self.blocks, n))
+        rows[k, entry // m] = self.weight[entry % m]
+        return rows.reshape(len(entry), -1)
 
     def _blockwise(self, x: Array, weight: Array) -> Array:
         y: Array = x.reshape(len(x) * self.blocks, -1) @ weight
@@ -113,6 +124,33 @@ class Convolution:
 
     def pull(self, a: Array) -> Array:
         return self._narrow(a) if self.transposed else self._widen(a)
+
+    def rows_of(self, entry: Array) -> Array:
+        """Written kernel position by kernel position: what an entry reads is a small part of the whole."""
+        here, there = (self.wide, self.narrow) if self.transposed else (self.narrow, self.wide)
+        outputs, inputs = len(self.weight) // self.groups, self.weight.shape[1]
+        channel, *place = np.unravel_index(entry, here)
+        rows = np.zeros((len(entry), there[0], math.prod(there[1:])))
+        for position in np.ndindex(self.weight.shape[2:]):
+            met, at = np.ones(len(entry), bool), np.zeros(len(entry), int)
+            for j, (k, d, s, p) in enumerate(zip(position, self.dilation, self.stride, self.padding, strict=True)):
+                if self.transposed:
+                    where, left = np.divmod(place[j] + p - k * d, s)
+                    met &= left == 0
+                else:
+                    where = place[j] * s - p + k * d
+                met &= (where >= 0) & (where < there[j + 1])
+                at = at * there[j + 1] + where
+            some, weight = np.flatnonzero(met), self.weight[ALL + position]
+            if self.transposed:
+                group = channel[some] // inputs
+                values = weight.reshape(self.groups, outputs, inputs)[group, :, channel[some] % inputs]
+                others = group[:, None] * outputs + np.arange(outputs)
+            else:
+                values = weight[channel[some]]
+                others = (channel[some] // outputs)[:, None] * inputs + np.arange(inputs)
+            rows[some[:, None], others, at[some][:, None]] = values
+        return rows.reshape(len(entry), -1)
 
     def _positions(self) -> Iterator[tuple[tuple[slice, ...], Array]]:
         """For every position in the kernel: what it meets of the padded input, and its weights [g, O / g, C / g]."""
@@ -185,6 +223,20 @@ class Sparse:
         if self._dense is not None:
             return a @ self._dense
         return self._sum(a, self._by_column, self.columns, self.rows, self.size[1])
+
+    def rows_of(self, entry: Array) -> Array:
+        first, last = (np.searchsorted(self.rows[self._by_row], entry, side) for side in ("left", "right"))
+        k = np.repeat(np.arange(len(entry)), last - first)
+        start = np.cumsum(last - first) - (last - first)
+        at = self._by_row[np.arange(len(k)) - start[k] + first[k]]
+        rows = np.zeros((len(entry), self.size[1]))
+        rows[k, self.columns[at]] = self.values[at]
+        return rows
+
+    @cached_property
+    def selects(self) -> bool:
+        """Whether every entry of the result is one entry, scaled."""
+        return len(self.rows) == self.size[0] == len(np.unique(self.rows))
 
     @cached_property
     def _by_row(self) -> Array:
@@ -265,6 +317,45 @@ class Program:
         """The steps whose intervals matter: those that a function or a product reads."""
         read = [s for step in self.steps for s in nonlinear_sources(step)]
         return tuple(sorted(set(read)))
+
+    @cached_property
+    def readers(self) -> tuple[tuple[int, ...], ...]:
+        """For every step which ones read it."""
+        found: list[list[int]] = [[] for _ in self.steps]
+        for j, step in enumerate(self.steps):
+            for source in {s for _, s in step.parts} if isinstance(step, Affine) else set(nonlinear_sources(step)):
+                found[source].append(j)
+        return tuple(map(tuple, found))
+
+    def copied(self, i: int) -> Sparse | None:
+        """The map of step i if every entry of it is one entry of another step, scaled and shifted."""
+        step = self.steps[i]
+        if not isinstance(step, Affine) or len(step.parts) != 1:
+            return None
+        part = step.parts[0][0]
+        return part if isinstance(part, Sparse) and part.selects else None
+
+    @cached_property
+    def matters(self) -> tuple[bool, ...]:
+        """Of every step whether a function or product reads it, itself or a copy of it."""
+        found = [False] * len(self.steps)
+        for i in reversed(range(len(self.steps))):
+            found[i] = i in self.bounded or any(found[j] and self.copied(j) is not None for j in self.readers[i])
+        return tuple(found)
+
+    @cached_property
+    def tightened(self) -> tuple[bool, ...]:
+        """Of every step whether backward passes may make its intervals narrower and that matters.
+
+        Not so for the input and what is affine in it, nor for copies, which are bounded where they come from.
+        """
+        return tuple(
+            self.matters[i]
+            and not isinstance(step, Variable)
+            and not (isinstance(step, Affine) and [s for _, s in step.parts] == [0])
+            and self.copied(i) is None
+            for i, step in enumerate(self.steps)
+        )
 
     @cached_property
     def contributions(self) -> int:

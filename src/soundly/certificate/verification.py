@@ -5,6 +5,8 @@ The file holds no bound that is believed: boxes come from the cases and the spli
 an empty box or an empty interval. Nodes are replayed in batches, deepest first, so that memory stays bounded.
 """
 
+import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,16 +14,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from soundly.certificate.bounding import Bound, Exceptions, Frame, Pieces, Splits, View, pieces, refresh, relax
+from soundly.certificate.bounding import Bound, Exceptions, Frame, Pieces, Splits, View, pieces, relax
 from soundly.certificate.format import Certificate
+from soundly.certificate.forms import INPUTS as FORMS
 from soundly.certificate.functions import U
-from soundly.certificate.program import Apply, Times
+from soundly.certificate.intervals import refresh
+from soundly.certificate.program import Affine, Apply, Times, nonlinear_sources
 from soundly.certificate.reading import BOUND, CLIP, INPUT, LEAF, REFRESH, Proof, Refused, read
 
 Array = npt.NDArray[Any]
 
-BATCH = 512  # nodes at once
-FRAME = 2**22  # neurons of all nodes of a batch with intervals of their own
+BATCH = 4096  # nodes at once
+FRAME = 2**20  # neurons of all nodes of a batch with intervals of their own
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,8 +46,11 @@ class Replay:
     problems: tuple[str, ...] = ()
 
 
-def replay(certificate: Certificate) -> Replay:
+def replay(certificate: Certificate, *, deadline: float | None = None) -> Replay:
     """Derive all bounds of a certificate of kind "verification" again.
+
+    Args:
+        deadline: on the clock of `time.monotonic`.
 
     Guarantee: a clause that counts as proven has, for every real point x of its case's box, a row with
     s(x) > slack, for the stored network and every network within its stated errors, in real arithmetic.
@@ -54,7 +61,7 @@ def replay(certificate: Certificate) -> Replay:
         nothing = np.zeros(0, bool)
         return Replay(nothing, nothing.astype(float), np.zeros(1, int), [], (str(problem),))
     with np.errstate(all="ignore"):  # overflow ends in infinities and NaN, which prove nothing
-        return _Replayer(proof).run()
+        return _Replayer(proof, math.inf if deadline is None else deadline).run()
 
 
 Neuron = tuple[int, int, float, int]
@@ -79,6 +86,7 @@ class _Node:
 @dataclass(eq=False)
 class _Replayer:
     proof: Proof
+    deadline: float
     pending: dict[int, list[_Node]] = field(default_factory=dict)
     shared: dict[tuple[int, int, int], tuple[Frame, Frame, dict[int, Pieces]]] = field(default_factory=dict)
 
@@ -87,7 +95,11 @@ class _Replayer:
         self.failed: list[tuple[int, int]] = []
         self.margin = np.full(pairs, np.inf)
         self.left_open = [np.zeros(last - first, bool) for first, last in proof.tree_clause.tolist()]
-        self.narrow = max(1, min(BATCH, FRAME // int(proof.program.offsets[-1])))
+        self.narrow = max(1, FRAME // int(proof.program.offsets[-1]))
+        self.batch = max(1, min(self.narrow, BATCH))
+        vary = (proof.upper > proof.lower).sum(axis=1)
+        self.formed = vary <= FORMS
+        self.varying = int(vary[self.formed].max(initial=0))
         roots = proof.tree_start[:-1]
         # Trees of one case that refresh the root alike share its intervals.
         keys = np.stack([proof.tree_case, proof.slopes_refresh[roots]], axis=1)
@@ -97,8 +109,10 @@ class _Replayer:
         for begin in range(0, len(unique), self.narrow):
             some = unique[begin : begin + self.narrow]
             lower, upper = proof.lower[some[:, 0]], proof.upper[some[:, 0]]
-            frame, dead = refresh(proof.program, lower, upper, None, some[:, 1], proof.stored)
-            row_of = {key: (frame, key, bool(dead[key])) for key in range(len(some))}
+            row_of: dict[int, tuple[Frame, int, bool]] = {}
+            for forms, which in self._alike(self.formed[some[:, 0]]):
+                frame, dead = self._refresh(lower[which], upper[which], None, some[which, 1], forms)
+                row_of |= {key: (frame, row, bool(dead[row])) for row, key in enumerate(which.tolist())}
             first, last = np.searchsorted(number, [begin, begin + len(some)])
             for tree, key in zip(order[first:last].tolist(), (number[first:last] - begin).tolist(), strict=True):
                 frame, row, gone = row_of[key]
@@ -107,11 +121,14 @@ class _Replayer:
                     node = _Node(tree, int(roots[tree]), 0, lower[key], upper[key], frame, row, (), open_)
                     self.pending.setdefault(0, []).append(node)
             while self.pending:
-                deepest = max(self.pending)
-                waiting = self.pending[deepest]
-                batch, self.pending[deepest] = waiting[-BATCH:], waiting[:-BATCH]
-                if not self.pending[deepest]:
-                    del self.pending[deepest]
+                # Level by level, for large batches; where too much waits, the deepest first.
+                many = sum(map(len, self.pending.values())) > 4 * self.narrow
+                depth = max(self.pending) if many else min(self.pending)
+                waiting = self.pending[depth]
+                self._in_time()
+                batch, self.pending[depth] = waiting[-self.batch :], waiting[: -self.batch]
+                if not self.pending[depth]:
+                    del self.pending[depth]
                 self._replay(batch)
             self.shared.clear()
         proven = np.zeros(pairs, bool)
@@ -122,18 +139,33 @@ class _Replayer:
             proven[base + first : base + last] |= ~left
         return Replay(proven, self.margin, proof.pair_start, sorted(self.failed))
 
+    def _in_time(self) -> None:
+        if time.monotonic() > self.deadline:
+            raise TimeoutError("the deadline of the replay has passed")
+
+    def _alike(self, alike: Array) -> Iterator[tuple[bool, Array]]:
+        """Each value with the positions that have it, so few at a time that what belongs to them finds room."""
+        for value in (False, True):
+            which = np.flatnonzero(alike == value)
+            size = max(1, self.narrow // (1 + self.varying)) if value else self.narrow
+            for begin in range(0, len(which), size):
+                yield value, which[begin : begin + size]
+
+    def _refresh(
+        self, lower: Array, upper: Array, inherited: Frame | None, group: Array, forms: bool
+    ) -> tuple[Frame, Array]:
+        proof = self.proof
+        return refresh(proof.program, lower, upper, inherited, group, proof.stored, forms=forms, deadline=self.deadline)
+
     def _replay(self, batch: list[_Node]) -> None:
         proof, living = self.proof, []
         renewed = [n for n in batch if n.depth and proof.flags[n.place] & REFRESH]
         living = [n for n in batch if not (n.depth and proof.flags[n.place] & REFRESH)]
         renewed.sort(key=lambda n: id(n.frame))
-        for begin in range(0, len(renewed), self.narrow):
-            nodes = renewed[begin : begin + self.narrow]
-            inherited = self._gather(nodes)
-            groups_of = np.array([proof.slopes_refresh[n.place] for n in nodes])
-            frame, dead = refresh(
-                proof.program, inherited.lower[0], inherited.upper[0], inherited, groups_of, proof.stored
-            )
+        for forms, which in self._alike(np.array([self.formed[proof.tree_case[n.tree]] for n in renewed], bool)):
+            nodes = [renewed[i] for i in which]
+            inherited, group = self._gather(nodes), np.array([proof.slopes_refresh[n.place] for n in nodes])
+            frame, dead = self._refresh(inherited.lower[0], inherited.upper[0], inherited, group, forms)
             for row, node in enumerate(nodes):
                 if not dead[row]:
                     node.frame, node.row = frame, row
@@ -150,9 +182,10 @@ class _Replayer:
             else:
                 mixed += nodes
         mixed.sort(key=lambda n: (bool(proof.slopes_bound[n.place] >= 0), id(n.frame)))
-        for which in _alike(np.array([proof.slopes_bound[n.place] >= 0 for n in mixed], int)):
-            for begin in range(0, len(which), self.narrow):
-                for some in self._portions([mixed[i] for i in which[begin : begin + self.narrow]]):
+        for stored in (False, True):
+            alike = [n for n in mixed if (proof.slopes_bound[n.place] >= 0) == stored]
+            for begin in range(0, len(alike), self.narrow):
+                for some in self._portions(alike[begin : begin + self.narrow]):
                     self._bound(some, self._mixed_view(some))
         for node in living:
             self._branch(node)
@@ -175,7 +208,7 @@ class _Replayer:
 
     def _gather(self, nodes: Sequence[_Node]) -> Frame:
         """The nodes' intervals, with their boxes and their neuron splits; nodes with one frame stand together."""
-        found, begin = [], 0
+        proof, found, begin = self.proof, list[Frame](), 0
         while begin < len(nodes):
             end = begin
             while end < len(nodes) and nodes[end].frame is nodes[begin].frame:
@@ -183,7 +216,16 @@ class _Replayer:
             found.append(nodes[begin].frame.take(np.array([n.row for n in nodes[begin:end]])))
             begin = end
         frame = Frame.join(found)
-        frame.lower[0], frame.upper[0] = np.stack([n.lower for n in nodes]), np.stack([n.upper for n in nodes])
+        boxes = np.stack([n.lower for n in nodes]), np.stack([n.upper for n in nodes])
+        changed = {step for node in nodes for step, *_ in node.splits}
+        for i in changed:
+            frame.lower[i], frame.upper[i] = frame.lower[i].copy(), frame.upper[i].copy()
+        if not all(np.array_equal(new, old) for new, old in zip(boxes, (frame.lower[0], frame.upper[0]), strict=True)):
+            changed.add(0)
+        frame.lower[0], frame.upper[0] = boxes
+        for i, reader in enumerate(proof.program.steps):
+            if changed.intersection(nonlinear_sources(reader)):
+                frame.pieces.pop(i, None)
         for row, node in enumerate(nodes):
             for step, entry, at, sign in node.splits:
                 if sign > 0:
@@ -224,7 +266,9 @@ class _Replayer:
     def _pieces(self, frame: Frame, slopes: Array | None) -> dict[int, Pieces]:
         program = self.proof.program
         return {
-            i: pieces(program, i, frame, slopes)
+            i: frame.pieces[i]
+            if i in frame.pieces and (slopes is None or not program.has_slots(i))
+            else pieces(program, i, frame, slopes)
             for i, step in enumerate(program.steps)
             if isinstance(step, (Apply, Times))
         }
@@ -239,6 +283,7 @@ class _Replayer:
             frame = nodes[0].frame.take(np.array([nodes[0].row]))
             if 0 in program.bounded:
                 frame.lower[0], frame.upper[0] = lower, upper
+                frame.pieces = {}
             if len(self.shared) >= 4:
                 self.shared.pop(next(iter(self.shared)))
             self.shared[key] = (nodes[0].frame, frame, self._pieces(frame, slopes))  # the first keeps its id alive
@@ -283,6 +328,7 @@ class _Replayer:
         narrow, wide = (np.full(shapes, v) if clips.any() else None for v in (-np.inf, np.inf))
         size = program.rows_at_once
         for begin in range(0, len(rows), size):
+            self._in_time()
             some = slice(begin, begin + size)
             lower, a, bound = view.backward(self._rows(rows[some]), owner[some], proof.constant[rows[some]])
             best[some] = np.where(np.isfinite(lower), lower, -np.inf)
@@ -362,12 +408,6 @@ class _Replayer:
             child = _Node(node.tree, int(proof.child[place]) + side, node.depth + 1, lower, upper, node.frame, node.row,
                           splits, node.open)  # fmt: skip
             self.pending.setdefault(child.depth, []).append(child)
-
-
-def _alike(keys: Array) -> Iterator[Array]:
-    """Positions with equal keys, in order."""
-    for key in np.unique(keys):
-        yield np.flatnonzero(keys == key)
 
 
 def _clipped(view: View, a: Array, bound: Bound, owner: Array, slack: Array) -> tuple[Array, Array]:

@@ -69,6 +69,18 @@ def identity(problem: Problem) -> dict[str, Array]:
     return arrays | _cases(problem) | {"header": text}
 
 
+def differences(proof: Certificate, problem: Problem) -> list[str]:
+    """How a certificate's network, boxes and rows differ from those of a problem; none if it proves exactly that."""
+    header, arrays = _program(problem.program)
+    arrays |= _cases(problem)
+    found = [f"{name} differs" for name, value in header.items() if proof.header.get(name) != value]
+    for name, array in arrays.items():
+        other = proof.arrays.get(name)
+        if other is None or other.dtype != array.dtype or not np.array_equal(other, array):
+            found.append(f"array {name!r} differs")
+    return found
+
+
 def _f8(x: Tensor) -> Array:
     return np.ascontiguousarray(x.detach().cpu().double().numpy())
 

@@ -1,0 +1,91 @@
+"""The exact answer where every neuron is split: the network is affine there, and a row's least value a linear program.
+
+Its dual solution is what a certificate needs: multipliers of the splits with which the backward pass reaches the same
+bound. Its primal solution is a point where the row is least, a counterexample if it is not positive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.optimize import linprog
+from torch import Tensor
+
+from soundly.bounds.batch import Bounder, Frame, Split, Start
+from soundly.bounds.optimise import bounds_of
+from soundly.bounds.program import Affine, Function
+
+
+@dataclass(frozen=True, eq=False)
+class Leaf:
+    """The solution of a leaf.
+
+    Attributes:
+        bound: the row's least value on the leaf; infinite if the leaf is empty.
+        multipliers: per step with splits, [1, n], not negative.
+        point: [inputs], where the row is least; None if the leaf is empty.
+    """
+
+    bound: float
+    multipliers: dict[int, Tensor]
+    point: Tensor | None
+
+
+def solve(bounder: Bounder, frame: Frame, start: Start, splits: Mapping[int, Split]) -> Leaf | None:
+    """Solves one leaf, a frame of one subproblem in which no function is bent, for one row.
+
+    Returns:
+        None where the solver does not reach an optimum.
+    """
+    lines = bounder.lines(frame)
+    row = bounder.backward(frame, lines, start)
+    sides, ends, where = [], [], []
+    for i, split in splits.items():
+        entry = split.sign[0].nonzero()[:, 0]
+        step = bounder.steps[i]
+        assert isinstance(step, (Affine, Function))
+        plane = bounder.backward(frame, lines, bounds_of(step, i, entry, torch.zeros_like(entry), frame.lower[0]))
+        sign, at = split.sign[0, entry], split.at[0, entry]
+        sides.append(-sign[:, None] * plane.a)  # sign (<a, x> + d - at) >= 0
+        ends.append(sign * (plane.d - at))
+        where += [(i, int(e)) for e in entry]
+    a, b = torch.cat(sides).double().numpy(), torch.cat(ends).double().numpy()
+    scale = np.abs(a).max(1).clip(1e-30)
+    box = torch.stack([frame.lower[0][0], frame.upper[0][0]], 1).double().numpy()
+    result = linprog(
+        row.a[0].double().numpy(), A_ub=a / scale[:, None], b_ub=b / scale, bounds=box, method="highs-ds"
+    )
+    empty = {i: torch.zeros_like(s.sign) for i, s in splits.items()}
+    if result.status == 2:
+        return Leaf(np.inf, _farkas(a / scale[:, None], b / scale, box, where, scale, empty), None)
+    if result.status != 0:
+        return None
+    for (i, entry), dual, size in zip(where, result.ineqlin.marginals, scale, strict=True):
+        empty[i][0, entry] = max(-dual, 0.0) / size
+    return Leaf(float(result.fun) + float(row.d[0]), empty, torch.from_numpy(result.x))
+
+
+def _farkas(
+    a: np.ndarray[tuple[int, ...], np.dtype[np.float64]],
+    b: np.ndarray[tuple[int, ...], np.dtype[np.float64]],
+    box: np.ndarray[tuple[int, ...], np.dtype[np.float64]],
+    where: list[tuple[int, int]],
+    scale: np.ndarray[tuple[int, ...], np.dtype[np.float64]],
+    empty: dict[int, Tensor],
+) -> dict[int, Tensor]:
+    """Multipliers that show that a leaf is empty: of the least violation of its constraints, much enlarged."""
+    n = a.shape[1]
+    wide = np.concatenate([a, -np.ones((len(a), 1))], 1)
+    cost = np.r_[np.zeros(n), 1.0]
+    result = linprog(cost, A_ub=wide, b_ub=b, bounds=np.r_[box, [[0.0, np.inf]]], method="highs-ds")
+    if result.status == 0 and result.fun > 0:
+        for (i, entry), dual, size in zip(where, result.ineqlin.marginals, scale, strict=True):
+            empty[i][0, entry] = max(-dual, 0.0) / size * ENLARGED / result.fun
+    return empty
+
+
+ENLARGED = 1e3
+"""The bound that an empty leaf shall reach, roughly: rows are far smaller."""
