@@ -132,7 +132,7 @@ def below(network: Network, region: Box, level: float) -> Claim:
     return Claim(network, region, Property.of([[row]], outputs=2, inputs=region.shape[1]))
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", SIZES)
 def test_claims_just_beside_the_exact_minimum(name, seed):
     sizes = SIZES[name]
