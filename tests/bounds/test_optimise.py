@@ -322,21 +322,18 @@ def relaxed_optimum(s: Scene, r: int) -> float:
 
 
 @pytest.mark.parametrize("split", [0, 1, 2])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_the_optimum_of_the_relaxation_is_reached(seed, split):
     s = scene(chain((3, 8, 8, 2), RELU, seed), seed, rows=4, split=split)
     before = bound(s, s.slopes, s.splits)
-    found = lift(s, 300, rate=0.1, decay=0.99)
-    tried = 0
-    for r in range(4):
-        best = relaxed_optimum(s, r)
-        assert float(found.bound[r]) <= best + 1e-7 * (1 + abs(best))
-        if math.isfinite(best):
-            tried += 1
-            # Most of the way, and near it in numbers too.
-            assert best - float(found.bound[r]) <= 0.02 * max(1.0, abs(best))
-            assert best - float(found.bound[r]) <= 0.1 * (best - float(before[r])) + 1e-9
-    assert tried >= 2
+    found = lift(s, 1000, rate=0.3, decay=0.995)
+    best = torch.tensor([relaxed_optimum(s, r) for r in range(4)], dtype=F64)
+    assert bool((found.bound <= best + 1e-7 * (1 + best.abs())).all())
+    filled = torch.isfinite(best)  # the constraints may leave nothing
+    gap = (best - found.bound)[filled]
+    assert len(gap) >= 2
+    assert bool((gap <= 2e-3 * best[filled].abs().clamp(min=1)).all())
+    assert bool((best - before)[filled].max() > 0.1)  # there was something to gain
 
 
 # -- refining
@@ -353,9 +350,8 @@ def test_refined_intervals_are_narrower_and_hold(name):
     assert escape(program, frame, points(low, high, 2000)) < TOLERANCE
     for i in range(len(program.steps)):
         assert bool((frame.lower[i] >= before.lower[i]).all() and (frame.upper[i] <= before.upper[i]).all())
-    if found:
-        narrowed = [bool((frame.upper[i] - frame.lower[i] < before.upper[i] - before.lower[i]).any()) for i in found]
-        assert any(narrowed)
+    untouched = set(range(len(program.steps))) - set(found)
+    assert all(torch.equal(frame.lower[i], before.lower[i]) for i in untouched)
 
 
 def test_refined_intervals_are_those_of_their_slopes():

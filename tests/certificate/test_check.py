@@ -531,14 +531,15 @@ def test_planted_faults_are_found(name):
 def test_the_checker_depends_on_nothing_it_checks():
     """Errors and the file format are all it takes from soundly; numpy is all it takes from others."""
     folder, found = Path(checker.__file__).parent, set()
-    for name in ("check.py", "format.py", "verification.py", "bounding.py", "functions.py"):
+    parts = ("verification", "reading", "bounding", "program", "functions")
+    for name in (f"{part}.py" for part in ("check", "format", *parts)):
         for node in ast.walk(ast.parse((folder / name).read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom):
                 found.add("." * node.level + (node.module or ""))
             elif isinstance(node, ast.Import):
                 found |= {alias.name for alias in node.names}
     found = {name for name in found if name.split(".")[0] not in sys.stdlib_module_names}
-    own = {f"soundly.certificate.{name}" for name in ("format", "verification", "bounding", "functions")}
+    own = {f"soundly.certificate.{name}" for name in ("format", *parts)}
     assert found == {"numpy", "numpy.typing", "soundly.errors", *own}
 
 

@@ -209,6 +209,7 @@ class Bounder:
     Attributes:
         deadline: the time (of `time.monotonic`) at which a long pass raises `OutOfTime`.
         cost: products per row of a backward pass through the whole program.
+        dtype: of all numbers.
     """
 
     def __init__(self, program: Program, *, chunk: int = CHUNK, deadline: float = math.inf) -> None:
@@ -225,6 +226,7 @@ class Bounder:
             )
         self.widest = max(step.size for step in self.steps)
         self.chunk = chunk
+        self.dtype = next((s.bias.dtype for s in self.steps if isinstance(s, Affine)), torch.float64)
         maps = [m for step in self.steps if isinstance(step, Affine) for m, _ in step.parts]
         self.cost = sum(len(m.rows) if isinstance(m, Sparse) else m.size[0] * m.terms for m in maps)
 
@@ -652,6 +654,7 @@ def _chosen(f: Elementwise, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tenso
         k = torch.cat(candidates).nan_to_num(0.0, 0.0, 0.0)
         k = torch.where(thin, k[1], k)
         low, high = sampled_offsets(f, p, q, k)
+        low[0], high[0] = low[0].maximum(least[sloped]), high[0].minimum(greatest[sloped])
         best = (low + k * middle).argmax(0, keepdim=True)
         result[0][sloped], result[1][sloped] = k.gather(0, best)[0], low.gather(0, best)[0]
         best = (high + k * middle).argmin(0, keepdim=True)
@@ -681,13 +684,14 @@ SEGMENTS = 16
 
 
 class Samples:
-    """A function between samples of an interval: on a segment where the derivative rises by h, the function lies at
-    most h times the length / 8 below the lower end of its chord less any slope, and nowhere above; so for falls.
+    """A function on intervals, by samples: between two of them it leaves its chord by at most length / 8 times how far
+    its derivative moves there.
 
     Attributes:
         t: [samples, *shape].
-        low, high: f(t), each moved by what the segments beside the sample may add.
+        low, high: f(t), moved by what the segments beside a sample may add.
         slope: the derivative.
+        convex, concave: whether the samples look so.
     """
 
     def __init__(self, f: Elementwise, lower: Tensor, upper: Tensor) -> None:
@@ -699,11 +703,13 @@ class Samples:
             t = torch.where((lower > 0) & (upper < math.inf), growing.minimum(upper), t)
         self.slope = f.derivative.apply(t)
         value = f.apply(t)
-        turn = self.slope.diff(dim=0) * t.diff(dim=0) / 8
+        rise = self.slope.diff(dim=0)
+        self.convex, self.concave = (rise >= 0).all(0), (rise <= 0).all(0)
+        turn = rise.abs() * t.diff(dim=0) / 8
         none = torch.zeros_like(value[:1])
-        left, right = torch.cat([none, turn]), torch.cat([turn, none])
-        self.low = value - torch.maximum(left, right).clamp(min=0)
-        self.high = value - torch.minimum(left, right).clamp(max=0)
+        turn = torch.maximum(torch.cat([none, turn]), torch.cat([turn, none]))
+        self.low = torch.where(self.concave, value, value - turn)
+        self.high = torch.where(self.convex, value, value + turn)
         points = [p for p in f.special_points if p[0] in f.breaks]
         if points:
             at = torch.stack([torch.full_like(lower, p[0]) for p in points])
@@ -735,5 +741,5 @@ def _open_sides(f: Elementwise, lower: Tensor, upper: Tensor) -> tuple[Tensor, T
     if f.breaks:
         both = torch.ones_like(lower, dtype=torch.bool)
         return both, both
-    turn = Samples(f, lower, upper).slope.diff(dim=0)
-    return (turn > 0).any(0), (turn < 0).any(0)
+    samples = Samples(f, lower, upper)
+    return ~samples.concave, ~samples.convex

@@ -6,319 +6,20 @@ off d. docs/certificates.md derives the costs. Rows have owners: the nodes of a 
 intervals, or all with the same intervals except for a few clamped entries.
 """
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any, Protocol, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from soundly.certificate.functions import FAR, Function, U
+from soundly.certificate.functions import FAR, U
+from soundly.certificate.program import Affine, Apply, Program, Step, Stored, Times, Variable, nonlinear_sources
 
 Array = npt.NDArray[Any]
 
 FLOOR = 2.0**-600  # pays for all underflow in one row, where no value is beyond 2^300
-ALL = (slice(None), slice(None))
 ABOVE = 1 + 2.0**-16  # for the roundings of the error terms themselves
-NUMBERS, MOST = 2**17, 2**24  # of coefficients at once: what fits a cache, but not too few rows
-
-
-class Map(Protocol):
-    """A linear map of vectors [..., n] to [..., m]."""
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """m, n."""
-
-    @property
-    def terms(self) -> int:
-        """How many products are summed up to one entry at most, here or in the transposed map."""
-
-    @property
-    def room(self) -> int:
-        """How many numbers a row needs on the way."""
-
-    def apply(self, x: Array) -> Array: ...
-
-    def pull(self, a: Array) -> Array: ...
-
-    @property
-    def absolute(self) -> "Map": ...
-
-
-@dataclass(frozen=True, eq=False)
-class Matrix:
-    """Each of the blocks of x times the transpose of weight [m, n]."""
-
-    weight: Array
-    blocks: int
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.blocks * self.weight.shape[0], self.blocks * self.weight.shape[1]
-
-    @property
-    def terms(self) -> int:
-        return max(self.weight.shape)
-
-    @property
-    def room(self) -> int:
-        return max(self.size)
-
-    def apply(self, x: Array) -> Array:
-        return self._blockwise(x, self.weight.T)
-
-    def pull(self, a: Array) -> Array:
-        return self._blockwise(a, self.weight)
-
-    def _blockwise(self, x: Array, weight: Array) -> Array:
-        y: Array = x.reshape(len(x) * self.blocks, -1) @ weight
-        return y.reshape(len(x), -1)
-
-    @cached_property
-    def absolute(self) -> "Matrix":
-        return replace(self, weight=np.abs(self.weight))
-
-
-@dataclass(frozen=True, eq=False)
-class Convolution:
-    """A convolution from `wide` (C, *in) to `narrow` (O, *out) with weight [O, C / groups, *kernel], or its adjoint."""
-
-    weight: Array
-    wide: tuple[int, ...]
-    narrow: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
-    transposed: bool
-
-    @property
-    def size(self) -> tuple[int, int]:
-        wide, narrow = math.prod(self.wide), math.prod(self.narrow)
-        return (wide, narrow) if self.transposed else (narrow, wide)
-
-    @property
-    def terms(self) -> int:
-        return max(len(self.weight) // self.groups, self.weight.shape[1]) * math.prod(self.weight.shape[2:])
-
-    @property
-    def padded(self) -> tuple[int, ...]:
-        return tuple(n + 2 * p for n, p in zip(self.wide[1:], self.padding, strict=True))
-
-    @property
-    def room(self) -> int:
-        return 2 * max(self.wide[0] * math.prod(self.padded), *self.size)
-
-    def apply(self, x: Array) -> Array:
-        return self._widen(x) if self.transposed else self._narrow(x)
-
-    def pull(self, a: Array) -> Array:
-        return self._narrow(a) if self.transposed else self._widen(a)
-
-    def _positions(self) -> Iterator[tuple[tuple[slice, ...], Array]]:
-        """For every position in the kernel: what it meets of the padded input, and its weights [g, O / g, C / g]."""
-        for position in np.ndindex(self.weight.shape[2:]):
-            met = tuple(
-                slice(k * d, k * d + (out - 1) * s + 1, s)
-                for k, d, s, out in zip(position, self.dilation, self.stride, self.narrow[1:], strict=True)
-            )
-            weight = self.weight[ALL + position]
-            yield met, weight.reshape(self.groups, -1, weight.shape[1])
-
-    def _narrow(self, x: Array) -> Array:
-        rows, channels, inner = len(x), self.wide[0], tuple(slice(p, p + n) for p, n in self._inner())
-        padded = np.zeros((rows, channels, *self.padded))
-        padded[ALL + inner] = x.reshape(rows, *self.wide)
-        y = np.zeros((rows, self.groups, len(self.weight) // self.groups, math.prod(self.narrow[1:])))
-        for met, weight in self._positions():
-            part = padded[ALL + met].reshape(rows, self.groups, weight.shape[2], -1)
-            y += weight @ part
-        return y.reshape(rows, -1)
-
-    def _widen(self, a: Array) -> Array:
-        rows, channels, inner = len(a), self.wide[0], tuple(slice(p, p + n) for p, n in self._inner())
-        a = a.reshape(rows, self.groups, len(self.weight) // self.groups, -1)
-        padded = np.zeros((rows, channels, *self.padded))
-        for met, weight in self._positions():
-            part = weight.transpose(0, 2, 1) @ a
-            padded[ALL + met] += part.reshape(rows, channels, *self.narrow[1:])
-        return padded[ALL + inner].reshape(rows, -1)
-
-    def _inner(self) -> Iterator[tuple[int, int]]:
-        return zip(self.padding, self.wide[1:], strict=True)
-
-    @cached_property
-    def absolute(self) -> "Convolution":
-        return replace(self, weight=np.abs(self.weight))
-
-
-@dataclass(frozen=True, eq=False)
-class Sparse:
-    """y[rows[k]] += values[k] * x[columns[k]]."""
-
-    rows: Array
-    columns: Array
-    values: Array
-    size: tuple[int, int]
-
-    @cached_property
-    def terms(self) -> int:
-        return max((int(np.bincount(side).max()) for side in (self.rows, self.columns) if len(side)), default=1)
-
-    @property
-    def room(self) -> int:
-        return max(len(self.values), *self.size)
-
-    @cached_property
-    def _dense(self) -> Array | None:
-        if self.size[0] * self.size[1] > 2**17:
-            return None
-        dense = np.zeros(self.size)
-        dense[self.rows, self.columns] = self.values
-        return dense
-
-    def apply(self, x: Array) -> Array:
-        if self._dense is not None:
-            return x @ self._dense.T
-        return self._sum(x, self._by_row, self.rows, self.columns, self.size[0])
-
-    def pull(self, a: Array) -> Array:
-        if self._dense is not None:
-            return a @ self._dense
-        return self._sum(a, self._by_column, self.columns, self.rows, self.size[1])
-
-    @cached_property
-    def _by_row(self) -> Array:
-        return np.argsort(self.rows, kind="stable")
-
-    @cached_property
-    def _by_column(self) -> Array:
-        return np.argsort(self.columns, kind="stable")
-
-    def _sum(self, x: Array, order: Array, to: Array, of: Array, size: int) -> Array:
-        y = np.zeros((len(x), size))
-        if len(order):
-            to = to[order]
-            first = np.flatnonzero(np.r_[True, to[1:] != to[:-1]])
-            y[:, to[first]] = np.add.reduceat(x[:, of[order]] * self.values[order], first, axis=1)
-        return y
-
-    @cached_property
-    def absolute(self) -> "Sparse":
-        return replace(self, values=np.abs(self.values))
-
-
-@dataclass(frozen=True)
-class Variable:
-    size: int
-
-
-@dataclass(frozen=True, eq=False)
-class Affine:
-    """Maps of earlier steps, added up, plus a bias; the true weights and bias may differ from these."""
-
-    parts: tuple[tuple[Map, int], ...]
-    bias: Array
-    weight_error: float
-    bias_error: Array
-
-    @property
-    def size(self) -> int:
-        return len(self.bias)
-
-
-@dataclass(frozen=True)
-class Apply:
-    """A function of each entry."""
-
-    source: int
-    function: Function
-    size: int
-
-
-@dataclass(frozen=True)
-class Times:
-    left: int
-    right: int
-    size: int
-
-
-Step: TypeAlias = Variable | Affine | Apply | Times
-
-
-@dataclass(frozen=True, eq=False)
-class Program:
-    """Steps in order of evaluation: the input first, the outputs last.
-
-    slots: the places of slopes in a stored row: 2 * the number of a neuron + its side, ascending or not.
-    """
-
-    steps: tuple[Step, ...]
-    slots: Array
-
-    @cached_property
-    def offsets(self) -> Array:
-        """Where each step's neurons begin, and how many there are."""
-        return np.cumsum([0, *(step.size for step in self.steps)])
-
-    @cached_property
-    def bounded(self) -> tuple[int, ...]:
-        """The steps whose intervals matter: those that a function or a product reads."""
-        read = [s for step in self.steps for s in _nonlinear_sources(step)]
-        return tuple(sorted(set(read)))
-
-    @cached_property
-    def contributions(self) -> int:
-        """How many terms are added up to one coefficient at most, besides those inside a map."""
-        count = np.full(len(self.steps), 4)
-        for step in self.steps:
-            for source in [s for _, s in step.parts] if isinstance(step, Affine) else _nonlinear_sources(step):
-                count[source] += 1
-        return int(count.max())
-
-    @cached_property
-    def room(self) -> int:
-        """How many numbers a row needs."""
-        maps = [part.room for step in self.steps if isinstance(step, Affine) for part, _ in step.parts]
-        return max(*(step.size for step in self.steps), *maps, 1)
-
-    @property
-    def rows_at_once(self) -> int:
-        return max(1, NUMBERS // self.room, min(64, MOST // self.room))
-
-    @cached_property
-    def _placed(self) -> dict[int, list[tuple[Array, Array]]]:
-        """For every function and product, per side: entries that have a stored slope, and where."""
-        found = {}
-        for i, step in enumerate(self.steps):
-            if isinstance(step, (Apply, Times)):
-                sides = []
-                for side in (0, 1):
-                    neuron = self.slots // 2 - self.offsets[i]
-                    at = np.flatnonzero((neuron >= 0) & (neuron < step.size) & (self.slots % 2 == side))
-                    sides.append((neuron[at], at))
-                found[i] = sides
-        return found
-
-    def stored(self, i: int, slopes: Array | None, nodes: int) -> tuple[Array, Array]:
-        """Stored slopes of step i [nodes, n], lower and upper, NaN where there are none."""
-        result = np.full((2, nodes, self.steps[i].size), np.nan)
-        if slopes is not None:
-            for side, (entry, at) in enumerate(self._placed[i]):
-                result[side][:, entry] = slopes[:, at]
-        return result[0], result[1]
-
-
-def _nonlinear_sources(step: Step) -> tuple[int, ...]:
-    match step:
-        case Apply(source):
-            return (source,)
-        case Times(left, right):
-            return left, right
-    return ()
 
 
 @dataclass(eq=False)
@@ -353,13 +54,14 @@ class Frame:
 class Pieces:
     """Of a function or product, per side: slopes towards each source, and an offset that pays for roundings [M, n].
 
-    Below: where the coefficient is positive.
+    Below: where the coefficient is positive. by_row: of each row of a pass instead of each node.
     """
 
     below: tuple[Array, ...]
     below_offset: Array
     above: tuple[Array, ...]
     above_offset: Array
+    by_row: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -416,13 +118,16 @@ def relax(program: Program, i: int, intervals: Sequence[tuple[Array, Array]], lo
     return Pieces(*found[0], found[1][0], -found[1][1])
 
 
-def pieces(program: Program, i: int, frame: Frame, slopes: Array | None) -> Pieces:
-    """The relaxation of step i over a frame, with stored slopes [M or 1, S] or the default."""
-    intervals = [(frame.lower[s], frame.upper[s]) for s in _nonlinear_sources(program.steps[i])]
+def pieces(program: Program, i: int, frame: Frame, slopes: Array | None, owner: Array | None = None) -> Pieces:
+    """The relaxation of step i over a frame, with stored slopes [M or 1, S] or the default; or [owners, S] by row."""
+    intervals = [(frame.lower[s], frame.upper[s]) for s in nonlinear_sources(program.steps[i])]
+    if owner is not None:
+        intervals = [(_owned(a, owner), _owned(b, owner)) for a, b in intervals]
     low, high = program.stored(i, slopes, 1 if slopes is None else len(slopes))
     shape = intervals[0][0].shape if len(low) == 1 else low.shape
     intervals = [(np.broadcast_to(a, shape), np.broadcast_to(b, shape)) for a, b in intervals]
-    return relax(program, i, intervals, np.broadcast_to(low, shape).copy(), np.broadcast_to(high, shape).copy())
+    found = relax(program, i, intervals, np.broadcast_to(low, shape).copy(), np.broadcast_to(high, shape).copy())
+    return found if owner is None else replace(found, by_row=True)
 
 
 def _below(x: Array) -> Array:
@@ -528,15 +233,15 @@ class View:
                 for part, source in step.parts:
                     give(source, part.pull(a))
             elif isinstance(step, (Apply, Times)):
-                sources, some = _nonlinear_sources(step), self.pieces[i]
+                sources, some = nonlinear_sources(step), self.pieces[i]
                 extra: list[tuple[Array, Array, Array]] = []
                 if i in self.exceptions:
                     extra = self._exceptional(i, a, owner, bound)
-                positive = a > 0
-                offset = np.where(positive, _owned(some.below_offset, owner), _owned(some.above_offset, owner))
+                positive, who = a > 0, np.arange(len(a)) if some.by_row else owner
+                offset = np.where(positive, _owned(some.below_offset, who), _owned(some.above_offset, who))
                 bound.add(_rowwise(a, offset))
                 for j, source in enumerate(sources):
-                    slope = np.where(positive, _owned(some.below[j], owner), _owned(some.above[j], owner))
+                    slope = np.where(positive, _owned(some.below[j], who), _owned(some.above[j], who))
                     slope *= a
                     if extra:
                         row, entry, parts = extra[j]
@@ -614,20 +319,20 @@ def _rows_of(node: Array, owner: Array) -> tuple[Array, Array]:
 
 
 def refresh(
-    program: Program, lower: Array, upper: Array, inherited: Frame | None, slopes: Sequence[Array] | None
+    program: Program, lower: Array, upper: Array, inherited: Frame | None, group: Array, stored: Stored
 ) -> tuple[Frame, Array]:
     """Intervals of all steps over boxes.
 
     Args:
         lower, upper: boxes [M, inputs].
         inherited: intervals that are known already [M, n].
-        slopes: stored slopes [M, S], for each of the steps whose intervals matter; None for the default.
+        group: [M], which group of stored slopes belongs to each box; -1 for none.
 
     Returns:
         the frame [M, n]; which boxes are empty or hold no point that the inherited intervals allow [M].
     """
     frame = Frame()
-    dead: Array = (lower > upper).any(axis=1)
+    dead = np.asarray((lower > upper).any(axis=1))
     current: dict[int, Pieces] = {}
     for i, step in enumerate(program.steps):
         low, high, cost = _interval(frame, step, lower, upper, program.contributions)
@@ -636,45 +341,54 @@ def refresh(
         frame.lower.append(low)
         frame.upper.append(high)
         frame.cost.append(cost)
-        dead |= _settle(frame, i)
-        if slopes is None and isinstance(step, (Apply, Times)):
+        dead = dead | _settle(frame, i)
+        if isinstance(step, (Apply, Times)):
             current[i] = pieces(program, i, frame, None)
         if i not in program.bounded or _is_exact(step):
             continue
-        wanted = _wanted(program, frame, i) & ~dead[:, None]
-        if not wanted.any():
-            continue
-        if slopes is not None:
-            row = slopes[program.bounded.index(i)]
-            current = {
-                j: pieces(program, j, frame, row)
-                for j, earlier in enumerate(program.steps[: i + 1])
-                if isinstance(earlier, (Apply, Times))
-            }
-        view = View(program, frame, current, frame.lower[0], frame.upper[0])
-        node, entry = wanted.nonzero()
-        size = max(1, program.rows_at_once // 2)
-        for begin in range(0, len(node), size):
-            owner, at = node[begin : begin + size], entry[begin : begin + size]
-            both = np.concatenate([owner, owner])
-            bounds, _, _ = view.backward(_units(program, i, at), both)
-            below, above = bounds[: len(at)], -bounds[len(at) :]
-            frame.lower[i][owner, at] = np.maximum(frame.lower[i][owner, at], below)
-            frame.upper[i][owner, at] = np.minimum(frame.upper[i][owner, at], above)
-        dead |= _settle(frame, i)
+        node, entry = (_wanted(program, frame, i) & ~dead[:, None]).nonzero()
+        if len(node):
+            _tighten(program, frame, i, current, node, entry, group, stored)
+            dead = dead | _settle(frame, i)
     return frame, dead
+
+
+def _tighten(
+    program: Program,
+    frame: Frame,
+    i: int,
+    current: dict[int, Pieces],
+    node: Array,
+    entry: Array,
+    group: Array,
+    stored: Stored,
+) -> None:
+    """Meets the intervals of some entries of step i with backward bounds, each with its stored slopes, if it has any."""
+    node, entry, side = np.tile(node, 2), np.tile(entry, 2), np.repeat([0, 1], len(node))
+    row = stored.rows(group[node], 2 * (program.offsets[i] + entry) + side)
+    low, high = frame.lower[i].copy(), frame.upper[i].copy()
+    for chosen in (False, True):
+        which = np.flatnonzero((row >= 0) == chosen)
+        for begin in range(0, len(which), program.rows_at_once):
+            some = which[begin : begin + program.rows_at_once]
+            owner, at, sign = node[some], entry[some], 1.0 - 2.0 * side[some]
+            own = current
+            if chosen:
+                slopes = stored.of(row[some])
+                own = {j: pieces(program, j, frame, slopes, owner) if program.has_slots(j) else current[j]
+                       for j in current}  # fmt: skip
+            start = np.zeros((len(some), program.steps[i].size))
+            start[np.arange(len(some)), at] = sign
+            bounds, *_ = View(program, frame, own, frame.lower[0], frame.upper[0]).backward({i: start}, owner)
+            below = sign > 0
+            low[owner[below], at[below]] = np.maximum(low[owner[below], at[below]], bounds[below])
+            high[owner[~below], at[~below]] = np.minimum(high[owner[~below], at[~below]], -bounds[~below])
+    frame.lower[i], frame.upper[i] = low, high
 
 
 def _is_exact(step: Step) -> bool:
     """Whether its interval is already as tight as a backward pass could make it."""
     return isinstance(step, Variable) or (isinstance(step, Affine) and [s for _, s in step.parts] == [0])
-
-
-def _units(program: Program, i: int, entry: Array) -> dict[int, Array]:
-    rows = np.zeros((2 * len(entry), program.steps[i].size))
-    rows[np.arange(len(entry)), entry] = 1.0
-    rows[np.arange(len(entry)) + len(entry), entry] = -1.0
-    return {i: rows}
 
 
 def _wanted(program: Program, frame: Frame, i: int) -> Array:
@@ -691,12 +405,11 @@ def _wanted(program: Program, frame: Frame, i: int) -> Array:
 
 def _settle(frame: Frame, i: int) -> Array:
     """Which nodes have an empty interval in step i; their intervals become points, whatever they say."""
-    empty: Array = frame.lower[i] > frame.upper[i]
+    empty = np.asarray(frame.lower[i] > frame.upper[i])
     if not empty.any():
         return np.zeros(len(empty), bool)
     frame.upper[i] = np.maximum(frame.lower[i], frame.upper[i])
-    result: Array = empty.any(axis=1)
-    return result
+    return np.asarray(empty.any(axis=1))
 
 
 def _interval(

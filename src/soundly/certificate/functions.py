@@ -438,10 +438,9 @@ class Function:
                 slope = np.where(usable, slope, 0.0)
                 excess = heights - slope * points
                 low, high = excess.min(0) + slope * middle, excess.max(0) + slope * middle
-                for side, better in ((0, low > record[0]), (1, high < record[1])):
-                    better &= usable
-                    best[side] = np.where(better, slope, best[side])
-                    record[side] = np.where(better, (low, high)[side], record[side])
+                higher, lower_still = usable & (low > record[0]), usable & (high < record[1])
+                best = [np.where(higher, slope, best[0]), np.where(lower_still, slope, best[1])]
+                record = [np.where(higher, low, record[0]), np.where(lower_still, high, record[1])]
         return best[0], best[1]
 
     def _sample(self, polynomials: Sequence[Polynomial], t: Array) -> Array:

@@ -6,7 +6,9 @@ no bound; whoever replays the tree finds them again.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -73,3 +75,18 @@ class Forest:
             inner = level[self.kind[level] != LEAF]
             level = (self.left[inner][:, None] + np.arange(2)).reshape(-1)
         return np.concatenate(levels)
+
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """Everything, as arrays."""
+        trees = np.array([self.case, self.first, self.last, self.root], dtype=np.int64).reshape(4, -1)
+        nodes = {name: getattr(self, name)[: self.size] for name in ("flags", "kind", "what", "left", "at")}
+        return {"trees": trees, **nodes}
+
+    def restore(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """The inverse of `state`."""
+        self.case, self.first, self.last, self.root = (row.tolist() for row in state["trees"])
+        self.flags, self.kind, self.what, self.left = (
+            state[name].astype(np.int64) for name in ("flags", "kind", "what", "left")
+        )
+        self.at = state["at"].astype(np.float64)
+        self.size = len(self.flags)

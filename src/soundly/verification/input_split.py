@@ -8,10 +8,12 @@ Zhou et al., "Clip-and-Verify", 2025 (clipping).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -38,48 +40,66 @@ class Parts:
     def __len__(self) -> int:
         return len(self.node)
 
-    def pick(self, index: Tensor) -> Parts:
+    def pick(self, index: Tensor | slice) -> Parts:
         return Parts(*(v[index] for v in self._fields()))
+
+    def _asdict(self) -> dict[str, Tensor]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def _fields(self) -> tuple[Tensor, ...]:
         return self.lower, self.upper, self.node, self.case, self.open, self.bound
 
     @staticmethod
     def join(parts: Sequence[Parts]) -> Parts:
+        if len(parts) == 1:
+            return parts[0]
         return Parts(*(torch.cat(v) for v in zip(*(p._fields() for p in parts), strict=True)))
 
 
 class InputSplit:
     """The search; `step` handles one batch of boxes.
 
+    Args:
+        cases: which boxes of the problem; all if None.
+        margin: by how much rows must exceed their slack here, since the checker knows more about rounding.
+
     Attributes:
         forest: one tree per case, with all its clauses.
-        waiting: the boxes that are neither proved nor split.
+        stack: the boxes that are neither proved nor split.
         proved: the leaves.
         subproblems: how many boxes were bounded.
         stuck: whether some box was too small to be split.
     """
 
-    def __init__(self, problem: Problem, bounder: Bounder, cases: Tensor | None = None) -> None:
-        self.problem, self.bounder = problem, bounder
+    def __init__(self, problem: Problem, bounder: Bounder, cases: Tensor | None = None, *, margin: float = 0.0) -> None:
+        self.problem, self.bounder, self.margin = problem, bounder, margin
         self.forest = Forest()
         cases = torch.arange(len(problem.lower)) if cases is None else cases
         spans = problem.spans[cases].tolist()
         nodes = [self.forest.plant(c, 0, b - a) for c, (a, b) in zip(cases.tolist(), spans, strict=True)]
         bound = torch.full((len(cases),), -torch.inf, dtype=torch.float64)
-        self.waiting = Parts(
+        roots = Parts(
             problem.lower[cases], problem.upper[cases], torch.tensor(nodes), cases, problem.open_clauses(cases), bound
         )
+        self.stack = [roots]
         self.proved: list[Parts] = []
         self.subproblems = 0
         self.stuck = False
 
+    def __len__(self) -> int:
+        return sum(map(len, self.stack))
+
+    @property
+    def waiting(self) -> Parts:
+        """The boxes that are neither proved nor split; at least one."""
+        return Parts.join(self.stack)
+
     @property
     def open_share(self) -> float:
         """Which share of the volume waits, the mean over cases."""
-        now = self.waiting
-        if not len(now):
+        if not self.stack:
             return 0.0
+        now = self.waiting
         whole = (self.problem.upper - self.problem.lower)[now.case]
         shares = torch.where(whole > 0, (now.upper - now.lower) / whole, 1.0).prod(-1)
         return min(1.0, float(shares.sum()) / len(self.forest.root))
@@ -87,20 +107,46 @@ class InputSplit:
     @property
     def bound(self) -> float:
         """The worst bound among the boxes that wait."""
-        return float(self.waiting.bound.min()) if len(self.waiting) else 0.0
+        return float(self.waiting.bound.min()) if len(self) else 0.0
 
     def step(self, batch: int) -> Tensor:
-        """Bounds the worst boxes, drops what is proved, splits the rest; returns points where the bounds are worst."""
-        now, later = self.waiting, None
+        """Bounds the boxes on top, drops what is proved, splits the rest; returns points where bounds are worst.
+
+        Depth first, the worst of a batch first: what waits stays little.
+        """
+        taken = [self.stack.pop()]
+        while self.stack and sum(map(len, taken)) < batch:
+            taken.append(self.stack.pop())
+        now = Parts.join(taken)
         if len(now) > batch:
-            worst = now.bound.topk(batch, largest=False, sorted=False).indices
-            rest = torch.ones(len(now), dtype=torch.bool)
-            rest[worst] = False
-            now, later = now.pick(worst), now.pick(rest)
-        left, points = self._treat(now)
+            self.stack.append(now.pick(slice(batch, None)))
+            now = now.pick(slice(None, batch))
+        try:
+            left, points = self._treat(now)
+        except BaseException:  # a limit or Ctrl-C: nothing was recorded
+            self.stack.append(now)
+            raise
         self.subproblems += len(now)
-        self.waiting = left if later is None else Parts.join([later, left])
+        if len(left):
+            self.stack.append(left.pick(left.bound.argsort()))
         return points
+
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """What a journal keeps."""
+        arrays = {f"forest.{k}": v for k, v in self.forest.state().items()}
+        for name, parts in (("waiting", self.stack), ("proved", self.proved)):
+            for field, value in Parts.join(parts)._asdict().items() if parts else ():
+                arrays[f"{name}.{field}"] = value.numpy()
+        return arrays | {"subproblems": np.array(self.subproblems)}
+
+    def restore(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Goes on where a journal left it."""
+        self.forest.restore({k.removeprefix("forest."): v for k, v in state.items() if k.startswith("forest.")})
+        for name in ("waiting", "proved"):
+            found = {k.split(".")[1]: torch.from_numpy(v) for k, v in state.items() if k.startswith(name + ".")}
+            parts = Parts(**found) if found else None
+            setattr(self, "stack" if name == "waiting" else name, [] if parts is None else [parts])
+        self.subproblems = int(state["subproblems"])
 
     def grown(self, trees: Sequence[int]) -> Grown:
         """Some trees, for a certificate."""
@@ -114,15 +160,15 @@ class InputSplit:
         leaves = leaves.pick(again)
         self.forest.flags[leaves.node.numpy()] = 0
         children = self._split(leaves, leaves.upper - leaves.lower)
-        self.waiting = Parts.join([self.waiting, children])
+        self.stack.append(children)
 
     def _treat(self, now: Parts) -> tuple[Parts, Tensor]:
-        frame = self.bounder.refresh(now.lower, now.upper)
+        frame = self.bounder.refresh(now.lower.to(self.bounder.dtype), now.upper.to(self.bounder.dtype))
         owner, row, clause, least, a = self._rows(frame, now)
         k, many = now.open.shape
         slack = self.problem.slack[row]
         place = owner * many + clause
-        above = torch.isfinite(least) & (least > slack)
+        above = torch.isfinite(least) & (least > slack + self.margin)
         done = torch.zeros(k * many, dtype=torch.bool)
         done[place[above]] = True
         done = done.reshape(k, many) | frame.infeasible[:, None]
@@ -198,13 +244,13 @@ class InputSplit:
         row, clause = rows[owner, slot], clauses[owner, slot]
         lines = bounder.lines(frame)
         last = len(bounder.steps) - 1
-        bounds, planes = [], []
+        bounds, planes = [now.lower.new_empty(0)], [now.lower.new_empty(0, now.lower.shape[1])]
         for part in bounder.portions(len(owner)):
             which, who = row[part], owner[part]
-            a = {last: problem.rows.y[which]}
+            a = {last: problem.rows.y[which].to(bounder.dtype)}
             if problem.rows.reads_inputs:
-                a[0] = problem.rows.x[which]
-            found = bounder.backward(frame, lines, Start(a, problem.rows.constant[which], who))
-            bounds.append(found.least(now.lower[who], now.upper[who]))
-            planes.append(found.a)
+                a[0] = problem.rows.x[which].to(bounder.dtype)
+            found = bounder.backward(frame, lines, Start(a, problem.rows.constant[which].to(bounder.dtype), who))
+            bounds.append(found.least(frame.lower[0][who], frame.upper[0][who]).double())
+            planes.append(found.a.double())
         return owner, row, clause, torch.cat(bounds), torch.cat(planes)

@@ -13,8 +13,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -46,6 +49,9 @@ class Parts:
 
     def __len__(self) -> int:
         return len(self.node)
+
+    def _asdict(self) -> dict[str, Tensor]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def _fields(self) -> tuple[Tensor, ...]:
         return self.neuron, self.sign, self.at, self.beta, self.slopes, self.node, self.tree, self.bound
@@ -364,6 +370,26 @@ class NeuronSplit:
             self.proved.append(finished)
         left = parts.pick(~done)
         self.waiting = Parts.join([self.waiting, left]) if len(self.waiting) else left
+
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """What a journal keeps."""
+        arrays = {f"forest.{k}": v for k, v in self.forest.state().items()}
+        for name, parts in (("waiting", [self.waiting]), ("proved", self.proved)):
+            for field, value in Parts.join(parts)._asdict().items() if parts else ():
+                arrays[f"{name}.{field}"] = value.numpy()
+        return arrays | {"subproblems": np.array(self.subproblems)}
+
+    def restore(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Goes on where a journal left it."""
+        self.forest.restore({k.removeprefix("forest."): v for k, v in state.items() if k.startswith("forest.")})
+        for name in ("waiting", "proved"):
+            found = {k.split(".")[1]: torch.from_numpy(v) for k, v in state.items() if k.startswith(name + ".")}
+            parts = Parts(**found) if found else None
+            if name == "proved":
+                self.proved = [] if parts is None else [parts]
+            elif parts is not None:
+                self.waiting = parts
+        self.subproblems = int(state["subproblems"])
 
     def grown(self, trees: Sequence[int]) -> Grown:
         """Some trees, for a certificate."""

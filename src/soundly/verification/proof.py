@@ -6,6 +6,7 @@ believe: only what was split and with which slopes and multipliers.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +60,13 @@ def certificate(problem: Problem, grown: Sequence[Grown], *, claim: str, model: 
         },
         arrays,
     )  # fmt: skip
+
+
+def identity(problem: Problem) -> dict[str, Array]:
+    """The numbers of a problem: equal for equal problems."""
+    header, arrays = _program(problem.program)
+    text = np.frombuffer(json.dumps(header, sort_keys=True).encode(), dtype=np.uint8)
+    return arrays | _cases(problem) | {"header": text}
 
 
 def _f8(x: Tensor) -> Array:
@@ -183,7 +191,9 @@ def _trees(program: Program, grown: Sequence[Grown]) -> dict[str, Array]:
     names = "flags kind what at slopes_bound slopes_refresh tree_case tree_clause beta group_key group_row".split()
     parts: dict[str, list[Array]] = {name: [np.empty(0, np.int64)] for name in names}
     parts |= {"at": [], "beta": [np.empty(0)], "tree_clause": [np.empty((0, 2), np.int64)]}
-    counts, tree_sizes, group_sizes = [], [], []
+    counts: list[int] = []
+    tree_sizes: list[int] = []
+    group_sizes: list[int] = []
     first_row = 0
     for g in grown:
         forest = g.forest

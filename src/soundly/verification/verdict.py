@@ -1,4 +1,4 @@
-"""What a verification can end with. Only `Proved` and `Refuted` say anything about the claim, and both carry evidence."""
+"""What a verification can end with. Only `Proved` and `Refuted` decide the claim, and both carry their evidence."""
 
 from __future__ import annotations
 

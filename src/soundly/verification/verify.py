@@ -7,6 +7,7 @@ the original model.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import time
@@ -25,9 +26,10 @@ from soundly.errors import InvalidInput, MissingRule
 from soundly.spec.claim import Claim
 from soundly.verification.attack import Attack
 from soundly.verification.input_split import InputSplit
+from soundly.verification.journal import Journal
 from soundly.verification.neuron_split import NeuronSplit
 from soundly.verification.problem import Problem, problem_of
-from soundly.verification.proof import certificate
+from soundly.verification.proof import certificate, identity
 from soundly.verification.replay import Replay, replay
 from soundly.verification.rows import Rows
 from soundly.verification.verdict import Effort, Empty, Progress, Proved, Refuted, Unknown, Verdict
@@ -38,6 +40,10 @@ FEW, SOME = 6, 64
 """With at most FEW varying inputs only inputs are split, with more than SOME only neurons; between, both in turn."""
 SHARE = 0.3
 """How much of the time may go into attacks."""
+MARGIN = 1e-5
+"""By how much searches in float32 want rows above their slack."""
+BOXES = 2048
+"""The most boxes that are bounded at once."""
 REFINING, WORK = 20, 2e11
 """Rounds of improving the slopes behind inner intervals, and up to how many products that may take."""
 
@@ -49,6 +55,7 @@ def verify(
     timeout: float | None = None,
     memory: int | None = None,
     attack: bool = True,
+    journal: str | os.PathLike[str] | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Verdict:
     """Decides whether a claim holds for every input of its region.
@@ -59,7 +66,10 @@ def verify(
             one the network itself confirms them.
         timeout: seconds; without one the search ends when it is done.
         memory: bytes that the process may use; the search stops there.
-        attack: whether to look for counterexamples with gradients. Without it only points that bounds suggest are tried.
+        attack: whether to look for counterexamples with gradients; without it only points that bounds suggest are
+            tried.
+        journal: a file that keeps the search, written every few seconds; with the same claim the search goes on from
+            there.
         progress: called now and then.
 
     Returns:
@@ -68,13 +78,13 @@ def verify(
         Interrupting (Ctrl-C) returns what is known.
 
     Raises:
-        InvalidInput: an argument is of the wrong type.
+        InvalidInput: an argument is of the wrong type, or the journal is that of another claim.
     """
     if not isinstance(claim, Claim):
         raise InvalidInput(f"claim is a {type(claim).__name__}; give a Claim, as soundly.robust or read_vnnlib return.")
     if timeout is not None and not timeout > 0:
         raise InvalidInput(f"timeout is {timeout}; give seconds above 0, or None.")
-    run = _Run(claim, model, timeout, memory, attack, progress)
+    run = _Run(claim, model, timeout, memory, attack, journal, progress)
     with torch.no_grad():
         return run.verdict()
 
@@ -97,16 +107,19 @@ class _Run:
     timeout: float | None
     memory: int | None
     attacking: bool
+    journal_path: str | os.PathLike[str] | None
     progress: Callable[[Progress], None] | None
 
     def __post_init__(self) -> None:
         self.begun = time.monotonic()
         self.deadline = math.inf if self.timeout is None else self.begun + self.timeout
-        self.attacked = 0.0
+        self.attacked = self.told = 0.0
         self.subproblems = 0
         self.bound, self.open = -math.inf, 1.0
         self.attacks: dict[int, Attack] = {}
         self.tried: set[bytes] = set()
+        self.problem: Problem | None = None
+        self.journal = Journal(None, {})
 
     # ---------------------------------------------------------------- the outcome
 
@@ -115,12 +128,13 @@ class _Run:
             return Empty(self._effort("empty region"))
         try:
             try:
-                self.problem = problem_of(self.claim)
+                problem = self.problem = problem_of(self.claim)
             except MissingRule as error:
-                self.problem = None
                 self._attack_network()
                 raise _Stop(f"no bounds for this network: {error}") from error
-            return self._decide(self.problem)
+            if self.journal_path is not None:
+                self.journal = Journal(self.journal_path, identity(problem))
+            return self._decide(problem)
         except _Found as found:
             w = found.witness
             return Refuted(
@@ -132,6 +146,7 @@ class _Run:
                 reason = "out of memory"
         except KeyboardInterrupt:
             reason = "interrupted"
+        self.journal.write(now=True)
         return Unknown(self.bound, self.open, reason, self._effort("unknown"))
 
     def _effort(self, settled: str) -> Effort:
@@ -144,6 +159,7 @@ class _Run:
             raise _Stop("the memory limit was reached; allow more with memory")
 
     def _tell(self) -> None:
+        self.journal.write()
         if self.progress is not None:
             self.progress(Progress(time.monotonic() - self.begun, self.subproblems, self.open, self.bound))
 
@@ -214,28 +230,31 @@ class _Run:
         for case in range(min(cases, 4)):
             self._try(case, 0.05)
         vary = int((problem.upper > problem.lower).sum(1).max())
-        wide = Bounder(problem.program, deadline=self.deadline)
+        wide, margin = Bounder(problem.program.to(torch.float32), deadline=self.deadline), MARGIN
         settled: list[tuple[Search, list[int]]] = []
-        inputs = InputSplit(problem, wide) if vary <= SOME or cases > 1 else None
+        inputs = InputSplit(problem, wide, margin=margin) if vary <= SOME or cases > 1 else None
         if inputs is not None:
+            self.journal.follow("inputs", inputs)
             self._work_inputs(inputs, rounds=None if vary <= FEW else 1)
-            waiting = set(inputs.waiting.case.tolist())
+            waiting = {case for parts in inputs.stack for case in parts.case.tolist()}
             settled.append((inputs, [t for t, case in enumerate(inputs.forest.case) if case not in waiting]))
             left = sorted(waiting)
         else:
             left = [0]
         for case in left:
-            own = inputs if cases == 1 else InputSplit(problem, wide, torch.tensor([case]))
+            own = inputs
+            if cases > 1:
+                own = InputSplit(problem, wide, torch.tensor([case]), margin=margin)
+                self.journal.follow(f"inputs {case}", own)
             search = self._case(problem, case, own if vary <= SOME else None)
             settled.append((search, list(range(len(search.forest.root)))))
         return self._prove(problem, settled)
 
     def _work_inputs(self, search: InputSplit, *, rounds: int | None = None, until: float = math.inf) -> None:
         """Steps until nothing waits, or for some rounds or until some time."""
-        batch = max(1, len(search.waiting)) if rounds == 1 else 8
-        batch = min(batch, 256)
+        batch = 512 if rounds == 1 else 8
         count = 0
-        while len(search.waiting):
+        while len(search):
             if (rounds is not None and count >= rounds) or time.monotonic() > until:
                 return
             self._limits()
@@ -243,20 +262,20 @@ class _Run:
                 raise _Stop("a box became too small to be split: the claim holds or fails too narrowly")
             start = time.monotonic()
             before = search.subproblems
-            treated = search.waiting.case
-            points = search.step(batch)
+            case = int(search.stack[-1].case[0])
+            points = search.step(len(search) if rounds == 1 else batch)
             self.subproblems += search.subproblems - before
             spent = time.monotonic() - start
-            batch = int(max(1, min(512, 2 * batch, batch * 0.5 / max(spent, 1e-3))))
-            self.bound, self.open = search.bound, search.open_share
+            batch = int(max(1, min(BOXES, 2 * batch, batch * 0.5 / max(spent, 1e-3))))
             if len(points):
-                if len(self.problem.lower) == 1:
-                    self._offer(0, points)
-                elif len(treated):
-                    self._offer(int(treated[0]), points)
-            self._interleave(int(search.waiting.case[search.waiting.bound.argmin()]) if len(search.waiting) else None)
-            self._tell()
+                self._offer(case, points)
+            if time.monotonic() - self.told > 0.5:
+                self.told = time.monotonic()
+                self.bound, self.open = search.bound, search.open_share
+                self._tell()
+            self._interleave(case if len(search) else None)
             count += 1
+        self.bound, self.open = 0.0, 0.0
 
     def _interleave(self, case: int | None) -> None:
         """Attacks again once its share of the time has become small."""
@@ -273,13 +292,14 @@ class _Run:
             end = time.monotonic() + turn
             if neurons is None:
                 neurons = self._rooted(problem, case)
+                self.journal.follow(f"neurons {case}", neurons)
             self._work_neurons(neurons, end if inputs is not None else math.inf)
             if not len(neurons.waiting) and not neurons.stuck:
                 return neurons
             if inputs is None:
                 raise _Stop("every neuron is split and the claim neither holds nor fails by a margin")
             self._work_inputs(inputs, until=time.monotonic() + turn)
-            if not len(inputs.waiting):
+            if not len(inputs):
                 return inputs
             turn *= 2
 
@@ -288,14 +308,14 @@ class _Run:
         lower, upper = (v[case : case + 1].float() for v in (problem.lower, problem.upper))
         root = narrow.refresh(lower, upper)
         clauses = list(range(int(problem.spans[case, 1] - problem.spans[case, 0])))
-        search = NeuronSplit(problem, narrow, case, root, clauses, margin=1e-5)
+        search = NeuronSplit(problem, narrow, case, root, clauses, margin=MARGIN)
         search.begin(20)
         self.subproblems += search.subproblems
         self.bound = search.bound
         rows = sum(int(narrow.loose(i, root).sum()) for i in range(len(narrow.steps)) if narrow.read[i])
         if len(search.waiting) and 8 * REFINING * rows * narrow.cost < WORK:
             refined = refine(narrow, root, rounds=REFINING)
-            search = NeuronSplit(problem, narrow, case, root, clauses, margin=1e-5, refined=refined)
+            search = NeuronSplit(problem, narrow, case, root, clauses, margin=MARGIN, refined=refined)
             search.begin(50)
             self.subproblems += search.subproblems
             self.bound = search.bound
@@ -323,7 +343,11 @@ class _Run:
 
     def _prove(self, problem: Problem, settled: list[tuple[Search, list[int]]]) -> Verdict:
         """Replays the certificate, and splits again what it does not prove."""
-        model = {} if self.model is None else {"file": os.path.basename(os.fspath(self.model))}
+        model = {}
+        if self.model is not None:
+            with open(self.model, "rb") as file:
+                digest = hashlib.sha256(file.read()).hexdigest()
+            model = {"file": os.path.basename(os.fspath(self.model)), "sha256": digest}
         owners = [(search, tree) for search, trees in settled for tree in trees]
         while True:
             proof = certificate(
@@ -340,6 +364,7 @@ class _Run:
                 if mine:
                     search.reopen([int(search.forest.order(t)[position]) for t, position in mine])
                     if isinstance(search, InputSplit):
+                        search.bounder, search.margin = Bounder(problem.program, deadline=self.deadline), 0.0
                         self._work_inputs(search)
                     else:
                         self._work_neurons(search, math.inf)

@@ -1,0 +1,349 @@
+"""A network as a flat program, as a certificate holds it: affine maps, elementwise functions and products.
+
+The checker's own, in numpy: it shares nothing with the program that the prover bounds. Every map knows how many terms
+are added up in it, which is what its rounding depends on, and how much room a row takes on its way through.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from soundly.certificate.functions import Function
+
+Array = npt.NDArray[Any]
+
+NUMBERS, MOST = 2**17, 2**24  # of coefficients at once: what fits a cache, but not too few rows
+ALL = (slice(None), slice(None))
+
+
+class Map(Protocol):
+    """A linear map of vectors [..., n] to [..., m]."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """m, n."""
+
+    @property
+    def terms(self) -> int:
+        """How many products are summed up to one entry at most, here or in the transposed map."""
+
+    @property
+    def room(self) -> int:
+        """How many numbers a row needs on the way."""
+
+    def apply(self, x: Array) -> Array: ...
+
+    def pull(self, a: Array) -> Array: ...
+
+    @property
+    def absolute(self) -> "Map": ...
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """Each of the blocks of x times the transpose of weight [m, n]."""
+
+    weight: Array
+    blocks: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.blocks * self.weight.shape[0], self.blocks * self.weight.shape[1]
+
+    @property
+    def terms(self) -> int:
+        return max(self.weight.shape)
+
+    @property
+    def room(self) -> int:
+        return max(self.size)
+
+    def apply(self, x: Array) -> Array:
+        return self._blockwise(x, self.weight.T)
+
+    def pull(self, a: Array) -> Array:
+        return self._blockwise(a, self.weight)
+
+    def _blockwise(self, x: Array, weight: Array) -> Array:
+        y: Array = x.reshape(len(x) * self.blocks, -1) @ weight
+        return y.reshape(len(x), -1)
+
+    @cached_property
+    def absolute(self) -> "Matrix":
+        return replace(self, weight=np.abs(self.weight))
+
+
+@dataclass(frozen=True, eq=False)
+class Convolution:
+    """A convolution from `wide` (C, *in) to `narrow` (O, *out) with weight [O, C / groups, *kernel], or its adjoint."""
+
+    weight: Array
+    wide: tuple[int, ...]
+    narrow: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    transposed: bool
+
+    @property
+    def size(self) -> tuple[int, int]:
+        wide, narrow = math.prod(self.wide), math.prod(self.narrow)
+        return (wide, narrow) if self.transposed else (narrow, wide)
+
+    @property
+    def terms(self) -> int:
+        return max(len(self.weight) // self.groups, self.weight.shape[1]) * math.prod(self.weight.shape[2:])
+
+    @property
+    def padded(self) -> tuple[int, ...]:
+        return tuple(n + 2 * p for n, p in zip(self.wide[1:], self.padding, strict=True))
+
+    @property
+    def room(self) -> int:
+        return 2 * max(self.wide[0] * math.prod(self.padded), *self.size)
+
+    def apply(self, x: Array) -> Array:
+        return self._widen(x) if self.transposed else self._narrow(x)
+
+    def pull(self, a: Array) -> Array:
+        return self._narrow(a) if self.transposed else self._widen(a)
+
+    def _positions(self) -> Iterator[tuple[tuple[slice, ...], Array]]:
+        """For every position in the kernel: what it meets of the padded input, and its weights [g, O / g, C / g]."""
+        for position in np.ndindex(self.weight.shape[2:]):
+            met = tuple(
+                slice(k * d, k * d + (out - 1) * s + 1, s)
+                for k, d, s, out in zip(position, self.dilation, self.stride, self.narrow[1:], strict=True)
+            )
+            weight = self.weight[ALL + position]
+            yield met, weight.reshape(self.groups, -1, weight.shape[1])
+
+    def _narrow(self, x: Array) -> Array:
+        rows, channels, inner = len(x), self.wide[0], tuple(slice(p, p + n) for p, n in self._inner())
+        padded = np.zeros((rows, channels, *self.padded))
+        padded[ALL + inner] = x.reshape(rows, *self.wide)
+        y = np.zeros((rows, self.groups, len(self.weight) // self.groups, math.prod(self.narrow[1:])))
+        for met, weight in self._positions():
+            part = padded[ALL + met].reshape(rows, self.groups, weight.shape[2], -1)
+            y += weight @ part
+        return y.reshape(rows, -1)
+
+    def _widen(self, a: Array) -> Array:
+        rows, channels, inner = len(a), self.wide[0], tuple(slice(p, p + n) for p, n in self._inner())
+        a = a.reshape(rows, self.groups, len(self.weight) // self.groups, -1)
+        padded = np.zeros((rows, channels, *self.padded))
+        for met, weight in self._positions():
+            part = weight.transpose(0, 2, 1) @ a
+            padded[ALL + met] += part.reshape(rows, channels, *self.narrow[1:])
+        return padded[ALL + inner].reshape(rows, -1)
+
+    def _inner(self) -> Iterator[tuple[int, int]]:
+        return zip(self.padding, self.wide[1:], strict=True)
+
+    @cached_property
+    def absolute(self) -> "Convolution":
+        return replace(self, weight=np.abs(self.weight))
+
+
+@dataclass(frozen=True, eq=False)
+class Sparse:
+    """y[rows[k]] += values[k] * x[columns[k]]."""
+
+    rows: Array
+    columns: Array
+    values: Array
+    size: tuple[int, int]
+
+    @cached_property
+    def terms(self) -> int:
+        return max((int(np.bincount(side).max()) for side in (self.rows, self.columns) if len(side)), default=1)
+
+    @property
+    def room(self) -> int:
+        return max(len(self.values), *self.size)
+
+    @cached_property
+    def _dense(self) -> Array | None:
+        if self.size[0] * self.size[1] > 2**17:
+            return None
+        dense = np.zeros(self.size)
+        dense[self.rows, self.columns] = self.values
+        return dense
+
+    def apply(self, x: Array) -> Array:
+        if self._dense is not None:
+            return x @ self._dense.T
+        return self._sum(x, self._by_row, self.rows, self.columns, self.size[0])
+
+    def pull(self, a: Array) -> Array:
+        if self._dense is not None:
+            return a @ self._dense
+        return self._sum(a, self._by_column, self.columns, self.rows, self.size[1])
+
+    @cached_property
+    def _by_row(self) -> Array:
+        return np.argsort(self.rows, kind="stable")
+
+    @cached_property
+    def _by_column(self) -> Array:
+        return np.argsort(self.columns, kind="stable")
+
+    def _sum(self, x: Array, order: Array, to: Array, of: Array, size: int) -> Array:
+        y = np.zeros((len(x), size))
+        if len(order):
+            to = to[order]
+            first = np.flatnonzero(np.r_[True, to[1:] != to[:-1]])
+            y[:, to[first]] = np.add.reduceat(x[:, of[order]] * self.values[order], first, axis=1)
+        return y
+
+    @cached_property
+    def absolute(self) -> "Sparse":
+        return replace(self, values=np.abs(self.values))
+
+
+@dataclass(frozen=True)
+class Variable:
+    size: int
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """Maps of earlier steps, added up, plus a bias; the true weights and bias may differ from these."""
+
+    parts: tuple[tuple[Map, int], ...]
+    bias: Array
+    weight_error: float
+    bias_error: Array
+
+    @property
+    def size(self) -> int:
+        return len(self.bias)
+
+
+@dataclass(frozen=True)
+class Apply:
+    """A function of each entry."""
+
+    source: int
+    function: Function
+    size: int
+
+
+@dataclass(frozen=True)
+class Times:
+    left: int
+    right: int
+    size: int
+
+
+Step: TypeAlias = Variable | Affine | Apply | Times
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """Steps in order of evaluation: the input first, the outputs last.
+
+    slots: the places of slopes in a stored row: 2 * the number of a neuron + its side, ascending or not.
+    """
+
+    steps: tuple[Step, ...]
+    slots: Array
+
+    @cached_property
+    def offsets(self) -> Array:
+        """Where each step's neurons begin, and how many there are."""
+        return np.cumsum([0, *(step.size for step in self.steps)])
+
+    @cached_property
+    def bounded(self) -> tuple[int, ...]:
+        """The steps whose intervals matter: those that a function or a product reads."""
+        read = [s for step in self.steps for s in nonlinear_sources(step)]
+        return tuple(sorted(set(read)))
+
+    @cached_property
+    def contributions(self) -> int:
+        """How many terms are added up to one coefficient at most, besides those inside a map."""
+        count = np.full(len(self.steps), 4)
+        for step in self.steps:
+            for source in [s for _, s in step.parts] if isinstance(step, Affine) else nonlinear_sources(step):
+                count[source] += 1
+        return int(count.max())
+
+    @cached_property
+    def room(self) -> int:
+        """How many numbers a row needs."""
+        maps = [part.room for step in self.steps if isinstance(step, Affine) for part, _ in step.parts]
+        return max(*(step.size for step in self.steps), *maps, 1)
+
+    @property
+    def rows_at_once(self) -> int:
+        return max(1, NUMBERS // self.room, min(64, MOST // self.room))
+
+    @cached_property
+    def _placed(self) -> dict[int, list[tuple[Array, Array]]]:
+        """For every function and product, per side: entries that have a stored slope, and where."""
+        found = {}
+        for i, step in enumerate(self.steps):
+            if isinstance(step, (Apply, Times)):
+                sides = []
+                for side in (0, 1):
+                    neuron = self.slots // 2 - self.offsets[i]
+                    at = np.flatnonzero((neuron >= 0) & (neuron < step.size) & (self.slots % 2 == side))
+                    sides.append((neuron[at], at))
+                found[i] = sides
+        return found
+
+    def has_slots(self, i: int) -> bool:
+        """Whether any slope of step i can be stored."""
+        return any(len(entry) for entry, _ in self._placed[i])
+
+    def stored(self, i: int, slopes: Array | None, nodes: int) -> tuple[Array, Array]:
+        """Stored slopes of step i [nodes, n], lower and upper, NaN where there are none."""
+        result = np.full((2, nodes, self.steps[i].size), np.nan)
+        if slopes is not None:
+            for side, (entry, at) in enumerate(self._placed[i]):
+                result[side][:, entry] = slopes[:, at]
+        return result[0], result[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """The slopes of a certificate [K, slots], and groups of them for single bounds.
+
+    Entry e of group g, for e from start[g] to start[g + 1]: the bound key[e] = 2 * neuron + side (0 its lower, 1 its
+    upper bound) is found with row[e] of the slopes. Keys ascend within a group.
+    """
+
+    slopes: Array
+    start: Array
+    key: Array
+    row: Array
+
+    def rows(self, group: Array, key: Array) -> Array:
+        """For bounds [p] the rows of slopes that their groups have for them, or -1; group -1 has none."""
+        found = np.full(len(key), -1)
+        for g in np.unique(group[group >= 0]).tolist():
+            first, last = self.start[g : g + 2]
+            own = np.flatnonzero(group == g)
+            at = np.minimum(first + np.searchsorted(self.key[first:last], key[own]), max(first, last - 1))
+            if last > first:
+                found[own] = np.where(self.key[at] == key[own], self.row[at], -1)
+        return found
+
+    def of(self, rows: Array) -> Array:
+        return self.slopes[rows].astype(np.float64)
+
+
+def nonlinear_sources(step: Step) -> tuple[int, ...]:
+    match step:
+        case Apply(source):
+            return (source,)
+        case Times(left, right):
+            return left, right
+    return ()

@@ -1,0 +1,387 @@
+"""The searches: parts cover the region, what is called proved is true, and no counterexample is ever clipped away."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tests.bounds.test_lower import made, mlp
+from torch import Tensor, nn
+
+from soundly.bounds.batch import Bounder
+from soundly.spec.claim import Claim, Property, Row, within
+from soundly.spec.region import Box, Union
+from soundly.verification import neuron_split
+from soundly.verification.forest import BOUND, INPUT, LEAF, NEURON, Forest
+from soundly.verification.input_split import InputSplit
+from soundly.verification.neuron_split import NeuronSplit
+from soundly.verification.problem import Problem, problem_of
+
+F64 = torch.float64
+
+
+def net(seed: int, inputs: int = 2, outputs: int = 3, width: int = 8, activation: type[nn.Module] = nn.ReLU):
+    layers = [nn.Linear(inputs, width), activation(), nn.Linear(width, width), activation(), nn.Linear(width, outputs)]
+    return made(nn.Sequential(*layers), inputs, seed=seed)
+
+
+def square(n: int, half: float = 1.0) -> Box:
+    return Box(torch.full((1, n), -half), torch.full((1, n), half))
+
+
+def grid(box: Box, steps: int = 41) -> Tensor:
+    """A dense grid [m, n] of a flat box, corners included."""
+    axes = [torch.linspace(float(a), float(b), steps, dtype=F64) for a, b in zip(box.lower[0], box.upper[0], strict=True)]
+    return torch.cartesian_prod(*axes).reshape(-1, len(axes))
+
+
+def values(problem: Problem, x: Tensor) -> Tensor:
+    """The rows [m, R] at points."""
+    return problem.rows.at(problem.program.evaluate(x)[-1], x)
+
+
+def conjunctive(network, region: Box, share: float, seed: int) -> Claim:
+    """Three clauses of one to three rows, on outputs and inputs; about `share` of the region violates some clause."""
+    source = np.random.default_rng(seed)
+    x = grid(region, 15)
+    y = torch.cat([network.to(F64)(p.reshape(1, -1)) for p in x])
+    clauses = []
+    for k in range(3):
+        rows = []
+        for _ in range(k + 1):
+            w, v = source.normal(size=y.shape[1]), source.normal(size=x.shape[1]) * 0.3
+            s = y @ torch.tensor(w) + x @ torch.tensor(v)
+            level = float(s.quantile(share ** (1 / (k + 1))))
+            rows.append((w, v, -level))
+        clauses.append(rows)
+    made_rows = [
+        [
+            Row(
+                {j: _fraction(c) for j, c in enumerate(w)}, {i: _fraction(c) for i, c in enumerate(v)}, _fraction(b)
+            )
+            for w, v, b in rows
+        ]
+        for rows in clauses
+    ]
+    return Claim(network, region, Property.of(made_rows, outputs=y.shape[1], inputs=x.shape[1]))
+
+
+def _fraction(value: float):
+    from fractions import Fraction
+
+    return Fraction(round(float(value) * 2**16), 2**16)
+
+
+def counterexamples(problem: Problem, x: Tensor) -> Tensor:
+    """Which clauses [m, clauses] are true at points."""
+    return problem.rows.worst(values(problem, x)) <= 0
+
+
+# -- splitting inputs
+
+
+def lost(search: InputSplit, problem: Problem, x: Tensor) -> int:
+    """How many counterexamples lie in no part that still waits with their clause open."""
+    bad = counterexamples(problem, x)
+    kept = torch.zeros_like(bad)
+    for low, high, open_ in zip(search.waiting.lower, search.waiting.upper, search.waiting.open, strict=True):
+        # The ends of a clipped part are rounded.
+        inside = ((x >= low - 1e-9) & (x <= high + 1e-9)).all(-1)
+        kept |= inside[:, None] & open_
+    return int((bad & ~kept).sum())
+
+
+FALSE = {
+    "few": lambda: conjunctive(net(0), square(2), 0.02, 0),
+    "many": lambda: conjunctive(net(1), square(2), 0.4, 1),
+    "tanh": lambda: conjunctive(net(2, activation=nn.Tanh), square(2), 0.05, 2),
+    "three inputs": lambda: conjunctive(net(3, inputs=3), square(3), 0.01, 3),
+    "output": lambda: within(net(4), square(2), None, -1.3),
+}
+
+
+@pytest.mark.parametrize("name", FALSE)
+def test_no_counterexample_is_clipped_away(name):
+    claim = FALSE[name]()
+    problem = problem_of(claim)
+    x = grid(claim.region, 61 if problem.program.inputs == 2 else 25)
+    assert counterexamples(problem, x).any()
+    search = InputSplit(problem, Bounder(problem.program))
+    volume = [1.0]
+    for _ in range(12):
+        search.step(64)
+        assert lost(search, problem, x) == 0
+        volume.append(search.open_share)
+    assert volume[-1] < 0.9 and all(0 < v <= 1 + 1e-12 for v in volume)
+
+
+class WrongSide(InputSplit):
+    def _clipped(self, now, still, owner, place, reach, a):
+        return super()._clipped(now, still, owner, place, reach, -a)
+
+
+class TooShort(InputSplit):
+    def _clipped(self, now, still, owner, place, reach, a):
+        return super()._clipped(now, still, owner, place, 0.8 * reach, a)
+
+
+class AnyClause(InputSplit):
+    """Clips with the rows of all clauses together, as if they were one."""
+
+    def _clipped(self, now, still, owner, place, reach, a):
+        many = still.shape[1]
+        clipped, low, high = super()._clipped(now, still, owner, owner * many, reach, a)
+        return clipped[:, :1].expand_as(still) & still, low, high
+
+
+@pytest.mark.parametrize("wrong", [WrongSide, TooShort, AnyClause])
+def test_wrong_clips_are_caught(wrong):
+    missing = 0
+    for make in (FALSE["few"], FALSE["many"], FALSE["tanh"]):
+        claim = make()
+        problem = problem_of(claim)
+        x = grid(claim.region, 61)
+        search = wrong(problem, Bounder(problem.program))
+        for _ in range(8):
+            if len(search.waiting):
+                search.step(64)
+        missing += lost(search, problem, x)
+    assert missing > 0
+
+
+def true_claim(seed: int, activation: type[nn.Module] = nn.ReLU, inputs: int = 2) -> Claim:
+    """Conjunctive clauses without a counterexample: rows of a grid's counterexamples moved beyond its least."""
+    network = net(seed, inputs=inputs, activation=activation)
+    claim = conjunctive(network, square(inputs), 0.2, seed)
+    problem = problem_of(claim)
+    x = grid(claim.region, 41 if inputs == 2 else 15)
+    rows = values(problem, x)
+    worst = problem.rows.worst(rows).amin(0)
+    shift = [_fraction(0.05 - float(worst[int(c)])) for c in claim.property.clause]
+    exact = claim.property.exact
+    assert exact is not None
+    clauses = [
+        [replace(r, b=r.b + s) for r, s, c in zip(exact, shift, claim.property.clause, strict=True) if int(c) == k]
+        for k in range(claim.property.clauses)
+    ]
+    prop = Property.of(clauses, outputs=claim.property.outputs, inputs=claim.property.inputs)
+    return Claim(network, claim.region, prop)
+
+
+def located(forest: Forest, root: int, x: Tensor) -> np.ndarray:
+    """The leaf of each point [m, n], by descending the splits of inputs."""
+    node = np.full(len(x), root)
+    points = x.numpy()
+    while True:
+        inner = forest.kind[node] != LEAF
+        if not inner.any():
+            return node
+        assert (forest.kind[node[inner]] == INPUT).all()
+        where = points[inner, forest.what[node[inner]]] > forest.at[node[inner]]
+        node[inner] = forest.left[node[inner]] + where
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
+@pytest.mark.parametrize("seed", range(3))
+def test_finished_input_splits_cover_and_are_true(seed, activation):
+    claim = true_claim(seed, activation)
+    problem = problem_of(claim)
+    search = InputSplit(problem, Bounder(problem.program))
+    for _ in range(60):
+        if not len(search.waiting):
+            break
+        search.step(64)
+    assert not len(search.waiting) and search.open_share == 0 and not search.stuck
+    x = grid(claim.region, 61)
+    leaf = located(search.forest, search.forest.root[0], x)
+    proved = torch.cat([p.node for p in search.proved]).tolist()
+    assert set(leaf.tolist()) <= set(proved) and len(set(proved)) == len(proved)
+    assert all(search.forest.flags[n] & BOUND for n in proved)
+    # Every leaf's statement: in its box each clause that is open there has a positive row.
+    rows = values(problem, x)
+    seen = 0
+    for part in search.proved:
+        for low, high, open_ in zip(part.lower, part.upper, part.open, strict=True):
+            inside = ((x >= low) & (x <= high)).all(-1)
+            seen += int(inside.sum())
+            assert bool((problem.rows.worst(rows[inside])[:, open_] > 0).all())
+    assert seen > 100
+    assert len(proved) > 1
+    order = search.forest.order(0)
+    assert len(order) == 2 * len(proved) - 1  # a full binary tree
+
+
+def test_cases_are_searched_side_by_side():
+    """A union with clauses of its own for each box: every box has a tree of just its clauses."""
+    network = net(0)
+    low = torch.tensor([[[-1.0, -1.0]], [[0.0, 0.0]], [[0.5, -1.0]]])
+    y = {0: _fraction(1.0)}
+    clauses = [[Row(y, {}, _fraction(b))] for b in (10, 12, -10, 9)]
+    region = Union(low, low + 0.5)
+    spans = torch.tensor([[0, 2], [2, 3], [3, 4]])
+    claim = Claim(network, region, Property.of(clauses, outputs=3, inputs=2), spans=spans)
+    problem = problem_of(claim)
+    search = InputSplit(problem, Bounder(problem.program))
+    assert len(search.forest.root) == 3 and list(zip(search.forest.first, search.forest.last, strict=True)) == [
+        (0, 2), (0, 1), (0, 1)
+    ]  # fmt: skip
+    search.step(8)
+    assert set(search.waiting.case.tolist()) == {1}  # y_0 <= 10 is refuted everywhere in box 1, and there alone
+    assert [p.case.tolist() for p in search.proved] == [[0, 2]]
+    first = search.waiting
+    assert bool((first.lower >= 0.0).all() and (first.upper <= 0.5).all())
+
+
+def test_a_box_too_small_to_split_is_told():
+    network = net(0)
+    low = torch.ones(1, 2, dtype=F64)
+    tiny = Box(low, torch.nextafter(low, 2 * low))
+    problem = problem_of(within(network, tiny, None, float(network(low.float()).min()) - 1.0))
+    search = InputSplit(problem, Bounder(problem.program))
+    search.step(8)
+    assert search.stuck
+
+
+def test_reopened_leaves_are_split_again():
+    claim = true_claim(1)
+    problem = problem_of(claim)
+    search = InputSplit(problem, Bounder(problem.program))
+    while len(search.waiting):
+        search.step(64)
+    again = torch.cat([p.node for p in search.proved])[:3].tolist()
+    count = search.forest.size
+    search.reopen(again)
+    assert len(search.waiting) == 6 and search.forest.size == count + 6
+    while len(search.waiting):
+        search.step(64)
+    leaf = located(search.forest, search.forest.root[0], grid(claim.region, 31))
+    assert set(leaf.tolist()) <= set(torch.cat([p.node for p in search.proved]).tolist())
+
+
+# -- splitting neurons
+
+
+def begun(claim: Claim, dtype: torch.dtype = F64, kind: type[NeuronSplit] = NeuronSplit) -> NeuronSplit:
+    problem = problem_of(claim)
+    bounder = Bounder(problem.program.to(dtype))
+    root = bounder.refresh(problem.lower.to(dtype), problem.upper.to(dtype))
+    search = kind(problem, bounder, 0, root, list(range(claim.property.clauses)), margin=1e-5)
+    search.begin(10)
+    return search
+
+
+def everything(search: NeuronSplit) -> list[tuple[str, neuron_split.Parts]]:
+    groups = [("proved", p) for p in search.proved] + [("stuck", p) for p in search.stuck]
+    return [*groups, ("waiting", search.waiting)]
+
+
+def untrue(search: NeuronSplit, x: Tensor) -> tuple[float, int]:
+    """By how much rows at points fall below the bounds of the parts that hold them; how many points are in no part."""
+    problem = search.problem
+    steps = problem.program.evaluate(x)
+    neurons, rows = torch.cat(steps, -1), values(problem, x)
+    held = torch.zeros(len(x), len(search.forest.root), dtype=torch.bool)
+    worst = -math.inf
+    for kind, parts in everything(search):
+        for k in range(len(parts)):
+            chosen = parts.neuron[k] >= 0
+            at, sign = parts.at[k][chosen].double(), parts.sign[k][chosen].double()
+            inside = (sign * (neurons[:, parts.neuron[k][chosen]] - at) >= 0).all(-1)
+            tree = int(parts.tree[k])
+            held[inside, tree] = True
+            bound = float(parts.bound[k])
+            if kind == "proved":
+                assert bound > 0
+            if bool(inside.any()):
+                worst = max(worst, bound - float(rows[inside, search.rows[tree]].min()))
+    return worst, int((~held).sum())
+
+
+CLAIMS = {
+    "relu": lambda: true_claim(0, inputs=3),
+    "relu, false": lambda: conjunctive(net(1), square(2), 0.1, 1),
+    "tanh": lambda: true_claim(2, nn.Tanh),
+    "leaky": lambda: true_claim(3, nn.LeakyReLU),
+    "gradient": lambda: within(net(4).gradient(of=0), square(2), None, 0.5),
+    "mlp": lambda: within(mlp(), square(4), -2.0, 2.0),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", CLAIMS)
+def test_neuron_splits_cover_and_their_bounds_hold(name, dtype):
+    claim = CLAIMS[name]()
+    search = begun(claim, dtype)
+    box = claim.region
+    x = grid(box, 41 if box.shape[1] == 2 else 13 if box.shape[1] == 3 else 7)
+    tolerance = 1e-9 if dtype == F64 else 1e-4
+    for _ in range(10):
+        worst, uncovered = untrue(search, x)
+        assert worst <= tolerance and uncovered == 0
+        if not len(search.waiting):
+            break
+        search.step(16, 5)
+    assert search.subproblems > 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_search_for_a_true_claim_ends(seed):
+    """ReLU networks have finitely many parts, so splitting all neurons must decide."""
+    claim = true_claim(seed)
+    problem = problem_of(claim)
+    single = [c for c in range(claim.property.clauses) if int((claim.property.clause == c).sum()) == 1]
+    bounder = Bounder(problem.program)
+    root = bounder.refresh(problem.lower, problem.upper)
+    search = NeuronSplit(problem, bounder, 0, root, single, margin=1e-5)
+    search.begin(10)
+    for _ in range(60):
+        if not len(search.waiting):
+            break
+        search.step(32, 20)
+    assert not len(search.waiting) and not search.stuck
+    for tree, clause in enumerate(single):
+        nodes = search.forest.order(tree)
+        leaves = nodes[search.forest.kind[nodes] == LEAF]
+        assert (search.forest.kind[nodes[search.forest.kind[nodes] != LEAF]] == NEURON).all()
+        proved = set(torch.cat([p.node for p in search.proved]).tolist())
+        assert set(leaves.tolist()) <= proved and all(search.forest.flags[n] & BOUND for n in leaves)
+        assert (search.forest.first[tree], search.forest.last[tree]) == (tree, tree + 1) or clause != tree
+
+
+class WrongSign(NeuronSplit):
+    """Adds the constraints' multipliers with the wrong sign."""
+
+    def _frame(self, parts):
+        frame, splits = super()._frame(parts)
+        return frame, {i: replace(s, sign=-s.sign) for i, s in splits.items()}
+
+
+class WrongHalf(NeuronSplit):
+    """Clamps a neuron to the half that it was not assigned."""
+
+    def _frame(self, parts):
+        return super()._frame(replace(parts, sign=-parts.sign))
+
+
+class OneChild(NeuronSplit):
+    """Forgets the right child of every split."""
+
+    def _file(self, parts, rounds):
+        odd = parts.neuron.shape[1] > 0
+        super()._file(parts.pick(slice(0, None, 2)) if odd else parts, rounds)
+
+
+@pytest.mark.parametrize("wrong", [WrongSign, WrongHalf, OneChild])
+def test_faults_of_neuron_splits_are_caught(wrong):
+    seen = False
+    for name in ("relu", "relu, false", "leaky"):
+        claim = CLAIMS[name]()
+        search = begun(claim, F64, wrong)
+        x = grid(claim.region, 41 if claim.region.shape[1] == 2 else 13)
+        for _ in range(4):
+            if len(search.waiting):
+                search.step(16, 5)
+        worst, uncovered = untrue(search, x)
+        seen |= worst > 1e-3 or uncovered > 0
+    assert seen
