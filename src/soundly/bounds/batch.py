@@ -140,7 +140,7 @@ class Forms:
         self.steps = steps
         self.box = lower, upper
         self.vary = (upper > lower).any(0).nonzero()[:, 0]
-        self.used = len(self.vary) <= FORWARD
+        self.used = 0 < len(self.vary) <= FORWARD
         self.centre: list[Tensor] = []
         self.generators: list[Tensor] = []
         self.rest: list[Tensor] = []
@@ -699,7 +699,7 @@ class Samples:
         share = share.reshape(-1, *(1 for _ in lower.shape))
         t = torch.lerp(lower, upper, share)
         if f.ring.pole == 0 or f.ring.lower == 0:  # steep near 0: steps that grow with t
-            growing = lower * (upper / lower).clamp(max=1e30) ** share
+            growing = lower * (upper / lower) ** share
             t = torch.where((lower > 0) & (upper < math.inf), growing.minimum(upper), t)
         self.slope = f.derivative.apply(t)
         value = f.apply(t)

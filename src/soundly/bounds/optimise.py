@@ -183,7 +183,7 @@ def raised(
             if gradient is not None:
                 now[key] = freedom.moved(key, slope, gradient, pace, t)
         for i, s in cuts.items():
-            move = adam.step((i, 0), s.sign * (s.at - values[i]), t)
+            move = adam.step((i, -1), s.sign * (s.at - values[i]), t)
             s.multiplier = (s.multiplier + pace * scale.get(i, 1.0) * move).clamp(min=0) * (s.sign != 0)
     return Raised(best, best_slopes, best_force)
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from soundly.bounds.batch import Bounder, Frame, Pass, Side, Slopes, Split, Start, bent, kink
 from soundly.bounds.optimise import Refined, raised
 from soundly.bounds.optimise import first as first_slopes
-from soundly.bounds.program import Function, Step
+from soundly.bounds.program import Function
 from soundly.verification.forest import BOUND, NEURON, Forest
 from soundly.verification.problem import Problem
 from soundly.verification.proof import Grown

@@ -18,8 +18,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from soundly.bounds.batch import Bounder, OutOfTime
+from soundly.bounds.batch import Bounder, OutOfTime, kink
 from soundly.bounds.optimise import refine
+from soundly.bounds.program import Function, Step
 from soundly.certificate.check import check
 from soundly.certificate.verification import replay as replay_proof
 from soundly.errors import InvalidInput, MissingRule
@@ -44,8 +45,11 @@ MARGIN = 1e-5
 """By how much searches in float32 want rows above their slack."""
 BOXES = 2048
 """The most boxes that are bounded at once."""
-REFINING, WORK = 20, 2e11
-"""Rounds of improving the slopes behind inner intervals, and up to how many products that may take."""
+REFINING, TOGETHER, WORK = 20, 3, 2e11
+"""Rounds of improving the slopes behind inner intervals, each bound's own or all of a step's together, and up to how
+many products that may take."""
+SMALL = 2**16
+"""Programs of at most so many products are searched in float64."""
 
 
 def verify(
@@ -304,18 +308,23 @@ class _Run:
             turn *= 2
 
     def _rooted(self, problem: Problem, case: int) -> NeuronSplit:
-        narrow = Bounder(problem.program.to(torch.float32), deadline=self.deadline)
-        lower, upper = (v[case : case + 1].float() for v in (problem.lower, problem.upper))
+        narrow, margin = Bounder(problem.program.to(torch.float32), deadline=self.deadline), MARGIN
+        if narrow.cost <= SMALL:
+            narrow, margin = Bounder(problem.program, deadline=self.deadline), 1e-9
+        lower, upper = (v[case : case + 1].to(narrow.dtype) for v in (problem.lower, problem.upper))
         root = narrow.refresh(lower, upper)
         clauses = list(range(int(problem.spans[case, 1] - problem.spans[case, 0])))
-        search = NeuronSplit(problem, narrow, case, root, clauses, margin=MARGIN)
+        search = NeuronSplit(problem, narrow, case, root, clauses, margin=margin)
         search.begin(20)
         self.subproblems += search.subproblems
         self.bound = search.bound
         rows = sum(int(narrow.loose(i, root).sum()) for i in range(len(narrow.steps)) if narrow.read[i])
-        if len(search.waiting) and 8 * REFINING * rows * narrow.cost < WORK:
-            refined = refine(narrow, root, rounds=REFINING)
-            search = NeuronSplit(problem, narrow, case, root, clauses, margin=MARGIN, refined=refined)
+        # Slopes of products and smooth functions are many: their choice is shared.
+        together = not all(_kinked(narrow.steps[j]) for j, _ in narrow.free(root))
+        rounds = TOGETHER if together else REFINING
+        if len(search.waiting) and 8 * rounds * rows * narrow.cost < WORK:
+            refined = refine(narrow, root, rounds=rounds, together=together)
+            search = NeuronSplit(problem, narrow, case, root, clauses, margin=margin, refined=refined)
             search.begin(50)
             self.subproblems += search.subproblems
             self.bound = search.bound
@@ -374,6 +383,10 @@ class _Run:
         if all(len(search.forest.order(tree)) == 1 for search, tree in owners):
             how = "root bound"
         return Proved(proof, self._effort(how))
+
+
+def _kinked(step: Step) -> bool:
+    return isinstance(step, Function) and kink(step.op) is not None
 
 
 def _resident() -> int:
