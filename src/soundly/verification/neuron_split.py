@@ -24,7 +24,7 @@ from torch import Tensor
 from soundly.bounds.batch import Bounder, Frame, Pass, Side, Slopes, Split, Start, bent, kink
 from soundly.bounds.optimise import Refined, raised
 from soundly.bounds.optimise import first as first_slopes
-from soundly.bounds.program import Function
+from soundly.bounds.program import Function, Step, Times
 from soundly.verification.forest import BOUND, NEURON, Forest
 from soundly.verification.problem import Problem
 from soundly.verification.proof import Grown
@@ -222,15 +222,15 @@ class NeuronSplit:
         least = found.least(frame.lower[0], frame.upper[0])
         return torch.where(frame.infeasible, math.inf, least), found, frame, splits
 
-    def optimise(self, parts: Parts, rounds: int, *, rate: float = 0.1) -> Parts:
-        """Raises the bounds by better slopes and multipliers."""
+    def optimise(self, parts: Parts, rounds: int, *, rate: float = 0.1, beyond: float = 0.0) -> Parts:
+        """Raises the bounds by better slopes and multipliers, until they are that far beyond their goals."""
         if len(parts) == 0:
             return parts
         frame, splits = self._frame(parts)
         start = self._start(self.rows[parts.tree])
         found = raised(
-            self.bounder, frame, start, self._slopes(parts), rounds=rounds, goal=self._goal(parts), splits=splits,
-            rate=rate,
+            self.bounder, frame, start, self._slopes(parts), rounds=rounds, goal=self._goal(parts) + beyond,
+            splits=splits, rate=rate,
         )  # fmt: skip
         self.subproblems += len(parts)
         bound = torch.where(frame.infeasible, math.inf, found.bound)
@@ -353,14 +353,15 @@ class NeuronSplit:
         return x
 
     def begin(self, rounds: int) -> None:
-        """Bounds the roots."""
+        """Bounds the roots. Where relaxations are sampled, as far as they go: a checker's bounds differ a little, and
+        to check a root again costs far more than to bound it well."""
         now, self.waiting = self.waiting, self.waiting.pick(slice(0, 0))
-        self._file(now, rounds)
+        self._file(now, rounds, beyond=0.0 if all(piecewise(self.steps[j]) for j, _ in self.slots.entries) else math.inf)
 
-    def _file(self, parts: Parts, rounds: int) -> None:
+    def _file(self, parts: Parts, rounds: int, *, beyond: float = 0.0) -> None:
         """Optimises subproblems and keeps what is left to do."""
         done = parts.bound > self._goal(parts)
-        improved = [self.optimise(p, rounds) for p in _portions(parts.pick(~done), self.bounder)]
+        improved = [self.optimise(p, rounds, beyond=beyond) for p in _portions(parts.pick(~done), self.bounder)]
         parts = Parts.join([parts.pick(done), *improved])
         done = torch.isfinite(parts.bound) & (parts.bound > self._goal(parts)) | (parts.bound == math.inf)
         finished = parts.pick(done)
@@ -438,6 +439,11 @@ class NeuronSplit:
     def bound(self) -> float:
         """The worst bound among the subproblems that wait."""
         return float(self.waiting.bound.min()) if len(self.waiting) else 0.0
+
+
+def piecewise(step: Step) -> bool:
+    """Whether a step is linear on both sides of zero."""
+    return isinstance(step, Function) and kink(step.op) is not None
 
 
 def _portions(parts: Parts, bounder: Bounder) -> list[Parts]:

@@ -18,9 +18,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from soundly.bounds.batch import Bounder, OutOfTime, kink
+from soundly.bounds.batch import Bounder, OutOfTime
 from soundly.bounds.optimise import refine
-from soundly.bounds.program import Function, Step
 from soundly.certificate.check import check
 from soundly.certificate.verification import replay as replay_proof
 from soundly.errors import InvalidInput, MissingRule
@@ -28,7 +27,7 @@ from soundly.spec.claim import Claim
 from soundly.verification.attack import Attack
 from soundly.verification.input_split import InputSplit
 from soundly.verification.journal import Journal
-from soundly.verification.neuron_split import NeuronSplit
+from soundly.verification.neuron_split import NeuronSplit, piecewise
 from soundly.verification.problem import Problem, problem_of
 from soundly.verification.proof import certificate, identity
 from soundly.verification.replay import Replay, replay
@@ -320,7 +319,7 @@ class _Run:
         self.bound = search.bound
         rows = sum(int(narrow.loose(i, root).sum()) for i in range(len(narrow.steps)) if narrow.read[i])
         # Slopes of products and smooth functions are many: their choice is shared.
-        together = not all(_kinked(narrow.steps[j]) for j, _ in narrow.free(root))
+        together = not all(piecewise(narrow.steps[j]) for j, _ in narrow.free(root))
         rounds = TOGETHER if together else REFINING
         if len(search.waiting) and 8 * rounds * rows * narrow.cost < WORK:
             refined = refine(narrow, root, rounds=rounds, together=together)
@@ -383,10 +382,6 @@ class _Run:
         if all(len(search.forest.order(tree)) == 1 for search, tree in owners):
             how = "root bound"
         return Proved(proof, self._effort(how))
-
-
-def _kinked(step: Step) -> bool:
-    return isinstance(step, Function) and kink(step.op) is not None
 
 
 def _resident() -> int:
