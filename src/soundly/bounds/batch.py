@@ -387,11 +387,11 @@ class Bounder:
 
     def free(self, frame: Frame, *, upto: int | None = None) -> dict[Side, Tensor]:
         """[batch, n]: of which entries the relaxations have something to choose, by step and side."""
-        found = {}
+        found: dict[Side, Tensor] = {}
         for j, step in enumerate(self.steps[:upto]):
             if isinstance(step, Function):
                 low, high = frame.lower[step.source], frame.upper[step.source]
-                mask = bent(step.op, low, high) & torch.isfinite(high - low)
+                mask = bent(step.op, low, high) & (high - low < (step.op.ring.period or math.inf))
                 sides = zip((0, 1), _open_sides(step.op, low, high), strict=True)
             elif isinstance(step, Times):
                 xl, xu, yl, yu = factors(step, frame)
@@ -654,7 +654,6 @@ def _chosen(f: Elementwise, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tenso
         k = torch.cat(candidates).nan_to_num(0.0, 0.0, 0.0)
         k = torch.where(thin, k[1], k)
         low, high = sampled_offsets(f, p, q, k)
-        low[0], high[0] = low[0].maximum(least[sloped]), high[0].minimum(greatest[sloped])
         best = (low + k * middle).argmax(0, keepdim=True)
         result[0][sloped], result[1][sloped] = k.gather(0, best)[0], low.gather(0, best)[0]
         best = (high + k * middle).argmin(0, keepdim=True)
@@ -691,6 +690,7 @@ class Samples:
         t: [samples, *shape].
         low, high: f(t), moved by what the segments beside a sample may add.
         slope: the derivative.
+        range: the least and greatest value.
         convex, concave: whether the samples look so.
     """
 
@@ -719,6 +719,7 @@ class Samples:
             self.high = torch.cat([self.high, torch.where(inside, ends[1], -math.inf)])
             t = torch.cat([t, torch.where(inside, at, lower)])
         self.t = t
+        self.range = f.enclose(lower, upper)
 
     def extreme(self, slope: Tensor, side: int) -> tuple[Tensor, Tensor]:
         """The least (side 0) or greatest of f(t) - slope t, and a t where it is taken."""
@@ -730,6 +731,7 @@ class Samples:
             now = torch.addcmul(v, k, t, value=-1)
             at = torch.where(now < best, t, at)
             best = torch.minimum(best, now)
+        best = torch.where(slope == 0, best.maximum(sign * self.range[side]), best)
         return sign * best, at
 
 

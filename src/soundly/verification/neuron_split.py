@@ -24,7 +24,7 @@ from torch import Tensor
 from soundly.bounds.batch import Bounder, Frame, Pass, Side, Slopes, Split, Start, bent, kink
 from soundly.bounds.optimise import Refined, raised
 from soundly.bounds.optimise import first as first_slopes
-from soundly.bounds.program import Function, Step, Times
+from soundly.bounds.program import Function, Step
 from soundly.verification.forest import BOUND, NEURON, Forest
 from soundly.verification.problem import Problem
 from soundly.verification.proof import Grown
@@ -356,7 +356,8 @@ class NeuronSplit:
         """Bounds the roots. Where relaxations are sampled, as far as they go: a checker's bounds differ a little, and
         to check a root again costs far more than to bound it well."""
         now, self.waiting = self.waiting, self.waiting.pick(slice(0, 0))
-        self._file(now, rounds, beyond=0.0 if all(piecewise(self.steps[j]) for j, _ in self.slots.entries) else math.inf)
+        exact = all(piecewise(self.steps[j]) for j, _ in self.slots.entries)
+        self._file(now, rounds, beyond=0.0 if exact else math.inf)
 
     def _file(self, parts: Parts, rounds: int, *, beyond: float = 0.0) -> None:
         """Optimises subproblems and keeps what is left to do."""
