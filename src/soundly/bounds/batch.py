@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -102,8 +103,26 @@ class Pass:
         return value.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
 
 
-Slopes = Mapping[int, tuple[Tensor, Tensor | None]]
-"""Per function step the slopes [batch, n] of the lower lines, and of the upper ones where they are chosen too."""
+class Planes(NamedTuple):
+    """Planes x u + y v + c below a product u v, and above; each [batch, n]."""
+
+    x_low: Tensor
+    y_low: Tensor
+    c_low: Tensor
+    x_high: Tensor
+    y_high: Tensor
+    c_high: Tensor
+
+
+Relaxations: TypeAlias = Mapping[int, Lines | Planes]
+"""By step: lines of a function, planes of a product."""
+
+Side: TypeAlias = tuple[int, int]
+"""A step, and 0 for its relaxation from below or 1 for that from above."""
+
+Slopes: TypeAlias = Mapping[Side, Tensor]
+"""What was chosen freely [batch, n]: the slope of a function's line; for a product the share r in [0, 1] of the first
+of McCormick's two planes."""
 
 
 FORWARD = 32
@@ -126,7 +145,7 @@ class Forms:
         self.generators: list[Tensor] = []
         self.rest: list[Tensor] = []
 
-    def follow(self, i: int, frame: Frame, known: Mapping[int, Lines]) -> tuple[Tensor, Tensor]:
+    def follow(self, i: int, frame: Frame, known: Relaxations) -> tuple[Tensor, Tensor]:
         """The form of the next step, and the interval it says."""
         step = self.steps[i]
         match step:
@@ -144,6 +163,7 @@ class Forms:
                 low, high = frame.lower[source], frame.upper[source]
                 centre, generators, rest = self._narrow(source, low, high)
                 line = known[i]
+                assert isinstance(line, Lines)
                 slopes_of = kink(op)
                 if slopes_of is not None and slopes_of[1] >= slopes_of[0]:
                     k_, least, greatest = line.slope_high, torch.zeros_like(low), line.offset_high
@@ -228,14 +248,16 @@ class Bounder:
         """
         frame = Frame([], [], (lower > upper).any(-1))
         forms = Forms(self.steps, lower, upper)
-        known: dict[int, Lines] = {}
+        known: dict[int, Lines | Planes] = {}
         for i, step in enumerate(self.steps):
-            low, high = (lower, upper) if isinstance(step, Variable) else self._forward(step, frame)
+            low, high = (lower, upper) if isinstance(step, Variable) else self.forward(step, frame)
             if inherited is not None:
                 low, high = torch.maximum(low, inherited.lower[i]), torch.minimum(high, inherited.upper[i])
             if isinstance(step, Function):
                 low_in, high_in = frame.lower[step.source], frame.upper[step.source]
                 known[i] = lines(step.op, low_in, high_in)
+            elif isinstance(step, Times):
+                known[i] = planes(*factors(step, frame))
             if forms.used:
                 least, greatest = forms.follow(i, frame, known)
                 low, high = torch.maximum(low, least), torch.minimum(high, greatest)
@@ -243,14 +265,15 @@ class Bounder:
             frame.upper.append(high)
             if self.read[i] and not isinstance(step, Variable) and copied(step) is None:
                 own = None if slopes is None else slopes.get(i)
-                self._tighten(i, frame, known if own is None else self.lines(frame, own, upto=i + 1))
+                self._tighten(i, frame, known if own is None else self.lines(frame, own, known=known))
             low, high = frame.lower[i], frame.upper[i]
             frame.infeasible = frame.infeasible | (low > high).any(-1)
             # An empty interval would only produce nonsense further up.
             frame.lower[i], frame.upper[i] = torch.minimum(low, high), torch.maximum(low, high)
         return frame
 
-    def _forward(self, step: Affine | Function | Times, frame: Frame) -> tuple[Tensor, Tensor]:
+    def forward(self, step: Affine | Function | Times, frame: Frame) -> tuple[Tensor, Tensor]:
+        """A step's interval from those of the steps it reads."""
         match step:
             case Affine(parts, bias):
                 centre = bias.expand(len(frame), -1)
@@ -296,7 +319,7 @@ class Bounder:
                 wanted |= torch.zeros_like(low).index_add_(1, copy.columns, mask.to(low.dtype)) > 0
         return wanted
 
-    def _tighten(self, i: int, frame: Frame, lines: Mapping[int, Lines]) -> None:
+    def _tighten(self, i: int, frame: Frame, lines: Relaxations) -> None:
         step = self.steps[i]
         owner, entry = self.loose(i, frame).nonzero(as_tuple=True)
         if len(owner) == 0:
@@ -333,14 +356,50 @@ class Bounder:
 
     # ---------------------------------------------------------------- relaxations
 
-    def lines(self, frame: Frame, slopes: Slopes | None = None, *, upto: int | None = None) -> dict[int, Lines]:
-        """Lines [batch, n] of every function below a step."""
-        found = {}
+    def lines(
+        self,
+        frame: Frame,
+        slopes: Slopes | None = None,
+        *,
+        upto: int | None = None,
+        known: Relaxations | None = None,
+    ) -> dict[int, Lines | Planes]:
+        """Relaxations [batch, n] of every function and product below a step, with the given slopes where there are any.
+
+        Args:
+            known: the default ones, if they have been computed before.
+        """
+        found: dict[int, Lines | Planes] = {}
+        for j, step in enumerate(self.steps[:upto]):
+            if known is not None and j not in known:
+                continue
+            low, high = (None, None) if slopes is None else (slopes.get((j, 0)), slopes.get((j, 1)))
+            best = None if known is None else known[j]
+            if isinstance(step, (Function, Times)) and best is not None and low is None and high is None:
+                found[j] = best
+            elif isinstance(step, Function):
+                ends = frame.lower[step.source], frame.upper[step.source]
+                assert not isinstance(best, Planes)
+                found[j] = lines_of(step.op, *ends, low, high, best)
+            elif isinstance(step, Times):
+                found[j] = planes(*factors(step, frame), low, high)
+        return found
+
+    def free(self, frame: Frame, *, upto: int | None = None) -> dict[Side, Tensor]:
+        """[batch, n]: of which entries the relaxations have something to choose, by step and side."""
+        found: dict[Side, Tensor] = {}
         for j, step in enumerate(self.steps[:upto]):
             if isinstance(step, Function):
                 low, high = frame.lower[step.source], frame.upper[step.source]
-                chosen = None if slopes is None else slopes.get(j)
-                found[j] = lines(step.op, low, high) if chosen is None else lines_of(step.op, low, high, *chosen)
+                mask = bent(step.op, low, high) & (high - low < (step.op.ring.period or math.inf))
+                sides = zip((0, 1), _open_sides(step.op, low, high), strict=True)
+            elif isinstance(step, Times):
+                xl, xu, yl, yu = factors(step, frame)
+                mask = (xl < xu) & (yl < yu) & torch.isfinite(xu - xl) & torch.isfinite(yu - yl)
+                sides = zip((0, 1), (mask, mask), strict=True)
+            else:
+                continue
+            found |= {(j, side): mask & own for side, own in sides if bool((mask & own).any())}
         return found
 
     # ---------------------------------------------------------------- the backward pass
@@ -348,7 +407,7 @@ class Bounder:
     def backward(
         self,
         frame: Frame,
-        lines: Mapping[int, Lines],
+        lines: Relaxations,
         start: Start,
         *,
         splits: Mapping[int, Split] | None = None,
@@ -382,6 +441,7 @@ class Bounder:
                     if keep:
                         kept[i] = here
                     line = lines[i]
+                    assert isinstance(line, Lines)
                     slopes_of = kink(op)
                     if slopes_of is not None and slopes_of[1] >= slopes_of[0]:  # the lower line goes through 0
                         d = d + (here.clamp(max=0) * of(line.offset_high)).sum(-1)
@@ -393,13 +453,12 @@ class Bounder:
                 case Times(left, right):
                     if keep:
                         kept[i] = here
-                    planes = [of(v) for v in self._planes(step, frame)]
+                    plane = lines[i]
+                    assert isinstance(plane, Planes)
+                    p = Planes(*(of(v) for v in plane))
                     up, down = here.clamp(min=0), here.clamp(max=0)
-                    d = d + _meet(up, planes[2]) + _meet(down, planes[5])
-                    parts = [
-                        (left, up * planes[0] + down * planes[3]),
-                        (right, up * planes[1] + down * planes[4]),
-                    ]
+                    d = d + _meet(up, p.c_low) + _meet(down, p.c_high)
+                    parts = [(left, up * p.x_low + down * p.x_high), (right, up * p.y_low + down * p.y_high)]
             for source, part in parts:
                 a[source] = a[source] + part if source in a else part
         x = a.get(0)
@@ -410,14 +469,7 @@ class Bounder:
             x, d = x - of(force), d + of((force * splits[0].at).sum(-1))
         return Pass(x, d, kept)
 
-    def _planes(self, step: Times, frame: Frame) -> tuple[Tensor, ...]:
-        """x, y and constant coefficients of the plane below a product, then above: the middle ones of McCormick's."""
-        xl, xu = frame.lower[step.left], frame.upper[step.left]
-        yl, yu = frame.lower[step.right], frame.upper[step.right]
-        x, y = (yl + yu) / 2, (xl + xu) / 2
-        return x, y, -(xl * yl + xu * yu) / 2, x, y, -(xl * yu + xu * yl) / 2
-
-    def follow(self, frame: Frame, lines: Mapping[int, Lines], found: Pass, x: Tensor) -> list[Tensor]:
+    def follow(self, lines: Relaxations, found: Pass, x: Tensor) -> list[Tensor]:
         """Where the point x [rows, inputs] goes under the very planes that a pass chose, one row per subproblem: the
         gradient of a bound in a slope is a coefficient times such a value (envelope theorem)."""
         values: list[Tensor] = []
@@ -431,15 +483,16 @@ class Bounder:
                         total = total + part.apply(values[source])
                     values.append(total)
                 case Function(source):
-                    line, below = lines[i], found.kept[i] >= 0 if i in found.kept else None
+                    line = lines[i]
+                    assert isinstance(line, Lines)
                     v = values[source]
-                    low = line.slope_low * v + line.offset_low
-                    high = line.slope_high * v + line.offset_high
-                    values.append(low if below is None else torch.where(below, low, high))
+                    low, high = line.slope_low * v + line.offset_low, line.slope_high * v + line.offset_high
+                    values.append(torch.where(found.kept[i] >= 0, low, high) if i in found.kept else low)
                 case Times(left, right):
-                    p = self._planes(step, frame)
+                    p = lines[i]
+                    assert isinstance(p, Planes)
                     u, v = values[left], values[right]
-                    low, high = p[0] * u + p[1] * v + p[2], p[3] * u + p[4] * v + p[5]
+                    low, high = p.x_low * u + p.y_low * v + p.c_low, p.x_high * u + p.y_high * v + p.c_high
                     values.append(torch.where(found.kept[i] >= 0, low, high) if i in found.kept else low)
         return values
 
@@ -532,21 +585,41 @@ def lines(f: Elementwise, lower: Tensor, upper: Tensor) -> Lines:
     return Lines(*(v.reshape(lower.shape) for v in _chosen(f, *flat)))
 
 
-def lines_of(f: Elementwise, lower: Tensor, upper: Tensor, low: Tensor, high: Tensor | None) -> Lines:
-    """Lines of given slopes; exact where the function is straight, default ones above if `high` is None."""
+def lines_of(
+    f: Elementwise, lower: Tensor, upper: Tensor, low: Tensor | None, high: Tensor | None, best: Lines | None = None
+) -> Lines:
+    """Lines of given slopes, of any batch that fits the interval's; exact where the function is straight. The default
+    ones (`best`, if they are known already) stay where no slope is given."""
     if (slopes := kink(f)) is not None:
-        return _kinked(slopes, lower, upper, low, low if high is None else high)
-    best = lines(f, lower, upper)
-    flat = [v.reshape(-1) for v in (lower, upper)]
+        free = low if slopes[1] >= slopes[0] else high
+        return lines(f, lower, upper) if free is None else _kinked(slopes, lower, upper, free, free)
+    best = lines(f, lower, upper) if best is None else best
+    if low is None and high is None:
+        return best
     known = torch.isfinite(best.offset_low) & torch.isfinite(best.offset_high) & bent(f, lower, upper)
-    known = known.reshape(-1)
-    result = [v.reshape(-1).clone() for v in best]
-    for k, (slope, side) in enumerate(((low, 0), (high, 1))):
-        if slope is not None and bool(known.any()):
-            chosen = slope.reshape(-1)[known]
-            result[2 * k][known] = chosen
-            result[2 * k + 1][known] = sampled_offsets(f, flat[0][known], flat[1][known], chosen[None])[side][0]
-    return Lines(*(v.reshape(lower.shape) for v in result))
+    samples = Samples(f, lower, upper)
+    result = list(best)
+    for k, slope in ((0, low), (1, high)):
+        if slope is not None:
+            result[2 * k] = torch.where(known, slope, result[2 * k])
+            result[2 * k + 1] = torch.where(known, samples.extreme(slope, k)[0], result[2 * k + 1])
+    return Lines(*result)
+
+
+def factors(step: Times, frame: Frame) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return frame.lower[step.left], frame.upper[step.left], frame.lower[step.right], frame.upper[step.right]
+
+
+def planes(
+    xl: Tensor, xu: Tensor, yl: Tensor, yu: Tensor, low: Tensor | None = None, high: Tensor | None = None
+) -> Planes:
+    """Planes below and above x y on a rectangle, the mean of McCormick's two or `low` and `high` of the first."""
+    r, s = (0.5 if share is None else share for share in (low, high))
+    dx, dy = xu - xl, yu - yl
+    return Planes(
+        yu - r * dy, xu - r * dx, r * (yu * xu - yl * xl) - yu * xu,
+        yl + s * dy, xu - s * dx, s * (yl * xu - yu * xl) - yl * xu,
+    )  # fmt: skip
 
 
 def _kinked(slopes: tuple[float, float], lower: Tensor, upper: Tensor, low: Tensor, high: Tensor) -> Lines:
@@ -592,7 +665,6 @@ def _chosen(f: Elementwise, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tenso
         k = torch.cat(candidates).nan_to_num(0.0, 0.0, 0.0)
         k = torch.where(thin, k[1], k)
         low, high = sampled_offsets(f, p, q, k)
-        low[0], high[0] = low[0].maximum(least[sloped]), high[0].minimum(greatest[sloped])
         best = (low + k * middle).argmax(0, keepdim=True)
         result[0][sloped], result[1][sloped] = k.gather(0, best)[0], low.gather(0, best)[0]
         best = (high + k * middle).argmin(0, keepdim=True)
@@ -612,17 +684,75 @@ def _band(f: Elementwise, lower: Tensor, upper: Tensor, slope: Tensor) -> tuple[
 
 
 def sampled_offsets(f: Elementwise, lower: Tensor, upper: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
-    """The least and greatest of f(t) - slope t on [lower, upper], for slopes [c, n], from samples and how far the
-    derivative moves between them. Good enough to search with."""
-    segments = 16
-    t = torch.lerp(lower, upper, torch.linspace(0, 1, segments + 1, dtype=lower.dtype, device=lower.device)[:, None])
-    value = f.apply(t)[:, None] - slope * t[:, None]
-    turn = f.derivative.apply(t).diff(dim=0).abs() * ((upper - lower) / (8 * segments))
-    least = (torch.minimum(value[1:], value[:-1]) - turn[:, None]).amin(0)
-    greatest = (torch.maximum(value[1:], value[:-1]) + turn[:, None]).amax(0)
-    for point, low, high in f.special_points:
-        if point in f.breaks:
-            inside = (lower <= point) & (point <= upper)
-            least = torch.where(inside, least.minimum(low - slope * point), least)
-            greatest = torch.where(inside, greatest.maximum(high - slope * point), greatest)
-    return least, greatest
+    """The least and greatest of f(t) - slope t on [lower, upper], for slopes [c, n], from samples. Good enough to
+    search with."""
+    samples = Samples(f, lower, upper)
+    return samples.extreme(slope, 0)[0], samples.extreme(slope, 1)[0]
+
+
+SEGMENTS = 16
+
+
+class Samples:
+    """A function on intervals, by samples: between two of them it leaves its chord by at most length / 8 times how far
+    its derivative moves there.
+
+    Attributes:
+        t: [samples, *shape].
+        low, high: f(t), moved by what the segments beside a sample may add.
+        slope: the derivative.
+        range: the least and greatest value.
+        convex, concave: whether the samples look so.
+    """
+
+    def __init__(self, f: Elementwise, lower: Tensor, upper: Tensor) -> None:
+        share = torch.linspace(0, 1, SEGMENTS + 1, dtype=lower.dtype, device=lower.device)
+        share = share.reshape(-1, *(1 for _ in lower.shape))
+        t = torch.lerp(lower, upper, share)
+        if f.ring.pole == 0 or f.ring.lower == 0:  # steep near 0: steps that grow with t
+            growing = lower * (upper / lower) ** share
+            t = torch.where((lower > 0) & (upper < math.inf), growing.minimum(upper), t)
+        self.slope = f.derivative.apply(t)
+        value = f.apply(t)
+        rise = self.slope.diff(dim=0)
+        self.convex, self.concave = (rise >= 0).all(0), (rise <= 0).all(0)
+        turn = rise.abs() * t.diff(dim=0) / 8
+        none = torch.zeros_like(value[:1])
+        turn = torch.maximum(torch.cat([none, turn]), torch.cat([turn, none]))
+        self.low = torch.where(self.concave, value, value - turn)
+        self.high = torch.where(self.convex, value, value + turn)
+        points = [p for p in f.special_points if p[0] in f.breaks]
+        if points:
+            at = torch.stack([torch.full_like(lower, p[0]) for p in points])
+            inside = (lower <= at) & (at <= upper)
+            ends = [torch.stack([torch.full_like(lower, p[k]) for p in points]) for k in (1, 2)]
+            self.low = torch.cat([self.low, torch.where(inside, ends[0], math.inf)])
+            self.high = torch.cat([self.high, torch.where(inside, ends[1], -math.inf)])
+            t = torch.cat([t, torch.where(inside, at, lower)])
+        self.t = t
+        self.range = f.enclose(lower, upper)
+
+    def extreme(self, slope: Tensor, side: int) -> tuple[Tensor, Tensor]:
+        """The least (side 0) or greatest of f(t) - slope t, and a t where it is taken."""
+        sign, values = (1, self.low) if side == 0 else (-1, -self.high)
+        k = sign * slope
+        best = values[0] - k * self.t[0]
+        at = self.t[0].expand_as(best)
+        for t, v in zip(self.t[1:], values[1:], strict=True):
+            now = torch.addcmul(v, k, t, value=-1)
+            at = torch.where(now < best, t, at)
+            best = torch.minimum(best, now)
+        best = torch.where(slope == 0, best.maximum(sign * self.range[side]), best)
+        return sign * best, at
+
+
+def _open_sides(f: Elementwise, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the lower line, and the upper one, has a choice: above a convex function nothing beats the chord."""
+    if (slopes := kink(f)) is not None:
+        convex = torch.full_like(lower, slopes[1] >= slopes[0], dtype=torch.bool)
+        return convex, ~convex
+    if f.breaks:
+        both = torch.ones_like(lower, dtype=torch.bool)
+        return both, both
+    samples = Samples(f, lower, upper)
+    return ~samples.concave, ~samples.convex

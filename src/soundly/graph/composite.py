@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from soundly.graph import elementwise
-from soundly.graph.linear import Combine, Gather, Permute, Sum, add, broadcast, mean, reshape, scale, subtract
+from soundly.graph.linear import Combine, Concat, Gather, Permute, Sum, add, broadcast, mean, reshape, scale, subtract
 from soundly.graph.node import Composite, Constant, Fill, Node, Shape
 from soundly.graph.product import Multiply
+
+FEW = 16
+"""Up to how many entries a softmax compares with each other one by one."""
 
 
 @dataclass(frozen=True)
@@ -116,12 +120,34 @@ class Softmax(Composite):
         return shapes[0]
 
     def expand(self, *inputs: Node) -> Node:
+        """Over few entries 1 / (1 + sum_j exp(x_j - x_i)): exponentials of differences, no product, never above 1; over
+        many, where there would be too many differences, exp(x_i) / sum_j exp(x_j)."""
         x, *mask = inputs
+        n = x.shape[self.axis]
+        if 1 < n <= FEW:
+            return self._compared(x, *mask)
         powers = elementwise.EXP(x)
         if mask:
             powers = Multiply()(powers, mask[0])
         total = elementwise.RECIPROCAL(Sum((self.axis,))(powers))
         return Multiply()(powers, broadcast(total, x.shape))
+
+    def _compared(self, x: Node, *mask: Node) -> Node:
+        """Each difference is formed once, for i < j, and read with both signs."""
+        axis, n = self.axis, x.shape[self.axis]
+        before, after = x.shape[:axis], x.shape[axis + 1 :]
+        pairs = list(combinations(range(n), 2))
+        place = {pair: k for k, pair in enumerate(pairs)}
+        gaps = subtract(*(Gather(axis, tuple(p[side] for p in pairs))(x) for side in (1, 0)))
+        order = [(i, j) for i in range(n) for j in range(n) if j != i]
+        both = Concat(axis)(gaps, scale(gaps, -1.0))
+        taken = tuple(place[i, j] if i < j else len(pairs) + place[j, i] for i, j in order)
+        growth = elementwise.EXP(Gather(axis, taken)(both))
+        if mask:
+            growth = Multiply()(growth, Gather(axis, tuple(j for _, j in order))(mask[0]))
+        others = Sum((axis + 1,))(reshape(growth, (*before, n, n - 1, *after)))
+        share = elementwise.RECIPROCAL(add(Fill(1.0, x.shape)(), reshape(others, x.shape)))
+        return Multiply()(share, mask[0]) if mask else share
 
     def pullback(self, cotangent: Node, node: Node) -> tuple[Node, ...]:
         weighted = Multiply()(cotangent, node)

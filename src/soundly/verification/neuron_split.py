@@ -21,8 +21,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from soundly.bounds.batch import Bounder, Frame, Pass, Split, Start, bent, kink
+from soundly.bounds.batch import Bounder, Frame, Pass, Side, Slopes, Split, Start, bent, kink
 from soundly.bounds.optimise import Refined, raised
+from soundly.bounds.optimise import first as first_slopes
 from soundly.bounds.program import Function, Step
 from soundly.verification.forest import BOUND, NEURON, Forest
 from soundly.verification.problem import Problem
@@ -85,16 +86,16 @@ class Parts:
 
 @dataclass(frozen=True, eq=False)
 class Slots:
-    """Which free slopes there are: per function step with a kink the entries that are not straight at the root.
+    """Which free slopes there are: the entries whose relaxations at the root have something to choose.
 
     Attributes:
-        entries: step -> entries.
-        first: step -> position of its first entry among all slots.
+        entries: step and side -> entries.
+        first: step and side -> position of its first entry among all slots.
         count: of all of them.
     """
 
-    entries: dict[int, Tensor]
-    first: dict[int, int]
+    entries: dict[Side, Tensor]
+    first: dict[Side, int]
     count: int
 
 
@@ -127,13 +128,9 @@ class NeuronSplit:
             starts.append(starts[-1] + step.size)
         self.offset = torch.tensor(starts)
         entries, first, count = {}, {}, 0
-        for j, step in enumerate(self.steps):
-            if isinstance(step, Function) and kink(step.op) is not None:
-                low, high = root.lower[step.source][0], root.upper[step.source][0]
-                index = bent(step.op, low, high).nonzero()[:, 0]
-                if len(index):
-                    entries[j], first[j] = index, count
-                    count += len(index)
+        for key, mask in bounder.free(root).items():
+            entries[key], first[key] = mask[0].nonzero()[:, 0], count
+            count += len(entries[key])
         self.slots = Slots(entries, first, count)
         self.rows = self._best_rows(clauses)
         self.waiting = self._plant(clauses)
@@ -168,14 +165,9 @@ class NeuronSplit:
         nodes = [self.forest.plant(self.case, k, k + 1) for k in clauses]
         n = len(nodes)
         slopes = torch.zeros(n, self.slots.count, dtype=self.dtype)
-        for j, index in self.slots.entries.items():
-            step = self.steps[j]
-            assert isinstance(step, Function)
-            line = self.bounder.lines(self.root, upto=j + 1)[j]
-            slopes_of = kink(step.op)
-            assert slopes_of is not None
-            free = line.slope_low if slopes_of[1] >= slopes_of[0] else line.slope_high
-            slopes[:, self.slots.first[j] : self.slots.first[j] + len(index)] = free[:, index]
+        for key, value in first_slopes(self.bounder, self.root).items():
+            index, first = self.slots.entries[key], self.slots.first[key]
+            slopes[:, first : first + len(index)] = value[:, index]
         none = torch.empty(n, 0, dtype=self.dtype)
         return Parts(
             torch.empty(n, 0, dtype=torch.int64), none, none, none, slopes, torch.tensor(nodes),
@@ -213,13 +205,13 @@ class NeuronSplit:
             lower[i], upper[i] = torch.minimum(lower[i], upper[i]), torch.maximum(lower[i], upper[i])
         return Frame(lower, upper, empty), splits
 
-    def _slopes(self, parts: Parts) -> dict[int, tuple[Tensor, Tensor | None]]:
-        found: dict[int, tuple[Tensor, Tensor | None]] = {}
-        for j, index in self.slots.entries.items():
-            dense = parts.slopes.new_zeros(len(parts), self.steps[j].size)
-            first = self.slots.first[j]
+    def _slopes(self, parts: Parts) -> dict[Side, Tensor]:
+        found = {}
+        for key, index in self.slots.entries.items():
+            dense = parts.slopes.new_zeros(len(parts), self.steps[key[0]].size)
+            first = self.slots.first[key]
             dense[:, index] = parts.slopes[:, first : first + len(index)]
-            found[j] = (dense, None)
+            found[key] = dense
         return found
 
     def _bound(self, parts: Parts, *, keep: bool = False) -> tuple[Tensor, Pass, Frame, dict[int, Split]]:
@@ -230,25 +222,25 @@ class NeuronSplit:
         least = found.least(frame.lower[0], frame.upper[0])
         return torch.where(frame.infeasible, math.inf, least), found, frame, splits
 
-    def optimise(self, parts: Parts, rounds: int, *, rate: float = 0.1) -> Parts:
-        """Raises the bounds by better slopes and multipliers."""
+    def optimise(self, parts: Parts, rounds: int, *, rate: float = 0.1, beyond: float = 0.0) -> Parts:
+        """Raises the bounds by better slopes and multipliers, until they are that far beyond their goals."""
         if len(parts) == 0:
             return parts
         frame, splits = self._frame(parts)
-        slopes = {j: pair[0] for j, pair in self._slopes(parts).items()}
         start = self._start(self.rows[parts.tree])
         found = raised(
-            self.bounder, frame, start, slopes, rounds=rounds, goal=self._goal(parts), splits=splits, rate=rate
-        )
+            self.bounder, frame, start, self._slopes(parts), rounds=rounds, goal=self._goal(parts) + beyond,
+            splits=splits, rate=rate,
+        )  # fmt: skip
         self.subproblems += len(parts)
         bound = torch.where(frame.infeasible, math.inf, found.bound)
         return self._updated(parts, found.slopes, found.multipliers, bound)
 
-    def _updated(self, parts: Parts, slopes: Mapping[int, Tensor], force: Mapping[int, Tensor], bound: Tensor) -> Parts:
+    def _updated(self, parts: Parts, slopes: Slopes, force: Mapping[int, Tensor], bound: Tensor) -> Parts:
         flat = parts.slopes.clone()
-        for j, index in self.slots.entries.items():
-            first = self.slots.first[j]
-            flat[:, first : first + len(index)] = slopes[j][:, index]
+        for key, index in self.slots.entries.items():
+            first = self.slots.first[key]
+            flat[:, first : first + len(index)] = slopes[key][:, index]
         beta = parts.beta.clone()
         step_of = torch.bucketize(parts.neuron, self.offset, right=True) - 1
         for i, v in force.items():
@@ -272,7 +264,7 @@ class NeuronSplit:
         _, found, frame, _ = self._bound(parts, keep=True)
         lines = self.bounder.lines(frame, self._slopes(parts))
         x = torch.where(found.a > 0, frame.lower[0], frame.upper[0])
-        values = self.bounder.follow(frame, lines, found, x)
+        values = self.bounder.follow(lines, found, x)
         neurons, points, here, worst = [], [], [], []
         for j, step in enumerate(self.steps):
             if not isinstance(step, Function) or j not in found.kept:
@@ -361,14 +353,16 @@ class NeuronSplit:
         return x
 
     def begin(self, rounds: int) -> None:
-        """Bounds the roots."""
+        """Bounds the roots. Where relaxations are sampled, as far as they go: a checker's bounds differ a little, and
+        to check a root again costs far more than to bound it well."""
         now, self.waiting = self.waiting, self.waiting.pick(slice(0, 0))
-        self._file(now, rounds)
+        exact = all(piecewise(self.steps[j]) for j, _ in self.slots.entries)
+        self._file(now, rounds, beyond=0.0 if exact else math.inf)
 
-    def _file(self, parts: Parts, rounds: int) -> None:
+    def _file(self, parts: Parts, rounds: int, *, beyond: float = 0.0) -> None:
         """Optimises subproblems and keeps what is left to do."""
         done = parts.bound > self._goal(parts)
-        improved = [self.optimise(p, rounds) for p in _portions(parts.pick(~done), self.bounder)]
+        improved = [self.optimise(p, rounds, beyond=beyond) for p in _portions(parts.pick(~done), self.bounder)]
         parts = Parts.join([parts.pick(done), *improved])
         done = torch.isfinite(parts.bound) & (parts.bound > self._goal(parts)) | (parts.bound == math.inf)
         finished = parts.pick(done)
@@ -401,7 +395,7 @@ class NeuronSplit:
 
     def grown(self, trees: Sequence[int]) -> Grown:
         """Some trees, for a certificate."""
-        slots = [2 * (self.offset[j] + index) + _free_side(self.steps[j]) for j, index in self.slots.entries.items()]
+        slots = [2 * (self.offset[j] + index) + side for (j, side), index in self.slots.entries.items()]
         slot = torch.cat(slots) if slots else torch.empty(0, dtype=torch.int64)
         leaves = Parts.join(self.proved)
         node = leaves.node.tolist()
@@ -411,21 +405,26 @@ class NeuronSplit:
         return Grown(
             self.forest, trees, slot.numpy(), torch.cat([leaves.slopes.float(), rows]).numpy(),
             {n: k for k, n in enumerate(node)}, {n: beta[k, : depth[k]] for k, n in enumerate(node)},
-            {int(key): len(leaves) + k for k, key in enumerate(keys.tolist())},
+            {key: len(leaves) + row for key, row in keys.items()},
         )  # fmt: skip
 
-    def _root_slopes(self) -> tuple[Tensor, Tensor]:
-        """2 * neuron + side of the bounds that the root's intervals were refined with, and their slopes."""
-        keys, rows = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, self.slots.count)]
+    def _root_slopes(self) -> tuple[dict[int, int], Tensor]:
+        """2 * neuron + side of the bounds that the root's intervals were refined with, with their rows of slopes."""
+        keys: dict[int, int] = {}
+        rows = [torch.empty(0, self.slots.count)]
+        count = 0
         for i, r in self.refined.items():
-            keys.append(2 * (self.offset[i] + r.entry) + r.side)
-            flat = torch.zeros(len(r.entry), self.slots.count)
-            for j, v in r.slopes.items():
-                if j in self.slots.entries:
-                    index, first = self.slots.entries[j], self.slots.first[j]
-                    flat[:, first : first + len(index)] = v[:, index].float()
+            used, which = r.which.unique(return_inverse=True)
+            slot = 2 * (self.offset[i] + r.entry) + r.side
+            keys |= dict(zip(slot.tolist(), (which + count).tolist(), strict=True))
+            flat = torch.zeros(len(used), self.slots.count)
+            for key, v in r.slopes.items():
+                if key in self.slots.entries:
+                    index, first = self.slots.entries[key], self.slots.first[key]
+                    flat[:, first : first + len(index)] = v[used][:, index].float()
             rows.append(flat)
-        return torch.cat(keys), torch.cat(rows)
+            count += len(used)
+        return keys, torch.cat(rows)
 
     def reopen(self, nodes: Sequence[int]) -> None:
         """Splits leaves that were proved but whose proof was not accepted."""
@@ -443,11 +442,9 @@ class NeuronSplit:
         return float(self.waiting.bound.min()) if len(self.waiting) else 0.0
 
 
-def _free_side(step: Step) -> int:
-    """Which line of a kink is free: 0 the lower, 1 the upper."""
-    assert isinstance(step, Function)
-    left, right = kink(step.op) or (0.0, 0.0)
-    return 0 if right >= left else 1
+def piecewise(step: Step) -> bool:
+    """Whether a step is linear on both sides of zero."""
+    return isinstance(step, Function) and kink(step.op) is not None
 
 
 def _portions(parts: Parts, bounder: Bounder) -> list[Parts]:

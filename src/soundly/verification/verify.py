@@ -27,7 +27,7 @@ from soundly.spec.claim import Claim
 from soundly.verification.attack import Attack
 from soundly.verification.input_split import InputSplit
 from soundly.verification.journal import Journal
-from soundly.verification.neuron_split import NeuronSplit
+from soundly.verification.neuron_split import NeuronSplit, piecewise
 from soundly.verification.problem import Problem, problem_of
 from soundly.verification.proof import certificate, identity
 from soundly.verification.replay import Replay, replay
@@ -44,8 +44,11 @@ MARGIN = 1e-5
 """By how much searches in float32 want rows above their slack."""
 BOXES = 2048
 """The most boxes that are bounded at once."""
-REFINING, WORK = 20, 2e11
-"""Rounds of improving the slopes behind inner intervals, and up to how many products that may take."""
+REFINING, TOGETHER, WORK = 20, 3, 2e11
+"""Rounds of improving the slopes behind inner intervals, each bound's own or all of a step's together, and up to how
+many products that may take."""
+SMALL = 2**16
+"""Programs of at most so many products are searched in float64."""
 
 
 def verify(
@@ -304,18 +307,23 @@ class _Run:
             turn *= 2
 
     def _rooted(self, problem: Problem, case: int) -> NeuronSplit:
-        narrow = Bounder(problem.program.to(torch.float32), deadline=self.deadline)
-        lower, upper = (v[case : case + 1].float() for v in (problem.lower, problem.upper))
+        narrow, margin = Bounder(problem.program.to(torch.float32), deadline=self.deadline), MARGIN
+        if narrow.cost <= SMALL:
+            narrow, margin = Bounder(problem.program, deadline=self.deadline), 1e-9
+        lower, upper = (v[case : case + 1].to(narrow.dtype) for v in (problem.lower, problem.upper))
         root = narrow.refresh(lower, upper)
         clauses = list(range(int(problem.spans[case, 1] - problem.spans[case, 0])))
-        search = NeuronSplit(problem, narrow, case, root, clauses, margin=MARGIN)
+        search = NeuronSplit(problem, narrow, case, root, clauses, margin=margin)
         search.begin(20)
         self.subproblems += search.subproblems
         self.bound = search.bound
         rows = sum(int(narrow.loose(i, root).sum()) for i in range(len(narrow.steps)) if narrow.read[i])
-        if len(search.waiting) and 8 * REFINING * rows * narrow.cost < WORK:
-            refined = refine(narrow, root, rounds=REFINING)
-            search = NeuronSplit(problem, narrow, case, root, clauses, margin=MARGIN, refined=refined)
+        # Slopes of products and smooth functions are many: their choice is shared.
+        together = not all(piecewise(narrow.steps[j]) for j, _ in narrow.free(root))
+        rounds = TOGETHER if together else REFINING
+        if len(search.waiting) and 8 * rounds * rows * narrow.cost < WORK:
+            refined = refine(narrow, root, rounds=rounds, together=together)
+            search = NeuronSplit(problem, narrow, case, root, clauses, margin=margin, refined=refined)
             search.begin(50)
             self.subproblems += search.subproblems
             self.bound = search.bound
