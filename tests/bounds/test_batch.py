@@ -179,7 +179,8 @@ def test_owners_change_nothing(name):
         mine = (start.owner == k).nonzero()[:, 0]
         part = replace(start.part(mine), owner=torch.zeros(len(mine), dtype=torch.int64))
         same = frame.pick(torch.tensor([k]))
-        alone = bounder.backward(same, bounder.lines(same), part).least(low[k], high[k])
+        own = {j: type(line)(*(v[k : k + 1] for v in line)) for j, line in bounder.lines(frame).items()}
+        alone = bounder.backward(same, own, part).least(low[k], high[k])
         assert torch.allclose(alone, least[mine], rtol=1e-7, atol=1e-7)
         assert torch.equal(same.lower[-1][0], frame.lower[-1][k]) and len(same) == 1
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from soundly.certificate import functions
-from soundly.certificate.functions import Function, Term, ring
+from soundly.certificate.functions import Function
+from soundly.certificate.rings import Term, ring
 
 erf = np.vectorize(math.erf, otypes=[float])
 

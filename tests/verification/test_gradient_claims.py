@@ -145,7 +145,7 @@ def judged(claim: Claim, *, timeout: float = 20) -> Verdict:
 
 def bounds_hold(network: Network, box: Box, known: Range, *, settled: bool, room: float = 0.01) -> None:
     """The output lies within the range known, and within nothing less."""
-    wide = judged(within(network, box, known.least - MARGIN, known.greatest + MARGIN), timeout=20 if settled else 1)
+    wide = judged(within(network, box, known.least - MARGIN, known.greatest + MARGIN), timeout=20 if settled else 0.5)
     assert isinstance(wide, Proved) or (not settled and isinstance(wide, Unknown)), wide
     for lower, upper, space in (
         (known.least + MARGIN, None, known.room_below), (None, known.greatest - MARGIN, known.room_above)
@@ -220,7 +220,7 @@ def test_monotonicity_of_relu_networks(name):
         for margin in (MARGIN, -MARGIN):
             slope = (margin if increasing else -margin) - end
             claim = monotone(tilted(network, slope), box, of=0, entry=0, increasing=increasing)
-            verdict = judged(claim, timeout=20 if name in SETTLED else 1)
+            verdict = judged(claim, timeout=20 if name in SETTLED else 0.5)
             if margin > 0:
                 assert isinstance(verdict, Proved) or (name not in SETTLED and isinstance(verdict, Unknown)), verdict
             else:
@@ -280,5 +280,5 @@ def test_a_gradient_that_reaches_its_bound_is_not_refuted():
     network = layers((2, 4, 2), 0, nn.ReLU)
     positive = {name: network.values[node].abs() for name, node in network.parameters.items() if "weight" in name}
     claim = monotone(network.with_values(positive), square(2, 3.0), of=0, entry=1)
-    assert not isinstance(judged(claim, timeout=2), Refuted)
+    assert not isinstance(judged(claim, timeout=0.5), Refuted)
     assert isinstance(judged(within(claim.network, claim.region, -1e-6, None)), Proved)

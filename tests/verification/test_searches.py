@@ -361,9 +361,9 @@ class WrongHalf(NeuronSplit):
 class OneChild(NeuronSplit):
     """Forgets the right child of every split."""
 
-    def _file(self, parts, rounds):
+    def _file(self, parts, rounds, **options):
         odd = parts.neuron.shape[1] > 0
-        super()._file(parts.pick(slice(0, None, 2)) if odd else parts, rounds)
+        super()._file(parts.pick(slice(0, None, 2)) if odd else parts, rounds, **options)
 
 
 @pytest.mark.parametrize("wrong", [WrongSign, WrongHalf, OneChild])

@@ -253,7 +253,7 @@ def test_a_ball_is_not_its_box():
     network = soundly.load(layer, torch.zeros(1, 2))
     ball = Ball(torch.zeros(1, 2), 1.0, "l2")
     below_corner = within(network, ball, None, 1.9)  # sqrt 2 in the ball, 2 in the box
-    assert isinstance(verify(below_corner, timeout=2), (Proved, Unknown))
+    assert isinstance(verify(below_corner, timeout=0.5), (Proved, Unknown))
     assert isinstance(decide(within(network, ball, None, 1.3)), Refuted)
     assert isinstance(decide(within(network, ball, None, 2.1)), Proved)
 
@@ -450,9 +450,9 @@ def test_weights_that_are_not_numbers_prove_nothing(where, value):
 def test_a_strict_minimum_is_neither_proved_nor_refuted():
     """relu(x) >= 0 holds with equality: no bound is above zero, and no point below."""
     network = soundly.load(nn.ReLU(), torch.zeros(1, 2))
-    verdict = verify(within(network, square(2), 0.0, None), timeout=3)
+    verdict = verify(within(network, square(2), 0.0, None), timeout=0.5)
     assert isinstance(verdict, (Proved, Unknown))
-    assert not isinstance(verify(within(network, square(2), 1e-9, None), timeout=3), Proved)
+    assert not isinstance(verify(within(network, square(2), 1e-9, None), timeout=0.5), Proved)
 
 
 # -- certificates
@@ -589,5 +589,5 @@ def test_a_faulty_search_proves_nothing_false(monkeypatch, margin):
     monkeypatch.setattr(batch.Pass, "least", lambda self, low, high: real(self, low, high) + 0.1)
     network, region = perceptron((2, 10, 10, 2), 0), square(2, 0.6)
     optimum = least(network, region, np.array([1.0, -1.0]))
-    verdict = verify(below(network, region, optimum + margin), timeout=3, attack=False)
+    verdict = verify(below(network, region, optimum + margin), timeout=1.5, attack=False)
     assert not isinstance(verdict, Proved if margin > 0 else Refuted)

@@ -570,6 +570,12 @@ def _degree(piece: tuple[tuple[tuple[int, ...], float], ...]) -> int:
 
 
 @cache
+def jumps(f: Elementwise) -> tuple[float, ...]:
+    """Where the function jumps."""
+    return tuple(t for i, t in enumerate(f.breaks) if not _continuous(f, i))
+
+
+@cache
 def _continuous(f: Elementwise, i: int) -> bool:
     t = f.breaks[i]
     return any(p[0] == t and p[1] == p[2] for p in f.special_points)

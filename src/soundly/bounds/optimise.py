@@ -241,7 +241,7 @@ def refine(bounder: Bounder, frame: Frame, *, rounds: int, together: bool = Fals
         else:
             kept = []
             for part in bounder.portions(len(entry)):
-                start = _bounds_of(step, i, entry[part], side[part], frame.lower[i])
+                start = bounds_of(step, i, entry[part], side[part], frame.lower[i])
                 many = {key: v.expand(len(start.d), -1) for key, v in free.items()}
                 # A neuron that has become stable needs no better bound.
                 goal = _goal(bounder, i, start.d)
@@ -279,7 +279,7 @@ def _together(
         tried.append(dict(now))
         total = {key: torch.zeros_like(v) for key, v in now.items()}
         for part in bounder.portions(len(entry)):
-            start = _bounds_of(step, i, entry[part], side[part], low)
+            start = bounds_of(step, i, entry[part], side[part], low)
             found = bounder.backward(frame, lines, replace(start, owner=torch.zeros_like(entry[part])), keep=True)
             least = found.least(low, high)
             better = least > best[part]
@@ -296,7 +296,7 @@ def _together(
     return best, which, {key: torch.cat([v[key] for v in tried]) for key in now}
 
 
-def _bounds_of(step: Step, i: int, entry: Tensor, side: Tensor, like: Tensor) -> Start:
+def bounds_of(step: Step, i: int, entry: Tensor, side: Tensor, like: Tensor) -> Start:
     """Rows for the lower (side 0) and negated upper (side 1) bounds of entries of a step."""
     sign = (1 - 2 * side).to(like.dtype)[:, None]
     if not isinstance(step, Affine):

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from soundly.certificate.functions import FAR, Lines, U
+from soundly.certificate.functions import Lines
 from soundly.certificate.program import Affine, Apply, Program, Times, nonlinear_sources
+from soundly.certificate.rings import FAR, U
 
 Array = npt.NDArray[Any]
 
@@ -287,7 +288,7 @@ class View:
                 cost = self.frame.cost[i]
                 assert cost is not None
                 bound.add(a @ step.bias)
-                self._lose(bound, a, cost, owner)
+                self._lose(bound, a, cost, owner, exact=step.weight_error > 0)
                 for part, source in step.parts:
                     give(source, part.pull(a))
             elif isinstance(step, (Apply, Times)):
@@ -323,10 +324,10 @@ class View:
             rows = {0: np.zeros((len(entry), program.steps[0].size))}
         return self.backward(rows, owner, sign * step.bias[entry], lost)[0]
 
-    def _lose(self, bound: Bound, a: Array, cost: Array, owner: Array) -> None:
-        """Takes off what roundings cost: that of the worst node, unless it is infinite."""
+    def _lose(self, bound: Bound, a: Array, cost: Array, owner: Array, exact: bool = False) -> None:
+        """Takes off what roundings cost: that of the worst node, unless it is infinite, or `exact`."""
         worst = cost.max(axis=0, keepdims=True) if len(cost) > 1 else cost
-        if not np.isfinite(worst).all():
+        if exact or not np.isfinite(worst).all():
             worst = _owned(cost, owner)
         bound.lose(-_rowwise(np.abs(a), -worst))
 

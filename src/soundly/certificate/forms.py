@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from soundly.certificate.bounding import ABOVE, FLOOR, Frame
-from soundly.certificate.functions import FAR, Band, U
+from soundly.certificate.functions import Band
 from soundly.certificate.program import Affine, Apply, Map, Program, Times, Variable
+from soundly.certificate.rings import FAR, U
 
 Array = npt.NDArray[Any]
 

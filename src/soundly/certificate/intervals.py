@@ -13,10 +13,17 @@ import numpy.typing as npt
 
 from soundly.certificate.bounding import ABOVE, FLOOR, Frame, Pieces, View, pieces, relaxed
 from soundly.certificate.forms import Forms
-from soundly.certificate.functions import FAR, Band, U
+from soundly.certificate.functions import Band
 from soundly.certificate.program import Affine, Apply, Program, Step, Stored, Times, Variable
+from soundly.certificate.rings import FAR, U
 
 Array = npt.NDArray[Any]
+
+
+def in_time(deadline: float) -> None:
+    """Raises TimeoutError after the deadline."""
+    if time.monotonic() > deadline:
+        raise TimeoutError("the deadline of the replay has passed")
 
 
 def refresh(
@@ -48,8 +55,7 @@ def refresh(
     frame, followed = Frame(), Forms(program) if forms else None
     dead = np.asarray((lower > upper).any(axis=1))
     for i in range(len(program.steps)):
-        if time.monotonic() > deadline:
-            raise TimeoutError("the deadline of the replay has passed")
+        in_time(deadline)
         low, high, cost, band = _interval(frame, i, program, lower, upper)
         if inherited is not None:
             low, high = np.maximum(low, inherited.lower[i]), np.minimum(high, inherited.upper[i])
@@ -79,8 +85,7 @@ def _tighten(
     for chosen in (False, True):
         which = np.flatnonzero((row >= 0) == chosen)
         for begin in range(0, len(which), program.rows_at_once):
-            if time.monotonic() > deadline:
-                raise TimeoutError("the deadline of the replay has passed")
+            in_time(deadline)
             some = which[begin : begin + program.rows_at_once]
             owner, at, sign = node[some], entry[some], 1.0 - 2.0 * side[some]
             own: dict[int, Pieces] = frame.pieces

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from soundly.certificate.format import DTYPES, NETWORK, Certificate
-from soundly.certificate.functions import FAR, Function, Term, ring
+from soundly.certificate.functions import Function
 from soundly.certificate.program import (
     Affine,
     Apply,
@@ -28,6 +28,7 @@ from soundly.certificate.program import (
     Times,
     Variable,
 )
+from soundly.certificate.rings import FAR, Term, ring
 
 Array = npt.NDArray[Any]
 

@@ -6,7 +6,6 @@ an empty box or an empty interval. Nodes are replayed in batches, deepest first,
 """
 
 import math
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,10 +16,10 @@ import numpy.typing as npt
 from soundly.certificate.bounding import Bound, Exceptions, Frame, Pieces, Splits, View, pieces, relax
 from soundly.certificate.format import Certificate
 from soundly.certificate.forms import INPUTS as FORMS
-from soundly.certificate.functions import U
-from soundly.certificate.intervals import refresh
+from soundly.certificate.intervals import in_time, refresh
 from soundly.certificate.program import Affine, Apply, Times, nonlinear_sources
 from soundly.certificate.reading import BOUND, CLIP, INPUT, LEAF, REFRESH, Proof, Refused, read
+from soundly.certificate.rings import U
 
 Array = npt.NDArray[Any]
 
@@ -125,7 +124,7 @@ class _Replayer:
                 many = sum(map(len, self.pending.values())) > 4 * self.narrow
                 depth = max(self.pending) if many else min(self.pending)
                 waiting = self.pending[depth]
-                self._in_time()
+                in_time(self.deadline)
                 batch, self.pending[depth] = waiting[-self.batch :], waiting[: -self.batch]
                 if not self.pending[depth]:
                     del self.pending[depth]
@@ -138,10 +137,6 @@ class _Replayer:
             base = proof.pair_start[case]
             proven[base + first : base + last] |= ~left
         return Replay(proven, self.margin, proof.pair_start, sorted(self.failed))
-
-    def _in_time(self) -> None:
-        if time.monotonic() > self.deadline:
-            raise TimeoutError("the deadline of the replay has passed")
 
     def _alike(self, alike: Array) -> Iterator[tuple[bool, Array]]:
         """Each value with the positions that have it, so few at a time that what belongs to them finds room."""
@@ -328,7 +323,7 @@ class _Replayer:
         narrow, wide = (np.full(shapes, v) if clips.any() else None for v in (-np.inf, np.inf))
         size = program.rows_at_once
         for begin in range(0, len(rows), size):
-            self._in_time()
+            in_time(self.deadline)
             some = slice(begin, begin + size)
             lower, a, bound = view.backward(self._rows(rows[some]), owner[some], proof.constant[rows[some]])
             best[some] = np.where(np.isfinite(lower), lower, -np.inf)
@@ -386,6 +381,9 @@ class _Replayer:
             self.failed.append((node.tree, place - int(proof.tree_start[node.tree])))
             return
         what, at = int(proof.what[place]), float(proof.at[place])
+        step = int(np.searchsorted(proof.program.offsets, what, side="right")) - 1
+        entry = what - int(proof.program.offsets[step])
+        halves = self._halves(node, step, entry, at) if proof.kind[place] != INPUT else None
         for side, sign in ((0, -1), (1, 1)):
             lower, upper, splits = node.lower, node.upper, node.splits
             if proof.kind[place] == INPUT:
@@ -398,26 +396,52 @@ class _Replayer:
                 if lower[what] > upper[what]:
                     continue
             else:
-                step = int(np.searchsorted(proof.program.offsets, what, side="right")) - 1
-                entry = what - int(proof.program.offsets[step])
                 splits = (*splits, (step, entry, at, sign))
                 low, high = node.frame.lower[step][node.row, entry], node.frame.upper[step][node.row, entry]
                 same = [(t, s) for i, j, t, s in splits if (i, j) == (step, entry)]
                 if max([low, *(t for t, s in same if s > 0)]) > min([high, *(t for t, s in same if s < 0)]):
                     continue
+                if halves is not None:
+                    lower, upper = halves[side]
+                    if (lower > upper).any():
+                        continue
             child = _Node(node.tree, int(proof.child[place]) + side, node.depth + 1, lower, upper, node.frame, node.row,
                           splits, node.open)  # fmt: skip
             self.pending.setdefault(child.depth, []).append(child)
+
+    def _halves(self, node: _Node, i: int, entry: int, at: float) -> list[tuple[Array, Array]] | None:
+        """What a split of an entry of step i, if that is affine in the input, leaves of the node's box on each side."""
+        step = self.proof.program.steps[i]
+        if not isinstance(step, Affine) or not step.parts or any(source != 0 for _, source in step.parts):
+            return None
+        w, b = sum(part.rows_of(np.array([entry])) for part, _ in step.parts), step.bias[entry]
+        cost = node.frame.cost[i]
+        assert cost is not None
+        sign = np.array([-1.0, 1.0])  # sign (w x + b - at) >= 0, up to what weights and roundings may differ
+        low, high = clipped(
+            -sign[:, None] * w, sign * (at - b) - 4 * U * (abs(at) + abs(b)), np.full(2, cost[node.row, entry]),
+            node.lower, node.upper,
+        )  # fmt: skip
+        low, high = np.maximum(low, node.lower), np.minimum(high, node.upper)
+        same = ((low == node.lower) & (high == node.upper)).all(axis=1)
+        return [(node.lower, node.upper) if same[k] else (low[k], high[k]) for k in (0, 1)]
 
 
 def _clipped(view: View, a: Array, bound: Bound, owner: Array, slack: Array) -> tuple[Array, Array]:
     """For rows a x + d: what a x + d <= slack leaves of each input's interval, the others being anywhere in theirs."""
     lower, upper = (x if len(x) == 1 else x[owner] for x in (view.lower, view.upper))
-    n, contributions = a.shape[1], view.program.contributions
+    return clipped(a, bound.lower(), slack, lower, upper, view.program.contributions)
+
+
+def clipped(
+    a: Array, d: Array, slack: Array, lower: Array, upper: Array, contributions: int = 0
+) -> tuple[Array, Array]:
+    """For rows [R, n]: what a x + d <= slack leaves of each input's interval, infinite where that is everything."""
+    n = a.shape[1]
     least = np.minimum(a * lower, a * upper)
     size = np.abs(a) * np.maximum(np.abs(lower), np.abs(upper))
     error = (2 * n + contributions + 16) * U * (size.sum(axis=1) + slack)
-    total = bound.lower() - slack + least.sum(axis=1) - 2 * error
+    total = d - slack + least.sum(axis=1) - 2 * error
     total -= 4 * U * np.abs(total)
     rest = total[:, None] - least
     rest -= 4 * U * (np.abs(total[:, None]) + np.abs(least))

@@ -539,5 +539,3 @@ def _f64(values: Sequence[float]) -> Tensor:
 
 def _text(eps: float | Tensor) -> str:
     return f"{float(eps):g}" if torch.as_tensor(eps).numel() == 1 else "per entry"
-
-

@@ -1,9 +1,10 @@
-"""Reading VNN-LIB 1.0, the specifications of the verification competitions, from files that nobody vouches for.
+"""Reading VNN-LIB, the specifications of the verification competitions, from files that nobody vouches for.
 
 A file declares inputs X_i and outputs Y_j and asserts linear inequalities under AND and OR; whatever satisfies all of
 them is a counterexample. One pass over the tokens with a stack of its own reduces each closed parenthesis: no depth
 exhausts Python's. Numbers stay exact fractions until the last step rounds outward. Alternatives that only bound inputs
-become boxes; the others become clauses, multiplied out one by one and never beyond a limit.
+become boxes; the others become clauses, multiplied out one by one and never beyond a limit. What is read here is
+version 1.0; files of version 2.0 are told by their first command and taken apart in `soundly.spec.vnnlib2`.
 
 Reference: Demarchi, Guidotti, Pulina, Tacchella, "Supporting Standardization of Neural Networks Verification with
 VNNLIB and CoCoNet", FoMLAS 2023.
@@ -42,6 +43,7 @@ DIGITS, BITS = 1200, 20_000
 
 _TOKEN = re.compile(r';[^\n]*|"[^"]*"|\|[^|]*\||[()]|[^\s();"|]+|["|]')
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,5})?")
+_VERSIONED = re.compile(r"(?:\s|;[^\n]*\n)*\(\s*vnnlib-version\b")
 _VARIABLE = re.compile(r"([XY])_(0|[1-9][0-9]{0,8})")
 _IGNORED = frozenset(("set-logic", "set-info", "set-option", "check-sat", "get-model", "exit"))
 _COMPARE = frozenset(("<=", ">=", "<", ">", "="))
@@ -80,7 +82,7 @@ Limits: TypeAlias = dict[int, tuple[Limit | None, Limit | None]]
 def read_vnnlib(
     source: str | bytes | os.PathLike[str], network: Network | Shapes | tuple[Sequence[Shape], Sequence[Shape]]
 ) -> Claim:
-    """Reads a VNN-LIB 1.0 specification as a claim about a network.
+    """Reads a VNN-LIB specification as a claim about a network.
 
     Args:
         source: a path (.vnnlib or .vnnlib.gz), the text itself, or the bytes of such a file. A str that starts with
@@ -88,13 +90,17 @@ def read_vnnlib(
         network: the network, or its shapes (inputs, outputs) where only those are known; several inputs or outputs
             are numbered through in call order.
 
+    Version 1.0 is read in full; of version 2.0, which needs the package `vnnlib`, linear queries about the inputs and
+    outputs of one network.
+
     Returns:
         A claim whose region is a Union of boxes, widened to float64 outward (see `Box.inner`). It is empty where the
         bounds on inputs contradict each other, exactly judged. `<` and `<=` differ in `holds_at` alone.
 
     Raises:
         InvalidInput: the file is missing, too large, or not such a specification (with line and column), is not
-            linear, leaves an input unbounded, multiplies out to too many clauses, or is about another network's shapes.
+            linear, leaves an input unbounded, multiplies out to too many clauses, or is about another network's
+            shapes; or is of version 2.0 and goes beyond the above, or `vnnlib` is not installed.
     """
     if isinstance(network, tuple):
         network = Shapes(tuple(map(tuple, network[0])), tuple(map(tuple, network[1])))
@@ -112,20 +118,14 @@ def read_vnnlib(
 
 
 def _read(text: str, name: str, network: Network | Shapes, shapes: Shapes) -> Claim:
-    reader = _Reader(text, name)
+    reader = Reader(text, name)
+    if _VERSIONED.match(text):
+        from soundly.spec.vnnlib2 import Reader2
+
+        reader = Reader2(text, name)
     reader.parse()
-    sizes = []
-    for letter, kind, wanted in (("X", "inputs", shapes.inputs), ("Y", "outputs", shapes.outputs)):
-        declared, size = reader.declared[letter], sum(math.prod(shape) for shape in wanted)
-        if len(declared) != size:
-            raise InvalidInput(
-                f"{name} declares {len(declared)} {kind}, but the network has {size} (shapes {list(wanted)}): "
-                "it was written for another network."
-            )
-        missing = next((i for i in range(size) if i not in declared), None)
-        if missing is not None:
-            raise InvalidInput(f"{name} does not declare {letter}_{missing}, but {letter}_{max(declared)}.")
-        sizes.append(size)
+    reader.fit(shapes)
+    sizes = (sum(math.prod(shape) for shape in side) for side in (shapes.inputs, shapes.outputs))
     return _claim(reader, network, *sizes)
 
 
@@ -160,8 +160,10 @@ def _text(source: str | bytes | os.PathLike[str]) -> tuple[str, str]:
     return data.decode("utf-8", "replace").removeprefix("\ufeff"), name
 
 
-class _Reader:
+class Reader:
     """Turns the text into formulas. Positions are offsets into the text until an error needs line and column."""
+
+    assumptions: tuple[str, ...] = ()
 
     def __init__(self, text: str, name: str) -> None:
         self.text, self.name = text, name
@@ -174,6 +176,23 @@ class _Reader:
         line = self.text.count("\n", 0, offset) + 1
         column = offset - self.text.rfind("\n", 0, offset)
         raise InvalidInput(f"{self.name}, line {line}, column {column}: {problem}")
+
+    def entry(self, i: int) -> str:
+        """What the file calls an input."""
+        return f"X_{i}"
+
+    def fit(self, shapes: Shapes) -> None:
+        """Raises unless the declarations are those of such a network."""
+        for letter, kind, wanted in (("X", "inputs", shapes.inputs), ("Y", "outputs", shapes.outputs)):
+            declared, size = self.declared[letter], sum(math.prod(shape) for shape in wanted)
+            if len(declared) != size:
+                raise InvalidInput(
+                    f"{self.name} declares {len(declared)} {kind}, but the network has {size} (shapes {list(wanted)}): "
+                    "it was written for another network."
+                )
+            missing = next((i for i in range(size) if i not in declared), None)
+            if missing is not None:
+                raise InvalidInput(f"{self.name} does not declare {letter}_{missing}, but {letter}_{max(declared)}.")
 
     def parse(self) -> None:
         stack: list[tuple[str | None, list[Any], int, bool]] = []
@@ -245,7 +264,7 @@ class _Reader:
         elif head in ("declare-const", "declare-fun"):
             self.declare(args, at, constant=head == "declare-const")
         elif head.startswith(("vnnlib-version", "declare-")):
-            self.fail(at, f"{_shown(head)} belongs to VNN-LIB 2.0; this reader reads 1.0.")
+            self.fail(at, f"{_shown(head)} belongs to VNN-LIB 2.0, whose files begin with (vnnlib-version <2.0>).")
         elif head not in _IGNORED:
             self.fail(at, f"{_shown(head)} is not part of VNN-LIB 1.0.")
         return None
@@ -379,7 +398,7 @@ def _shown(token: str) -> str:
 # -- from formulas to boxes and clauses
 
 
-def _claim(reader: _Reader, network: Network | Shapes, n: int, m: int) -> Claim:
+def _claim(reader: Reader, network: Network | Shapes, n: int, m: int) -> Claim:
     base: Limits = {}
     rows: list[Row] = []
     unions: list[Formula] = []
@@ -425,10 +444,11 @@ def _claim(reader: _Reader, network: Network | Shapes, n: int, m: int) -> Claim:
         raise InvalidInput(f"{reader.name}: {len(cases)} boxes of {n} inputs are more than memory should hold.")
     region = _region(reader, base, cases, n)
     prop = Property.of(clauses, outputs=m, inputs=n)
-    return Claim(network, region, prop, torch.tensor(spans, dtype=torch.int64).reshape(-1, 2), name=reader.name)
+    first_last = torch.tensor(spans, dtype=torch.int64).reshape(-1, 2)
+    return Claim(network, region, prop, first_last, reader.assumptions, reader.name)
 
 
-def _multiply(reader: _Reader, formulas: list[Formula], base: Limits) -> Iterator[tuple[Limits, list[Row]]]:
+def _multiply(reader: Reader, formulas: list[Formula], base: Limits) -> Iterator[tuple[Limits, list[Row]]]:
     """The clauses of a conjunction one by one, each as limits on inputs beyond `base` and rows. Contradictory ones are
     left out. States share their tails: each is a linked list of what is chosen and of what is still to do."""
     total = 1
@@ -475,7 +495,7 @@ def _multiply(reader: _Reader, formulas: list[Formula], base: Limits) -> Iterato
         _check_work(reader)
 
 
-def _check_work(reader: _Reader) -> None:
+def _check_work(reader: Reader) -> None:
     if reader.work > 4 * WORK:
         raise InvalidInput(f"{reader.name}: its assertions multiply out to too many rows; state fewer alternatives.")
 
@@ -507,20 +527,22 @@ def _both(a: Limits, b: Limits) -> Limits | None:
     return result
 
 
-def _region(reader: _Reader, base: Limits, cases: list[Limits], n: int) -> Union:
+def _region(reader: Reader, base: Limits, cases: list[Limits], n: int) -> Union:
     """The boxes in float64. Outer ends never lose a point; inner ends are the float64 numbers of the exact set."""
 
     def end(i: int, limit: Limit | None, side: int) -> tuple[float, float]:
         if limit is None:
             word = "above" if side else "below"
-            raise InvalidInput(f"{reader.name}: input X_{i} is not bounded from {word}; assert a bound on it.")
+            raise InvalidInput(
+                f"{reader.name}: input {reader.entry(i)} is not bounded from {word}; assert a bound on it."
+            )
         value, strict = limit
         down, up = rounded(value)
         outer, inner = (up, down) if side else (down, up)
         if strict and down == up:
             inner = math.nextafter(inner, -math.inf if side else math.inf)
         if not math.isfinite(outer) or not math.isfinite(inner):
-            raise InvalidInput(f"{reader.name}: a bound on input X_{i} lies beyond the range of float64.")
+            raise InvalidInput(f"{reader.name}: a bound on input {reader.entry(i)} lies beyond the range of float64.")
         return outer, inner
 
     count = len(cases)

@@ -55,16 +55,14 @@ def solve(bounder: Bounder, frame: Frame, start: Start, splits: Mapping[int, Spl
     a, b = torch.cat(sides).double().numpy(), torch.cat(ends).double().numpy()
     scale = np.abs(a).max(1).clip(1e-30)
     box = torch.stack([frame.lower[0][0], frame.upper[0][0]], 1).double().numpy()
-    result = linprog(
-        row.a[0].double().numpy(), A_ub=a / scale[:, None], b_ub=b / scale, bounds=box, method="highs-ds"
-    )
+    result = linprog(row.a[0].double().numpy(), A_ub=a / scale[:, None], b_ub=b / scale, bounds=box, method="highs-ds")
     empty = {i: torch.zeros_like(s.sign) for i, s in splits.items()}
     if result.status == 2:
         return Leaf(np.inf, _farkas(a / scale[:, None], b / scale, box, where, scale, empty), None)
     if result.status != 0:
         return None
-    for (i, entry), dual, size in zip(where, result.ineqlin.marginals, scale, strict=True):
-        empty[i][0, entry] = max(-dual, 0.0) / size
+    for (i, e), dual, size in zip(where, result.ineqlin.marginals, scale, strict=True):
+        empty[i][0, e] = max(-dual, 0.0) / size
     return Leaf(float(result.fun) + float(row.d[0]), empty, torch.from_numpy(result.x))
 
 

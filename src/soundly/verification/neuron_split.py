@@ -21,11 +21,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from soundly.bounds.batch import Bounder, Frame, Pass, Side, Slopes, Split, Start, bent, kink
+from soundly.bounds.batch import Bounder, Frame, Pass, Side, Slopes, Split, Start, bent, jumps, kink
 from soundly.bounds.optimise import Refined, raised
 from soundly.bounds.optimise import first as first_slopes
 from soundly.bounds.program import Function, Step
 from soundly.verification.forest import BOUND, NEURON, Forest
+from soundly.verification.leaf import solve
 from soundly.verification.problem import Problem
 from soundly.verification.proof import Grown
 
@@ -132,11 +133,16 @@ class NeuronSplit:
             entries[key], first[key] = mask[0].nonzero()[:, 0], count
             count += len(entries[key])
         self.slots = Slots(entries, first, count)
+        self.jumps: dict[int, set[float]] = {}
+        for step in self.steps:
+            if isinstance(step, Function):
+                self.jumps.setdefault(step.source, set()).update(jumps(step.op))
         self.rows = self._best_rows(clauses)
         self.waiting = self._plant(clauses)
         self.proved: list[Parts] = []
         self.subproblems = 0
         self.stuck: list[Parts] = []
+        self.refused: set[int] = set()
 
     # ---------------------------------------------------------------- the root
 
@@ -197,6 +203,15 @@ class NeuronSplit:
             mine = last[owner, place]
             for v, target in zip((sign, at, beta), dense, strict=True):
                 target[owner[mine], entry[mine]] = v[mine]
+            for t in self.jumps.get(i, ()):
+                # Both sides of a jump belong to one half each: the right half has the right side's value at t, too.
+                here = (dense[0] != 0) & (dense[1] == t)
+                beyond = (
+                    torch.nextafter(low.new_tensor(t), low.new_tensor(math.inf)),
+                    torch.nextafter(low.new_tensor(t), low.new_tensor(-math.inf)),
+                )
+                low = torch.where(here & (dense[0] > 0) & (low == t) & (high > t), beyond[0], low)
+                high = torch.where(here & (dense[0] < 0) & (high == t) & (low < t), beyond[1], high)
             lower[i], upper[i] = low, high
             splits[i] = Split(*dense)
         empty = torch.zeros(k, dtype=torch.bool)
@@ -282,10 +297,13 @@ class NeuronSplit:
             plane = torch.where(a >= 0, line[0] * v + line[1], line[2] * v + line[3])
             loss = a * (step.op.apply(v) - plane)
             at = torch.zeros_like(low) if kink(step.op) is not None else (low + high) / 2
+            for t in jumps(step.op):
+                at = torch.where((low <= t) & (t <= high), t, at)
             widest = torch.where(a < 0, line[3], torch.zeros_like(a))  # the chord's intercept
             if kink(step.op) is None:
                 middle = step.op.apply(at)
                 widest = torch.where(a >= 0, middle - line[0] * at - line[1], line[2] * at + line[3] - middle)
+                widest = widest.clamp(min=0)
                 loss = torch.maximum(loss, 0.5 * a.abs() * widest)
             inside = bent(step.op, low, high)
             neurons.append(index + self.offset[i])
@@ -338,8 +356,8 @@ class NeuronSplit:
         else:
             now, later = self.waiting, None
         children, stuck, x = self._branched(now)
-        if bool(stuck.any()):
-            self.stuck.append(now.pick(stuck))
+        for i in stuck.nonzero()[:, 0].tolist():
+            x[i] = self._settle(now.pick(slice(i, i + 1)), x[i])
         parents = now.pick(~stuck)
         if len(parents):
             first = children.neuron.shape[1] - 1
@@ -351,6 +369,24 @@ class NeuronSplit:
         self.waiting = later if later is not None else children.pick(slice(0, 0))
         self._file(children, rounds)
         return x
+
+    def _settle(self, part: Parts, x: Tensor) -> Tensor:
+        """Decides one subproblem without anything left to split, as a linear program; the point where it is worst."""
+        frame, splits = self._frame(part)
+        bent_somewhere = any(bool(self.bounder.loose(i, frame).any()) for i in range(len(self.steps)))
+        leaf = None
+        if splits and not bent_somewhere and int(part.node) not in self.refused:
+            leaf = solve(self.bounder, frame, self._start(self.rows[part.tree]), splits)
+        if leaf is None:
+            self.stuck.append(part)
+            return x
+        part = self._updated(part, self._slopes(part), leaf.multipliers, part.bound.new_tensor([leaf.bound]))
+        if leaf.bound > float(self._goal(part)):
+            self.forest.flags[part.node.numpy()] |= BOUND
+            self.proved.append(part)
+        else:
+            self.stuck.append(part)
+        return x if leaf.point is None else leaf.point.to(x)
 
     def begin(self, rounds: int) -> None:
         """Bounds the roots. Where relaxations are sampled, as far as they go: a checker's bounds differ a little, and
@@ -432,14 +468,16 @@ class NeuronSplit:
         again = torch.isin(leaves.node, torch.tensor(nodes))
         self.proved = [leaves.pick(~again)]
         self.forest.flags[leaves.node[again].numpy()] = 0
+        self.refused.update(nodes)
         bound = torch.full((int(again.sum()),), -math.inf, dtype=self.dtype)
         again_parts = replace(leaves.pick(again), bound=bound)
         self.waiting = Parts.join([self.waiting, again_parts]) if len(self.waiting) else again_parts
 
     @property
     def bound(self) -> float:
-        """The worst bound among the subproblems that wait."""
-        return float(self.waiting.bound.min()) if len(self.waiting) else 0.0
+        """The worst bound among the subproblems that are not proved."""
+        left = [float(p.bound.min()) for p in (self.waiting, *self.stuck) if len(p)]
+        return min(left, default=0.0)
 
 
 def piecewise(step: Step) -> bool:

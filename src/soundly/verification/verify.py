@@ -18,8 +18,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from soundly.bounds.batch import Bounder, OutOfTime
+from soundly.bounds.batch import Bounder, OutOfTime, jumps
 from soundly.bounds.optimise import refine
+from soundly.bounds.program import Function
 from soundly.certificate.check import check
 from soundly.certificate.verification import replay as replay_proof
 from soundly.errors import InvalidInput, MissingRule
@@ -42,8 +43,8 @@ SHARE = 0.3
 """How much of the time may go into attacks."""
 MARGIN = 1e-5
 """By how much searches in float32 want rows above their slack."""
-BOXES = 2048
-"""The most boxes that are bounded at once."""
+BOXES, PARTS = 2048, 512
+"""The most boxes, or subproblems of split neurons, that are bounded at once."""
 REFINING, TOGETHER, WORK = 20, 3, 2e11
 """Rounds of improving the slopes behind inner intervals, each bound's own or all of a step's together, and up to how
 many products that may take."""
@@ -238,7 +239,9 @@ class _Run:
         inputs = InputSplit(problem, wide, margin=margin) if vary <= SOME or cases > 1 else None
         if inputs is not None:
             self.journal.follow("inputs", inputs)
-            self._work_inputs(inputs, rounds=None if vary <= FEW else 1)
+            # Where functions jump, boxes around the jumps may be split for ever.
+            alone = vary <= FEW and not any(isinstance(s, Function) and jumps(s.op) for s in problem.program.steps)
+            self._work_inputs(inputs, rounds=None if alone else 1)
             waiting = {case for parts in inputs.stack for case in parts.case.tolist()}
             settled.append((inputs, [t for t, case in enumerate(inputs.forest.case) if case not in waiting]))
             left = sorted(waiting)
@@ -249,7 +252,7 @@ class _Run:
             if cases > 1:
                 own = InputSplit(problem, wide, torch.tensor([case]), margin=margin)
                 self.journal.follow(f"inputs {case}", own)
-            search = self._case(problem, case, own if vary <= SOME else None)
+            search = self._case(problem, case, own if vary <= SOME and not (own and own.stuck) else None)
             settled.append((search, list(range(len(search.forest.root)))))
         return self._prove(problem, settled)
 
@@ -261,8 +264,8 @@ class _Run:
             if (rounds is not None and count >= rounds) or time.monotonic() > until:
                 return
             self._limits()
-            if search.stuck:
-                raise _Stop("a box became too small to be split: the claim holds or fails too narrowly")
+            if search.stuck:  # a box is too small to be split
+                return
             start = time.monotonic()
             before = search.subproblems
             case = int(search.stack[-1].case[0])
@@ -278,7 +281,6 @@ class _Run:
                 self._tell()
             self._interleave(case if len(search) else None)
             count += 1
-        self.bound, self.open = 0.0, 0.0
 
     def _interleave(self, case: int | None) -> None:
         """Attacks again once its share of the time has become small."""
@@ -299,11 +301,14 @@ class _Run:
             self._work_neurons(neurons, end if inputs is not None else math.inf)
             if not len(neurons.waiting) and not neurons.stuck:
                 return neurons
-            if inputs is None:
-                raise _Stop("every neuron is split and the claim neither holds nor fails by a margin")
-            self._work_inputs(inputs, until=time.monotonic() + turn)
-            if not len(inputs):
-                return inputs
+            over = not len(neurons.waiting)
+            if inputs is not None and not inputs.stuck:
+                self._work_inputs(inputs, until=math.inf if over else time.monotonic() + turn)
+                if not len(inputs):
+                    return inputs
+            elif over:
+                self.bound = neurons.bound
+                raise _Stop("nothing is left to split: the claim neither holds nor fails by a margin")
             turn *= 2
 
     def _rooted(self, problem: Problem, case: int) -> NeuronSplit:
@@ -340,7 +345,7 @@ class _Run:
             points = search.step(batch, 10)
             self.subproblems += search.subproblems - before
             spent = time.monotonic() - start
-            batch = int(max(1, min(64, 2 * batch, batch * 1.0 / max(spent, 1e-3))))
+            batch = int(max(1, min(PARTS, 2 * batch, batch * 0.7 / max(spent, 1e-3))))
             self.bound = search.bound
             if len(points):
                 self._offer(search.case, points)
@@ -374,8 +379,12 @@ class _Run:
                     if isinstance(search, InputSplit):
                         search.bounder, search.margin = Bounder(problem.program, deadline=self.deadline), 0.0
                         self._work_inputs(search)
+                        refused = search.stuck
                     else:
                         self._work_neurons(search, math.inf)
+                        refused = bool(search.stuck)
+                    if refused:
+                        raise _Stop("the claim holds too narrowly to be proved: rounding could change the answer")
         if not check(proof).accepted:
             raise _Stop("the certificate was not accepted")
         how = "input splitting" if isinstance(settled[-1][0], InputSplit) else "neuron splitting"
