@@ -71,7 +71,7 @@ class Unknown:
 
 @dataclass(frozen=True)
 class Empty:
-    """The region holds no point: nothing is claimed, nothing is wrong."""
+    """The region holds no point, or the property no clause: nothing is claimed, nothing is wrong."""
 
     effort: Effort
 

@@ -21,7 +21,6 @@ from torch import Tensor
 from soundly.bounds.batch import Bounder, OutOfTime, jumps
 from soundly.bounds.optimise import refine
 from soundly.bounds.program import Function
-from soundly.certificate.check import check
 from soundly.certificate.verification import replay as replay_proof
 from soundly.errors import InvalidInput, MissingRule
 from soundly.spec.claim import Claim
@@ -128,8 +127,8 @@ class _Run:
     # ---------------------------------------------------------------- the outcome
 
     def verdict(self) -> Verdict:
-        if self.claim.is_empty:
-            return Empty(self._effort("empty region"))
+        if self.claim.is_empty or not self.claim.property.clauses:
+            return Empty(self._effort("empty region" if self.claim.is_empty else "no property"))
         try:
             try:
                 problem = self.problem = problem_of(self.claim)
@@ -275,6 +274,8 @@ class _Run:
             batch = int(max(1, min(BOXES, 2 * batch, batch * 0.5 / max(spent, 1e-3))))
             if len(points):
                 self._offer(case, points)
+            if search.margin > 0 and search.stack and bool((search.stack[-1].bound > -search.margin).any()):
+                search.bounder, search.margin = Bounder(search.problem.program, deadline=self.deadline), 0.0
             if time.monotonic() - self.told > 0.5:
                 self.told = time.monotonic()
                 self.bound, self.open = search.bound, search.open_share
@@ -367,7 +368,10 @@ class _Run:
                 problem, [search.grown(trees) for search, trees in settled], claim=self.claim.name, model=model
             )
             self._limits()
-            result = replay_proof(proof)
+            try:
+                result = replay_proof(proof, deadline=self.deadline)
+            except TimeoutError as late:
+                raise OutOfTime from late
             if result.problems:
                 raise _Stop(f"the certificate was not accepted: {result.problems[0]}")
             if not result.failed:
@@ -385,8 +389,6 @@ class _Run:
                         refused = bool(search.stuck)
                     if refused:
                         raise _Stop("the claim holds too narrowly to be proved: rounding could change the answer")
-        if not check(proof).accepted:
-            raise _Stop("the certificate was not accepted")
         how = "input splitting" if isinstance(settled[-1][0], InputSplit) else "neuron splitting"
         if all(len(search.forest.order(tree)) == 1 for search, tree in owners):
             how = "root bound"
