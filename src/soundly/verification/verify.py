@@ -375,6 +375,8 @@ class _Run:
             if result.problems:
                 raise _Stop(f"the certificate was not accepted: {result.problems[0]}")
             if not result.failed:
+                if not (len(result.proven) and bool(result.proven.all())):
+                    raise _Stop("the certificate was not accepted: it does not cover the claim")
                 break
             for search, _ in settled:
                 mine = [(owners[t][1], position) for t, position in result.failed if owners[t][0] is search]
