@@ -56,6 +56,10 @@ class Raised:
     multipliers: dict[int, Tensor]
 
 
+RATE, DECAY = 0.2, 0.9
+"""The first step, of a range of slopes, where a choice is shared, and what remains of it a round later."""
+
+
 class _Adam:
     """Ascent steps, one moment estimate per number (Kingma and Ba, 2015)."""
 
@@ -292,7 +296,7 @@ def _together(
                     if gradient is not None:
                         v += gradient.sum(0, keepdim=True)
         if t <= rounds:
-            now = {key: freedom.moved(key, v, total[key], 0.2 * 0.9 ** (t - 1), t) for key, v in now.items()}
+            now = {key: freedom.moved(key, v, total[key], RATE * DECAY ** (t - 1), t) for key, v in now.items()}
     return best, which, {key: torch.cat([v[key] for v in tried]) for key in now}
 
 
