@@ -33,6 +33,9 @@ ENTRIES = 6
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. Arguments come from the process if argv is None."""
+    # Small matrices are slower with several threads, and much slower on a busy machine. Read when numpy starts.
+    for library in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(library, "1")
     parser = argparse.ArgumentParser(
         prog="soundly",
         description="Guarantees about neural networks.",
@@ -165,6 +168,7 @@ def _add_verify(verbs: "Verbs") -> None:
     parser.add_argument("--certificate", metavar="F", help="where a proof is written, for `soundly check`")
     parser.add_argument("--format", choices=("text", "json", "vnncomp"), default="text", help="default: text")
     parser.add_argument("--no-attack", dest="attack", action="store_false", help="look for a proof alone")
+    parser.add_argument("--journal", metavar="F", help="keeps the search, so that it can be taken up again")
     parser.add_argument("--quiet", action="store_true", help="no progress on the terminal")
     parser.set_defaults(run=_verify)
 
@@ -186,6 +190,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         timeout=None if arguments.timeout is None else max(arguments.timeout - (time.monotonic() - started), 1e-3),
         memory=None if arguments.memory is None else int(arguments.memory * 2**30),
         attack=arguments.attack,
+        journal=arguments.journal,
         progress=_progress if shown else None,
     )
     if shown:

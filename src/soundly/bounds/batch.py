@@ -224,6 +224,14 @@ class Bounder:
                 isinstance(self.steps[j], (Function, Times)) or (self.read[j] and copied(self.steps[j]) is not None)
                 for j in readers[i]
             )
+        # Where the forward interval is already the exact range: one map of the box's own entries.
+        self.exact = [isinstance(step, Variable) for step in self.steps]
+        for i, step in enumerate(self.steps):
+            if isinstance(step, Affine) and len(step.parts) == 1:
+                source = step.parts[0][1]
+                below = copied(self.steps[source])
+                plain = below is not None and len(below.columns.unique()) == len(below.columns)
+                self.exact[i] = source == 0 or (self.exact[source] and plain)
         self.widest = max(step.size for step in self.steps)
         self.chunk = chunk
         self.dtype = next((s.bias.dtype for s in self.steps if isinstance(s, Affine)), torch.float64)
@@ -263,7 +271,7 @@ class Bounder:
                 low, high = torch.maximum(low, least), torch.minimum(high, greatest)
             frame.lower.append(low)
             frame.upper.append(high)
-            if self.read[i] and not isinstance(step, Variable) and copied(step) is None:
+            if self.read[i] and not self.exact[i] and copied(step) is None:
                 own = None if slopes is None else slopes.get(i)
                 self._tighten(i, frame, known if own is None else self.lines(frame, own, known=known))
             low, high = frame.lower[i], frame.upper[i]

@@ -233,7 +233,7 @@ def refine(bounder: Bounder, frame: Frame, *, rounds: int, together: bool = Fals
             continue
         low, high = bounder.forward(step, frame)
         frame.lower[i], frame.upper[i] = torch.maximum(low, frame.lower[i]), torch.minimum(high, frame.upper[i])
-        if not bounder.read[i] or copied(step) is not None:
+        if not bounder.read[i] or bounder.exact[i] or copied(step) is not None:
             continue
         entry = bounder.loose(i, frame)[0].nonzero()[:, 0]
         free = first(bounder, frame, upto=i + 1)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from soundly.certificate.bounding import ABOVE, FLOOR, Frame, Pieces, View, pieces, relaxed
 from soundly.certificate.forms import Forms
 from soundly.certificate.functions import Band
-from soundly.certificate.program import Affine, Apply, Program, Step, Stored, Times, Variable
+from soundly.certificate.program import MOST, Affine, Apply, Program, Step, Stored, Times, Variable
 from soundly.certificate.rings import FAR, U
 
 Array = npt.NDArray[Any]
@@ -84,9 +84,12 @@ def _tighten(
     low, high = frame.lower[i].copy(), frame.upper[i].copy()
     for chosen in (False, True):
         which = np.flatnonzero((row >= 0) == chosen)
-        for begin in range(0, len(which), program.rows_at_once):
+        size = program.rows_at_once
+        if chosen:  # with relaxations of their own
+            size = max(1, min(size, MOST // int(program.offsets[-1])))
+        for begin in range(0, len(which), size):
             in_time(deadline)
-            some = which[begin : begin + program.rows_at_once]
+            some = which[begin : begin + size]
             owner, at, sign = node[some], entry[some], 1.0 - 2.0 * side[some]
             own: dict[int, Pieces] = frame.pieces
             if chosen:

@@ -160,7 +160,7 @@ class Convolution:
                 for k, d, s, out in zip(position, self.dilation, self.stride, self.narrow[1:], strict=True)
             )
             weight = self.weight[ALL + position]
-            yield met, weight.reshape(self.groups, -1, weight.shape[1])
+            yield met, np.ascontiguousarray(weight.reshape(self.groups, -1, weight.shape[1]))  # or BLAS is not used
 
     def _narrow(self, x: Array) -> Array:
         rows, channels, inner = len(x), self.wide[0], tuple(slice(p, p + n) for p, n in self._inner())

@@ -24,6 +24,7 @@ from soundly.certificate.rings import U
 Array = npt.NDArray[Any]
 
 BATCH = 4096  # nodes at once
+NUMBERS = 2**25  # of the affine forms of one node, at most
 FRAME = 2**20  # neurons of all nodes of a batch with intervals of their own
 
 
@@ -97,7 +98,7 @@ class _Replayer:
         self.narrow = max(1, FRAME // int(proof.program.offsets[-1]))
         self.batch = max(1, min(self.narrow, BATCH))
         vary = (proof.upper > proof.lower).sum(axis=1)
-        self.formed = vary <= FORMS
+        self.formed = (vary <= FORMS) & (vary * int(proof.program.offsets[-1]) <= NUMBERS)
         self.varying = int(vary[self.formed].max(initial=0))
         roots = proof.tree_start[:-1]
         # Trees of one case that refresh the root alike share its intervals.

@@ -22,7 +22,7 @@ from soundly.spec.vnnlib import Formula, Reader
 
 DEPTH = 200
 """The deepest nesting. The package's parser recurses and has no limit of its own."""
-TEXT = 2**25
+TEXT = 2**24
 """The most characters of a file."""
 
 _TOKEN = re.compile(r';[^\n]*|"[^"\n]*"|\[[^\]]*\]?|[()]|[^\s();"\[]+|"')

@@ -240,7 +240,8 @@ class _Run:
             self.journal.follow("inputs", inputs)
             # Where functions jump, boxes around the jumps may be split for ever.
             alone = vary <= FEW and not any(isinstance(s, Function) and jumps(s.op) for s in problem.program.steps)
-            self._work_inputs(inputs, rounds=None if alone else 1)
+            if alone or cases > 1:
+                self._work_inputs(inputs, rounds=None if alone else 1)
             waiting = {case for parts in inputs.stack for case in parts.case.tolist()}
             settled.append((inputs, [t for t, case in enumerate(inputs.forest.case) if case not in waiting]))
             left = sorted(waiting)

@@ -1,0 +1,37 @@
+"""What the documentation shows runs as it stands, and what is generated is up to date."""
+
+import re
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import soundly
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+
+
+def test_the_page_of_operations_is_what_the_code_says() -> None:
+    """Otherwise: python docs/operations.py"""
+    generated = runpy.run_path(str(DOCS / "operations.py"))["page"]()
+    assert (DOCS / "operations.md").read_text(encoding="utf-8") == generated
+
+
+def test_the_examples_of_the_page_on_verification(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of them in one run, in order; what a comment after a print promises is what is printed."""
+    torch.manual_seed(0)
+    monkeypatch.chdir(tmp_path)
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3))
+    text = (DOCS / "verification.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {"model": model, "x": torch.full((1, 4), 0.5)}
+    soundly.to_onnx(soundly.load(model, names["x"]), "net.onnx")
+    for i, block in enumerate(blocks):
+        exec(compile(block, f"verification.md, example {i + 1}", "exec"), names)
+    promised = re.findall(r"^ *print\(.*\) +# (.*)$", "".join(blocks), re.MULTILINE)
+    assert promised and capsys.readouterr().out.splitlines() == promised
