@@ -6,6 +6,8 @@ bound. Its primal solution is a point where the row is least, a counterexample i
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,7 +16,7 @@ import torch
 from scipy.optimize import linprog
 from torch import Tensor
 
-from soundly.bounds.batch import Bounder, Frame, Split, Start
+from soundly.bounds.batch import Bounder, Frame, OutOfTime, Split, Start
 from soundly.bounds.optimise import bounds_of
 from soundly.bounds.program import Affine, Function
 
@@ -55,7 +57,12 @@ def solve(bounder: Bounder, frame: Frame, start: Start, splits: Mapping[int, Spl
     a, b = torch.cat(sides).double().numpy(), torch.cat(ends).double().numpy()
     scale = np.abs(a).max(1).clip(1e-30)
     box = torch.stack([frame.lower[0][0], frame.upper[0][0]], 1).double().numpy()
-    result = linprog(row.a[0].double().numpy(), A_ub=a / scale[:, None], b_ub=b / scale, bounds=box, method="highs-ds")
+    if time.monotonic() > bounder.deadline:
+        raise OutOfTime
+    limit = {} if math.isinf(bounder.deadline) else {"time_limit": max(0.1, bounder.deadline - time.monotonic())}
+    result = linprog(
+        row.a[0].double().numpy(), A_ub=a / scale[:, None], b_ub=b / scale, bounds=box, method="highs-ds", options=limit
+    )
     empty = {i: torch.zeros_like(s.sign) for i, s in splits.items()}
     if result.status == 2:
         return Leaf(np.inf, _farkas(a / scale[:, None], b / scale, box, where, scale, empty), None)

@@ -38,6 +38,8 @@ Search: TypeAlias = InputSplit | NeuronSplit
 
 FEW, SOME = 6, 64
 """With at most FEW varying inputs only inputs are split, with more than SOME only neurons; between, both in turn."""
+PATIENCE = 5e-8
+"""Seconds of the first attack per product of the network, between 0.05 and 1."""
 SHARE = 0.3
 """How much of the time may go into attacks."""
 MARGIN = 1e-5
@@ -230,10 +232,10 @@ class _Run:
 
     def _decide(self, problem: Problem) -> Verdict:
         cases = len(problem.lower)
-        for case in range(min(cases, 4)):
-            self._try(case, 0.05)
-        vary = int((problem.upper > problem.lower).sum(1).max())
         wide, margin = Bounder(problem.program.to(torch.float32), deadline=self.deadline), MARGIN
+        for case in range(min(cases, 4)):
+            self._try(case, min(max(0.05, wide.cost * PATIENCE), 1.0))
+        vary = int((problem.upper > problem.lower).sum(1).max())
         settled: list[tuple[Search, list[int]]] = []
         inputs = InputSplit(problem, wide, margin=margin) if vary <= SOME or cases > 1 else None
         if inputs is not None:
@@ -380,9 +382,12 @@ class _Run:
                     raise _Stop("the certificate was not accepted: it does not cover the claim")
                 break
             for search, _ in settled:
-                mine = [(owners[t][1], position) for t, position in result.failed if owners[t][0] is search]
+                mine: dict[int, list[int]] = {}
+                for t, position in result.failed:
+                    if owners[t][0] is search:
+                        mine.setdefault(owners[t][1], []).append(position)
                 if mine:
-                    search.reopen([int(search.forest.order(t)[position]) for t, position in mine])
+                    search.reopen([int(n) for t, places in mine.items() for n in search.forest.order(t)[places]])
                     if isinstance(search, InputSplit):
                         search.bounder, search.margin = Bounder(problem.program, deadline=self.deadline), 0.0
                         self._work_inputs(search)
