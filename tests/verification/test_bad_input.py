@@ -386,6 +386,19 @@ def test_a_network_that_ignores_its_input(
     assert facts is not None and facts["verdict"] == expected
 
 
+def test_a_product_with_a_factor_that_is_constant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """y = exp((x w) (x 0)) is 1, whatever x."""
+    model = network()
+    graph = model.graph
+    del graph.node[:]
+    graph.initializer.append(numpy_helper.from_array(np.ones((3, 2), np.float32), "p"))
+    graph.initializer.append(numpy_helper.from_array(np.zeros((3, 2), np.float32), "q"))
+    for op, inputs, output in (("MatMul", "xp", "k"), ("MatMul", "xq", "l"), ("Mul", "kl", "m"), ("Exp", "m", "y")):
+        graph.node.append(helper.make_node(op, list(inputs), [output]))
+    facts = Trial(tmp_path, capsys).run(model.SerializeToString(), spec("(<= Y_0 0.5)").encode())
+    assert facts is not None and facts["verdict"] == "proved"
+
+
 @pytest.mark.parametrize("swapped", [True, False])
 def test_files_that_are_something_else(swapped: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The files exchanged, and both empty."""

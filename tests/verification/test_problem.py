@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from soundly.bounds.program import Times
+from soundly.bounds.program import Function
 from soundly.graph import elementwise as ew
 from soundly.graph.composite import Rounding, Softmax
 from soundly.graph.from_torch import from_torch
@@ -54,8 +54,8 @@ def claimed(network: Network, *clauses: list[Row]) -> Claim:
 
 
 def reads_scores(problem: Problem) -> bool:
-    """A softmax multiplies powers with the reciprocal of their sum."""
-    return not any(isinstance(step, Times) for step in problem.program.steps)
+    """A softmax takes powers."""
+    return not any(isinstance(step, Function) and step.op.name == "exp" for step in problem.program.steps)
 
 
 def same_signs(claim: Claim, problem: Problem) -> bool:

@@ -155,10 +155,12 @@ class Forms:
                 generators = torch.diag_embed((upper - lower) / 2)[:, self.vary]
             case Affine(parts, bias):
                 centre = bias.expand(len(frame), -1)
-                for k, (part, source) in enumerate(parts):
+                rest = torch.zeros_like(centre)
+                generators = centre.new_zeros(len(frame), len(self.vary), step.size)
+                for part, source in parts:
                     centre = centre + part.apply(self.centre[source])
-                    moved, more = part.apply(self.generators[source]), part.absolute.apply(self.rest[source])
-                    generators, rest = (moved, more) if k == 0 else (generators + moved, rest + more)
+                    generators = generators + part.apply(self.generators[source])
+                    rest = rest + part.absolute.apply(self.rest[source])
             case Function(source, op):
                 low, high = frame.lower[source], frame.upper[source]
                 centre, generators, rest = self._narrow(source, low, high)

@@ -230,7 +230,7 @@ class Attack:
         with torch.enable_grad():
             y = self._smooth.evaluate(x)[-1]
             total = loss(y, x).sum()
-            (gradient,) = torch.autograd.grad(total, x)
+            gradient = _gradient(total, x)
         with torch.no_grad():
             rows = self.rows.at(y, x)
             worst = self.rows.worst(torch.where(torch.isfinite(rows), rows, math.inf))
@@ -280,7 +280,7 @@ class Attack:
             rows, worst = self._worst(x[None], program, self._fine_rows)
             mine = (self._fine_rows.clause == worst[0].argmin()).nonzero().flatten()
             mine = mine[rows[0, mine].topk(min(len(mine), 8)).indices]
-            slopes = [torch.autograd.grad(rows[0, i], x, retain_graph=True)[0] for i in mine.tolist()]
+            slopes = [_gradient(rows[0, i], x) for i in mine.tolist()]
         gradients = torch.nan_to_num(torch.stack(slopes), nan=0.0, posinf=0.0, neginf=0.0)
         weights = torch.zeros((1 if len(mine) == 1 else 6, len(mine)), dtype=torch.float64, device=self.device)
         weights[:, 0] = 1
@@ -347,6 +347,14 @@ def logits(program: Program, rows: Rows) -> Program:
         if positive and bool((factors == factors[0]).all()) and bool(factors[0] > 0):
             return Program(steps[: exp.source + 1])
     return program
+
+
+def _gradient(value: Tensor, x: Tensor) -> Tensor:
+    """The derivative of a number, zero where it does not depend on x."""
+    if not value.requires_grad:
+        return torch.zeros_like(x)
+    found = torch.autograd.grad(value, x, retain_graph=True, allow_unused=True)[0]
+    return torch.zeros_like(x) if found is None else found
 
 
 def _jumps(op: Elementwise) -> list[tuple[float, float]]:
