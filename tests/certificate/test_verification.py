@@ -27,9 +27,12 @@ REFRESH, BOUND, CLIP = 1, 2, 4
 
 RELU = {"name": "relu", "ring": "polynomial", "pieces": [[], [(1.0, 1)]], "breaks": [0.0]}
 STEP = {"name": "step", "ring": "polynomial", "pieces": [[], [(1.0, 0)]], "breaks": [0.0]}
+REACHED = {**STEP, "name": "reached", "held_kind": ["right"]}
+HALF = {**STEP, "name": "half", "held_kind": ["own"], "held": [0.5]}
+FULL = {**STEP, "name": "full", "held_kind": ["own"], "held": [1.0]}
 SQUARE = {"name": "square", "ring": "polynomial", "pieces": [[(1.0, 2)]]}
 TANH = {"name": "tanh", "ring": "tanh", "pieces": [[(1.0, 0, 1)]]}
-FUNCTIONS = {"relu": RELU, "step": STEP, "square": SQUARE, "tanh": TANH}
+FUNCTIONS = {f["name"]: f for f in (RELU, STEP, REACHED, HALF, FULL, SQUARE, TANH)}
 
 
 @dataclass
@@ -81,10 +84,14 @@ class Claim:
                     breaks = f.get("breaks", [])
                     width = max((len(t) for p in f["pieces"] for t in p), default=2)
                     a[f"t{k}"] = np.array([t for p in f["pieces"] for t in p], float).reshape(-1, width)
-                    a[f"k{k}"], a[f"h{k}"] = np.array(breaks, float), np.zeros(len(breaks))
+                    a[f"k{k}"], a[f"h{k}"] = (
+                        np.array(breaks, float),
+                        np.array(f.get("held", 0 * np.array(breaks)), float),
+                    )
                     functions.append({
                         "name": f["name"], "ring": f["ring"], "rate": None, "pieces": [len(p) for p in f["pieces"]],
-                        "terms": f"t{k}", "breaks": f"k{k}", "held": f"h{k}", "held_kind": ["left"] * len(breaks),
+                        "terms": f"t{k}", "breaks": f"k{k}", "held": f"h{k}", 
+                        "held_kind": f.get("held_kind", ["left"] * len(breaks)),
                     })  # fmt: skip
         names = [f["name"] for f in functions]
         steps = [{**s, "function": names.index(s["function"])} if "function" in s else s for s in self.steps]
@@ -657,7 +664,7 @@ def test_neuron_splits_need_their_multipliers():
     arrays = {"w": np.ones((1, 1)), "v": np.full((1, 1), -0.5), "b": np.zeros(1)}
     for constant, true in ((0.001, True), (-0.001, False)):
         root = Node(REFRESH | BOUND)
-        claim = Claim(steps, arrays, [([-1.0], [1.0], [[([1.0], [0.0], constant, 0.0)]])], [(0, 0, 1, root)])
+        claim = Claim(steps, arrays, [([-1.0], [0.9], [[([1.0], [0.0], constant, 0.0)]])], [(0, 0, 1, root)])
         assert not check(claim.certificate()).accepted
         children = root.split(2, 2, 0.0, BOUND)
         assert checker.replay(claim.certificate()).failed == [(0, 1), (0, 2)]
@@ -731,6 +738,116 @@ def unlikely(room: float) -> Certificate:
 
 def test_uncertain_numbers_count_in_hidden_intervals():
     assert check(unlikely(0.0051)).accepted and not check(unlikely(0.0049)).accepted
+
+
+def jumping(functions: Sequence[str], weight: Any, lower: Any, split: int | None, flags: int) -> Claim:
+    """Functions of v = weight x over a box from `lower` to 1; the outputs are their values and the values' products
+    with the first one. A tree that splits v[split] at 0, and no clauses."""
+    weight = np.array(weight, float)
+    (m, n), k = weight.shape, len(functions)
+    steps = [{"step": "variable", "size": n},
+             affine(1, m, [{"map": "matrix", "from": 0, "array": "w", "blocks": 1}], "b")]  # fmt: skip
+    steps += [{"step": "function", "from": 1, "size": m, "function": f} for f in functions]
+    steps += [{"step": "times", "left": 2, "right": 2 + j, "size": m} for j in range(k)]
+    parts = [{"map": "sparse", "from": 2 + j, "rows": f"r{j}", "columns": "c", "array": "one", "size": [2 * k * m, m]}
+             for j in range(2 * k)]  # fmt: skip
+    steps.append(affine(len(steps), 2 * k * m, parts, "d"))
+    arrays = {"w": weight, "b": np.zeros(m), "d": np.zeros(2 * k * m), "one": np.ones(m), "c": np.arange(m)}
+    arrays |= {f"r{j}": np.arange(m) + j * m for j in range(2 * k)}
+    root = Node(REFRESH | BOUND)
+    if split is not None:
+        root.split(2, n + split, 0.0, flags)
+    return Claim(steps, arrays, [(np.array(lower, float), np.ones(n), [])], [(0, 0, 0, root)])
+
+
+def claiming(claim: Claim, clauses: Sequence[Sequence[tuple[Mapping[int, float], float]]]) -> Certificate:
+    """That <y, row> + constant > 0 for a row of each clause."""
+    (lower, upper, _), (*_, root) = claim.cases[0], claim.trees[0]
+    unit = np.eye(claim.steps[-1]["size"])
+    rows = [[(sum(k * unit[i] for i, k in row.items()), np.zeros(len(lower)), constant, 0.0) for row, constant in some]
+            for some in clauses]  # fmt: skip
+    return Claim(claim.steps, claim.arrays, [(lower, upper, rows)], [(0, 0, len(rows), root)]).certificate()
+
+
+@cache
+def jumps() -> dict[str, tuple[Certificate, bool]]:
+    """Claims about functions that jump at 0, and whether they are to be proven."""
+    found, one = {}, [[1.0]]
+    apart = [[({0: 1.0}, -0.6), ({0: -1.0}, 0.4)]]
+    equal = [[({1: 1.0, 0: -1.0}, 0.01)], [({1: -1.0, 0: 1.0}, 0.01)]]
+    whole = [[({1: 1.0, 0: -1.0}, 0.01)]]
+    for flags in (BOUND, REFRESH | BOUND):
+        for f, true in (("step", True), ("reached", True), ("full", True), ("half", False)):
+            found[f, "split", flags] = claiming(jumping([f], one, [-1], 0, flags), apart), true
+            found[f, "unsplit", flags] = claiming(jumping([f], one, [-1], None, flags), apart), False
+        for f, g, true in (("step", "step", True), ("reached", "full", True), ("step", "reached", False),
+                           ("full", "step", False), ("half", "half", False)):  # fmt: skip
+            found[f, g, flags] = claiming(jumping([f, g], one, [-1], 0, flags), equal), true
+        for f, true in (("step", True), ("reached", True), ("half", False)):  # f f >= f if f is 0 or 1
+            c = claiming(jumping([f], one, [-1], 0, flags), whole)
+            found[f, "squared", flags] = c, true and bool(flags & REFRESH)
+            c = claiming(jumping([f, "relu"], one, [-1], 0, flags), [[({3: 1.0, 1: -1.0}, 0.01)]])
+            found[f, "times relu", flags] = c, true and bool(flags & REFRESH)
+        # Steps are 0 at 0, where only the first of two was split.
+        for entry in (0, 1):
+            c = claiming(jumping(["step"], [[1.0], [1.0]], [0], 0, flags), [[({entry: 1.0}, -0.5)]])
+            found["step", "from 0", entry, flags] = c, False
+    return found
+
+
+def wrong_at_jumps(with_: Any = checker) -> list[Any]:
+    return [name for name, (c, true) in jumps().items() if with_.replay(c).proven.all() != true]
+
+
+def test_split_jumps_have_one_side_each():
+    assert wrong_at_jumps() == []
+    assert {true for _, true in jumps().values()} == {False, True}
+
+
+GRID = np.stack(np.meshgrid(*[np.linspace(-1, 1, 9)] * 2), -1).reshape(-1, 2)
+
+
+@cache
+def kinked_certificate(seed: int) -> tuple[Certificate, np.ndarray]:
+    """Jumps of small integers split at 0, and the least excess of each clause where they are met exactly."""
+    rng = np.random.default_rng(seed)
+    weight = rng.integers(-2, 3, (3, 2))
+    names = rng.choice([["relu", "step"], ["step", "relu"], ["reached", "full"], ["step", "reached"], ["half", "step"],
+                        ["full", "relu"]])  # fmt: skip
+    claim = jumping(list(names), weight, rng.choice([-1.0, -0.5, 0.0], 2), None, BOUND)
+    (lower, *_), (*_, root) = claim.cases[0], claim.trees[0]
+    level = [root]
+    for depth in range(1, 4):
+        below = []
+        for node in level:
+            for child in node.split(2, 2 + int(rng.integers(0, 3)), float(rng.choice([0.0, 0.0, -0.5, 0.5]))):
+                child.flags = int(rng.choice([BOUND, REFRESH | BOUND, 7]))
+                child.beta = rng.choice([0, 0.5], depth).tolist()
+                below.append(child)
+        level = below
+    y = evaluate(claiming(claim, [[({0: 1.0}, 0.0)]]), GRID[(GRID >= lower).all(1)])
+    clauses, worst = [], []
+    for _ in range(12):  # of the values of one neuron
+        row = {3 * k + j: float(rng.choice([-1, 1])) for j in [int(rng.integers(0, 3))]
+               for k in rng.permutation(4)[:2].tolist()}  # fmt: skip
+        least = float(sum(k * y[:, i] for i, k in row.items()).min())
+        for room in (-0.3, -0.01, 0.01, 0.3):
+            clauses.append([(row, room - least)])
+            worst.append(room)
+    return claiming(claim, clauses), np.array(worst)
+
+
+def untrue_at_jumps(seed: int, with_: Any = checker) -> bool:
+    c, worst = kinked_certificate(seed)
+    return bool((with_.replay(c).proven & (worst < 0)).any())
+
+
+def test_nothing_is_proven_that_fails_at_a_jump(monkeypatch):
+    seeds = range(60)
+    assert [seed for seed in seeds if untrue_at_jumps(seed)] == []
+    proven = sum(int(checker.replay(kinked_certificate(seed)[0]).proven.sum()) for seed in seeds)
+    monkeypatch.setattr(programs.Program, "parted", property(lambda self: (frozenset(),) * len(self.steps)))
+    assert proven > sum(int(checker.replay(kinked_certificate(seed)[0]).proven.sum()) for seed in seeds)
 
 
 def refreshed(c: Certificate, with_: Any = checker) -> list[Any]:
@@ -1047,6 +1164,8 @@ def faults(with_: Any) -> Iterator[str]:
     for seed in range(60):
         if escaped(seed, with_):
             yield f"loses values of intervals {seed}"
+    yield from (f"is wrong at jumps: {name}" for name in wrong_at_jumps(with_))
+    yield from (f"proves what fails at a jump {seed}" for seed in range(60) if untrue_at_jumps(seed, with_))
     try:
         with_.replay(good(), deadline=-1.0)
         yield "ignores the deadline"
@@ -1143,6 +1262,28 @@ FAULTS = {
     "halves by certain weights": ("np.full(2, cost[node.row, entry])", "np.zeros(2)"),
     "no bias in first rows": ("sign * step.bias[entry], lost", "0 * step.bias[entry], lost"),
     "first rows are certain": ("sign * step.bias[entry], lost", "sign * step.bias[entry]"),
+    "jumps from the wrong side": ("met &= ~(sides[0] & (lower == right)) & ~(sides[1] & (upper == left))",
+                                  "met &= ~(sides[0] & (lower == left)) & ~(sides[1] & (upper == right))"),
+    "jumps without a split": ("return (low == after) & (low < high), (high == before) & (low < high)",
+                              "return (low >= after) & (low < high), (high <= before) & (low < high)"),
+    "jumps without a split in exceptions": ("sides = (low == after) & (low < high), (high == before) & (low < high)",
+                                            "sides = low < high, low < high"),
+    "jumps of split points only": ("jump = np.isin(at, list(self.proof.program.parted[step.source]))",
+                                   "jump = np.isfinite(at)"),
+    "jumps of gathered frames at any point": ("if at in proof.program.parted[step]:", "if True:"),
+    "jumps with a value of their own": ("len(set.intersection(*(f.sides(t) for f in functions))) == 1",
+                                        "len(set.intersection(*(f.sides(t) for f in functions))) <= 1"),
+    "jumps on either side": ("return {self.say[i]} if self.say else set()", "return {-1, 1}"),
+    "own values on any side": ("== Fraction(own)\n", "!= None\n"),
+    "own values forgotten": ("                    inside = (self.lower <= t) & (self.upper >= t)\n",
+                             "                    inside = (self.lower > t) & (self.upper < t)\n"),
+    "plain bounds without their ends": ("_rowwise(np.maximum(-a, 0.0), _owned(-high, owner))",
+                                        "_rowwise(np.maximum(-a, 0.0), _owned(-low, owner))"),
+    "plain bounds without rounding": ("_owned(-(2 * a.shape[1] + 16) * U * size, owner)",
+                                      "_owned(0 * size, owner)"),
+    "plain bounds of the wrong sign": ("_rowwise(np.maximum(a, 0.0), _owned(low, owner))",
+                                       "_rowwise(np.maximum(a, 0.0), _owned(high, owner))"),
+    "slopes of another bound's box": ("owner=each)", "owner=np.sort(each)[::-1])"),
     "the deadline ignored": ("raise TimeoutError", "pass; TimeoutError"),
     "everything refused": ("return Replay(proven, self.margin", "return Replay(0 * proven, self.margin"),
 }  # fmt: skip

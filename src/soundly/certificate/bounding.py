@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from soundly.certificate.functions import Lines
+from soundly.certificate.functions import Lines, Sides
 from soundly.certificate.program import Affine, Apply, Program, Times, nonlinear_sources
 from soundly.certificate.rings import FAR, U
 
@@ -28,7 +28,7 @@ class Pieces:
     """Of a function or product, per side: slopes towards each source, and an offset; [M, n] or for all nodes [1, n].
 
     Below: where the coefficient is positive. An offset of None is 0. cost: what roundings may change per unit of
-    coefficient. by_row: of each row of a pass instead of each node.
+    coefficient. owner: which of these each row of a pass has, if that is not its node's.
     """
 
     below: tuple[Array, ...]
@@ -36,7 +36,7 @@ class Pieces:
     above: tuple[Array, ...]
     above_offset: Array | None
     cost: Array
-    by_row: bool = False
+    owner: Array | None = None
 
     def take(self, rows: Array) -> "Pieces":
         def some(x: Array | None) -> Array | None:
@@ -64,12 +64,25 @@ class Pieces:
 @dataclass(eq=False)
 class Frame:
     """Intervals of all steps [M, n], what the roundings of affine steps may cost per unit of coefficient, and the
-    default relaxations for these intervals, where they are known already."""
+    default relaxations for these intervals, where they are known already.
+
+    parted: of some steps points [M, n] and [M, n] that splits have parted: where the lower end is the first one, or
+    the upper end the second, the functions that read the step have the value there that belongs to the inside. These
+    are not taken along, but found anew from the splits.
+    """
 
     lower: list[Array] = field(default_factory=list)
     upper: list[Array] = field(default_factory=list)
     cost: list[Array | None] = field(default_factory=list)
     pieces: dict[int, Pieces] = field(default_factory=dict)
+    parted: dict[int, tuple[Array, Array]] = field(default_factory=dict)
+
+    def sides(self, i: int) -> Sides | None:
+        """Which ends of the intervals of step i belong to the inside alone; none of a point."""
+        if i not in self.parted:
+            return None
+        (after, before), low, high = self.parted[i], self.lower[i], self.upper[i]
+        return (low == after) & (low < high), (high == before) & (low < high)
 
     def take(self, rows: Array) -> "Frame":
         if len(rows) == len(self.lower[0]) and (rows == np.arange(len(rows))).all():
@@ -117,18 +130,26 @@ class Splits:
     beta: Array
 
 
-def relax(program: Program, i: int, intervals: Sequence[tuple[Array, Array]], low: Array, high: Array) -> Pieces:
+def relax(
+    program: Program,
+    i: int,
+    intervals: Sequence[tuple[Array, Array]],
+    low: Array,
+    high: Array,
+    sides: Sides | None = None,
+) -> Pieces:
     """The relaxation of entries of step i, given the intervals of what they read.
 
     Args:
         intervals: for each source, of any shape.
         low, high: slopes of that shape (or one that broadcasts), NaN where the default is wanted.
+        sides: which ends belong to the inside alone, for a function.
     """
     step = program.steps[i]
     if isinstance(step, Apply):
-        return relaxed(program, i, step.function.lines(*intervals[0], low, high), intervals)
+        return relaxed(program, i, step.function.lines(*intervals[0], low, high, sides), intervals)
     (xl, xu), (yl, yu) = intervals
-    sides = []
+    planes = []
     with np.errstate(all="ignore"):
         known = np.isfinite(xl) & np.isfinite(xu) & np.isfinite(yl) & np.isfinite(yu)
         for sign, rate in ((1, low), (-1, high)):  # -x y = (-x) y has its planes below where x y has them above
@@ -138,8 +159,8 @@ def relax(program: Program, i: int, intervals: Sequence[tuple[Array, Array]], lo
             for x, y in ((xl, yl), (xl, yu), (xu, yl), (xu, yu)):  # x y - cx x - cy y is least in a corner
                 size = np.abs(x * y) + np.abs(cx * x) + np.abs(cy * y)
                 offset = np.minimum(offset, sign * (x * y - cx * x - cy * y) - 8 * U * size)
-            sides.append(((cx, cy), sign * np.where(known, offset, -np.inf)))
-    (below, below_offset), (above, above_offset) = sides
+            planes.append(((cx, cy), sign * np.where(known, offset, -np.inf)))
+    (below, below_offset), (above, above_offset) = planes
     return _paid(program, i, below, below_offset, above, above_offset, intervals)
 
 
@@ -177,14 +198,14 @@ def _paid(
 
 
 def pieces(program: Program, i: int, frame: Frame, slopes: Array | None, owner: Array | None = None) -> Pieces:
-    """The relaxation of step i over a frame, with stored slopes [M or 1, S] or the default; or [owners, S] by row."""
-    intervals = [(frame.lower[s], frame.upper[s]) for s in nonlinear_sources(program.steps[i])]
+    """The relaxation of step i over a frame, with stored slopes [M or 1, S] or the default; with an owner, of those
+    boxes with slopes [owners, S]."""
+    sources = nonlinear_sources(program.steps[i])
+    intervals, sides = [(frame.lower[s], frame.upper[s]) for s in sources], frame.sides(sources[0])
     if owner is not None:
         intervals = [(_owned(a, owner), _owned(b, owner)) for a, b in intervals]
-    found = relax(program, i, intervals, *program.stored(i, slopes, 1 if slopes is None else len(slopes)))
-    if owner is None:
-        return found
-    return Pieces(found.below, found.below_offset, found.above, found.above_offset, found.cost, by_row=True)
+        sides = None if sides is None else (_owned(sides[0], owner), _owned(sides[1], owner))
+    return relax(program, i, intervals, *program.stored(i, slopes, 1 if slopes is None else len(slopes)), sides)
 
 
 class Bound:
@@ -305,6 +326,18 @@ class View:
         bound.add(-_product(np.abs(a), _owned(radius, owner)))
         return bound.lower(), a, before
 
+    def plain(self, start: dict[int, Array], owner: Array, constant: Array) -> Array:
+        """Lower bounds of rows from intervals alone: where functions jump they may say more than lines."""
+        bound = Bound(len(owner))
+        bound.add(constant)
+        for i, a in start.items():
+            low, high = (self.lower, self.upper) if i == 0 else (self.frame.lower[i], self.frame.upper[i])
+            size = np.maximum(np.abs(low), np.abs(high))
+            bound.lose(-_rowwise(np.abs(a), _owned(-(2 * a.shape[1] + 16) * U * size, owner)))
+            bound.add(_rowwise(np.maximum(a, 0.0), _owned(low, owner)))
+            bound.add(_rowwise(np.maximum(-a, 0.0), _owned(-high, owner)))
+        return bound.lower()
+
     def entries(self, i: int, entry: Array, sign: Array, owner: Array) -> Array:
         """Lower bounds of sign times entries of step i [R]."""
         program, step = self.program, self.program.steps[i]
@@ -338,8 +371,10 @@ class View:
         if i in self.exceptions:
             extra = self._exceptional(i, a, owner, bound)
 
+        owner = owner if some.owner is None else some.owner
+
         def owned(q: Array) -> Array:
-            return q if some.by_row else _owned(q, owner)
+            return _owned(q, owner)
 
         positive = a > 0
         below, above = some.below_offset, some.above_offset
@@ -349,10 +384,7 @@ class View:
             bound.add(_rowwise(np.minimum(a, 0.0), owned(above)))
         elif below is not None:
             bound.add(_rowwise(np.maximum(a, 0.0), owned(below)))
-        if some.by_row and len(some.cost) > 1:
-            bound.lose(-_rowwise(np.abs(a), -some.cost))
-        else:
-            self._lose(bound, a, some.cost, owner)
+        self._lose(bound, a, some.cost, owner)
         for j, source in enumerate(nonlinear_sources(self.program.steps[i])):
             slope = np.where(positive, owned(some.below[j]), owned(some.above[j]))
             slope *= a

@@ -19,6 +19,8 @@ import numpy.typing as npt
 from soundly.certificate.rings import FAR, TINY, Enclosure, Polynomial, Ring, U
 
 Array = npt.NDArray[Any]
+Sides = tuple[Array, Array]
+"""Of intervals: where the lower end, and the upper one, belongs to the piece inside alone."""
 
 ENTRIES = 2**10  # curved functions are bounded for so many entries at once
 SEGMENTS, PARTS, ROUNDS = 8, 4, 20  # at first, of the worst segment, and how often that is cut
@@ -33,12 +35,14 @@ class Function:
         pieces: one polynomial between consecutive breaks.
         breaks: increasing.
         held: values of its own at breaks, NaN where one of the neighbouring pieces has the say.
+        say: which one that is: -1 the left one, 1 the right one; empty if nobody knows.
     """
 
     ring: Ring
     pieces: tuple[Polynomial, ...]
     breaks: tuple[float, ...] = ()
     held: tuple[float, ...] = ()
+    say: tuple[int, ...] = ()
     slopes: tuple[Polynomial, ...] = field(init=False)
     bends: tuple[Polynomial, ...] = field(init=False)
 
@@ -66,6 +70,19 @@ class Function:
         sides = zip(pairwise(points), pairwise([True, *whole, True]), strict=True)
         return tuple((left, right, *closed) for (left, right), closed in sides)
 
+    def sides(self, t: float) -> set[int]:
+        """Whose value f has at t beyond doubt: that of the piece on the left (-1), on the right (1), or of both."""
+        if t not in self.breaks or self.ends[i := self.breaks.index(t)][3]:
+            return {-1, 1}
+        own = self.held[i]
+        if math.isnan(own):
+            return {self.say[i]} if self.say else set()
+        lines = {-1: self.affine[i], 1: self.affine[i + 1]}
+        return {
+            side for side, line in lines.items()
+            if line is not None and Fraction(line[0]) * Fraction(t) + Fraction(line[1]) == Fraction(own)
+        }  # fmt: skip
+
     def sample(self, polynomials: Sequence[Polynomial], t: Array) -> Array:
         """Values, roughly, of one polynomial for each piece."""
         result = np.full(t.shape, np.nan)
@@ -78,13 +95,14 @@ class Function:
                 result[some] = _mean(self.ring.enclose(p, t[some], t[some]))
         return result
 
-    def straight(self, lower: Array, upper: Array) -> Array:
+    def straight(self, lower: Array, upper: Array, sides: Sides | None = None) -> Array:
         """The number of the affine piece that f is on all of [lower, upper], or -1."""
         found = np.full(lower.shape, -1)
+        after, before = (False, False) if sides is None else sides
         for i, (a, b, closed_a, closed_b) in enumerate(self.ends):
             if self.affine[i] is not None:
-                left = lower >= a if closed_a else lower > a
-                right = upper <= b if closed_b else upper < b
+                left = lower >= a if closed_a else (lower > a) | (after & (lower == a))
+                right = upper <= b if closed_b else (upper < b) | (before & (upper == b))
                 found[left & right] = i
         return found
 
@@ -96,40 +114,50 @@ class Function:
         (left, _), (right, _) = (line for line in self.affine if line is not None)
         return (left, right) if math.isnan(self.held[0]) or self.held[0] == 0 else None
 
-    def range(self, lower: Array, upper: Array) -> Enclosure:
+    def range(self, lower: Array, upper: Array, sides: Sides | None = None) -> Enclosure:
         """Bounds of f over each [lower, upper]; infinite where nothing is known, never NaN."""
         zero = np.zeros(lower.shape)
-        return self.least(lower, upper, zero), -self.least(lower, upper, zero, sign=-1)
+        return self.least(lower, upper, zero, sides=sides), -self.least(lower, upper, zero, sign=-1, sides=sides)
 
-    def least(self, lower: Array, upper: Array, slope: Array, sign: int = 1) -> Array:
-        """A lower bound of sign * (f(t) - slope t) over each [lower, upper], at jumps with both sides; never NaN."""
+    def least(self, lower: Array, upper: Array, slope: Array, sign: int = 1, sides: Sides | None = None) -> Array:
+        """A lower bound of sign * (f(t) - slope t) over each [lower, upper], at jumps with both sides, except at ends
+        that belong to one; never NaN."""
         slope = slope.reshape(-1)
-        parts = [over.least(slope[part], sign) for part, over in self._over(lower, upper)]
+        parts = [over.least(slope[part], sign) for part, over in self._over(lower, upper, sides)]
         return np.concatenate([np.zeros(0), *parts]).reshape(lower.shape)
 
-    def _over(self, lower: Array, upper: Array) -> Iterator[tuple[slice, "_Over"]]:
+    def _over(self, lower: Array, upper: Array, sides: Sides | None) -> Iterator[tuple[slice, "_Over"]]:
         lower, upper = lower.reshape(-1), upper.reshape(-1)
+        flat = None if sides is None else (sides[0].reshape(-1), sides[1].reshape(-1))
         for begin in range(0, len(lower), ENTRIES):
             part = slice(begin, begin + ENTRIES)
-            yield part, _Over(self, lower[part], upper[part])
+            yield part, _Over(self, lower[part], upper[part], _some(flat, part))
 
-    def lines(self, lower: Array, upper: Array, low: Array | None = None, high: Array | None = None) -> "Lines":
+    def lines(
+        self,
+        lower: Array,
+        upper: Array,
+        low: Array | None = None,
+        high: Array | None = None,
+        sides: Sides | None = None,
+    ) -> "Lines":
         """k, b, K, B with k t + b <= f(t) <= K t + B for t in each [lower, upper].
 
         Args:
             lower, upper: any shape.
             low, high: slopes to use, NaN or None where the default is wanted; ignored where the line is exact or f
                 unbounded, and where f is linear on both sides of 0 for the side on which the chord is best.
+            sides: at ends where these say so, f counts as the piece inside, closed.
         """
         if self.kink is not None:
             return self._kinked(self.kink, lower, upper, low, high)
-        return self._lines(lower, upper, low, high, False)[0]
+        return self._lines(lower, upper, low, high, sides, False)[0]
 
-    def follow(self, lower: Array, upper: Array) -> tuple[Enclosure, "Lines", "Band"]:
+    def follow(self, lower: Array, upper: Array, sides: Sides | None = None) -> tuple[Enclosure, "Lines", "Band"]:
         """The range, the default lines, and bounds of f(t) - k t: k is the slope of the upper line, or of the chord
         of a function that is linear on both sides of 0."""
         if self.kink is None:
-            lines, *others = self._lines(lower, upper, None, None, True)
+            lines, *others = self._lines(lower, upper, None, None, sides, True)
             low, high, floor = others
             return (low, high), lines, Band(lines.above, floor, lines.above_offset)
         lines = self._kinked(self.kink, lower, upper, None, None)
@@ -177,13 +205,16 @@ class Function:
         return Lines(chord, -rise, through, offset)
 
     def _lines(
-        self, lower: Array, upper: Array, low: Array | None, high: Array | None, more: bool
+        self, lower: Array, upper: Array, low: Array | None, high: Array | None, sides: Sides | None, more: bool
     ) -> tuple["Lines", Array, Array, Array]:
         """Lines; with `more`, least and greatest value, and the least f(t) - K t."""
         shape = np.broadcast_shapes(lower.shape, *(v.shape for v in (low, high) if v is not None))
         given = [None if v is None else np.broadcast_to(v, shape).reshape(-1) for v in (low, high)]
         lower, upper = (np.broadcast_to(v, shape).reshape(-1) for v in (lower, upper))
-        piece = self.straight(lower, upper)
+        if sides is not None:
+            after, before = (np.broadcast_to(v, shape).reshape(-1) for v in sides)
+            sides = after, before
+        piece = self.straight(lower, upper, sides)
         result = [np.zeros(len(lower)) for _ in range(7)]
         k, b, top_k, top_b, least, greatest, floor = result
         for i, line in enumerate(self.affine):
@@ -195,7 +226,7 @@ class Function:
         bent = (piece == -1).nonzero()[0]
         for begin in range(0, len(bent), ENTRIES):
             at = bent[begin : begin + ENTRIES]
-            over = _Over(self, lower[at], upper[at])
+            over = _Over(self, lower[at], upper[at], _some(sides, at))
             wanted = [np.full(len(at), np.nan) if v is None else v[at] for v in given]
             for v, found in zip(result, over.lines(*wanted), strict=False):
                 v[at] = found
@@ -203,7 +234,7 @@ class Function:
                 floor[at] = over.least(top_k[at])
         if more:
             flat = (piece != -1).nonzero()[0]
-            least[flat], greatest[flat] = self.range(lower[flat], upper[flat])
+            least[flat], greatest[flat] = self.range(lower[flat], upper[flat], _some(sides, flat))
         shaped = [v.reshape(shape) for v in result]
         return Lines(*shaped[:4]), shaped[4], shaped[5], shaped[6]
 
@@ -228,13 +259,15 @@ class Band(NamedTuple):
 class _Over:
     """A function over some intervals [n]: what does not depend on a slope is computed once."""
 
-    def __init__(self, f: Function, lower: Array, upper: Array) -> None:
-        self.f, self.lower, self.upper = f, lower, upper
+    def __init__(self, f: Function, lower: Array, upper: Array, sides: Sides | None) -> None:
+        self.f, self.lower, self.upper, self.sides = f, lower, upper, sides
         self.bounded = (lower >= -FAR) & (upper <= FAR)
         self.parts: list[tuple[int, Array, Array, Array, _Grid | None]] = []
         with np.errstate(all="ignore"):
             for i, (left, right, _, _) in enumerate(f.ends):
                 met = (upper >= left) & (lower <= right)
+                if sides is not None:
+                    met &= ~(sides[0] & (lower == right)) & ~(sides[1] & (upper == left))
                 for some, finite in ((met & self.bounded, True), (met & ~self.bounded, False)):
                     at = some.nonzero()[0]
                     if len(at):
@@ -252,6 +285,8 @@ class _Over:
                 if not math.isnan(own):
                     value = sign * (own - slope * t) - 4 * U * (abs(own) + np.abs(slope * t)) - TINY
                     inside = (self.lower <= t) & (self.upper >= t)
+                    if self.sides is not None:
+                        inside &= ~(self.sides[0] & (self.lower == t)) & ~(self.sides[1] & (self.upper == t))
                     result = np.where(inside, np.minimum(result, value), result)
         return np.where(self.lower <= self.upper, result, -np.inf)
 
@@ -297,6 +332,9 @@ class _Over:
 
     def _samples(self) -> tuple[Array, Array, Sequence[Array]]:
         f, lower, upper = self.f, self.lower, self.upper
+        if self.sides is not None:  # samples are to be taken from the piece inside
+            lower = np.where(self.sides[0], np.nextafter(lower, np.inf), lower)
+            upper = np.where(self.sides[1], np.nextafter(upper, -np.inf), upper)
         steps = 16 if None in f.affine else 1
         at = [lower, upper, *(lower + (upper - lower) * (i / 16) for i in range(1, steps))]
         values = [f.sample(f.pieces, t) for t in at]
@@ -412,6 +450,10 @@ class _Grid:
             if not np.isfinite(bound).all():
                 np.nan_to_num(bound, copy=False, nan=-np.inf, posinf=-np.inf, neginf=-np.inf)
         return np.maximum(low, plain), np.nan_to_num(height, nan=0.0, posinf=0, neginf=0)
+
+
+def _some(sides: Sides | None, part: slice | Array) -> Sides | None:
+    return None if sides is None else (sides[0][part], sides[1][part])
 
 
 def _mean(x: Enclosure) -> Array:

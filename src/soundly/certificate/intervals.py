@@ -6,6 +6,7 @@ are met with what is known already, so they only become narrower from a node of 
 
 import math
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy.typing as npt
 
 from soundly.certificate.bounding import ABOVE, FLOOR, Frame, Pieces, View, pieces, relaxed
 from soundly.certificate.forms import Forms
-from soundly.certificate.functions import Band
+from soundly.certificate.functions import Band, Sides
 from soundly.certificate.program import MOST, Affine, Apply, Program, Step, Stored, Times, Variable
 from soundly.certificate.rings import FAR, U
 
@@ -53,6 +54,8 @@ def refresh(
         TimeoutError: after the deadline.
     """
     frame, followed = Frame(), Forms(program) if forms else None
+    if inherited is not None:
+        frame.parted = inherited.parted
     dead = np.asarray((lower > upper).any(axis=1))
     for i in range(len(program.steps)):
         in_time(deadline)
@@ -68,7 +71,7 @@ def refresh(
         dead = dead | _settle(frame, i)
         if not program.tightened[i]:
             continue
-        node, entry = (_wanted(program, i, low, frame.upper[i]) & ~dead[:, None]).nonzero()
+        node, entry = (_wanted(program, i, low, frame.upper[i], frame.sides(i)) & ~dead[:, None]).nonzero()
         if len(node):
             _tighten(program, frame, i, node, entry, group, stored, deadline)
             dead = dead | _settle(frame, i)
@@ -93,9 +96,10 @@ def _tighten(
             owner, at, sign = node[some], entry[some], 1.0 - 2.0 * side[some]
             own: dict[int, Pieces] = frame.pieces
             if chosen:
-                slopes = stored.of(row[some])
-                own = {j: pieces(program, j, frame, slopes, owner) if program.has_slots(j) else known
-                       for j, known in own.items()}  # fmt: skip
+                (boxes, rows), each = np.unique(np.stack([owner, row[some]]), axis=1, return_inverse=True)
+                slopes, each = stored.of(rows), each.reshape(-1)
+                own = {j: replace(pieces(program, j, frame, slopes, boxes), owner=each) if program.has_slots(j)
+                       else known for j, known in own.items()}  # fmt: skip
             view = View(program, frame, own, frame.lower[0], frame.upper[0])
             bounds = view.entries(i, at, sign, owner)
             below = sign > 0
@@ -104,13 +108,13 @@ def _tighten(
     frame.lower[i], frame.upper[i] = low, high
 
 
-def _wanted(program: Program, i: int, lower: Array, upper: Array) -> Array:
+def _wanted(program: Program, i: int, lower: Array, upper: Array, sides: Sides | None = None) -> Array:
     """Entries of step i whose intervals decide how something later is relaxed, itself or through a copy."""
     wanted = np.zeros(lower.shape, bool)
     for j in program.readers[i]:
         step = program.steps[j]
         if isinstance(step, Apply):
-            wanted |= step.function.straight(lower, upper) == -1
+            wanted |= step.function.straight(lower, upper, sides) == -1
         elif isinstance(step, Times):
             wanted |= lower < upper
         elif isinstance(step, Affine) and program.matters[j] and (copy := program.copied(j)) is not None:
@@ -167,7 +171,7 @@ def _interval(
                 low, high = centre - radius - cost, centre + radius + cost
             case Apply(source, function):
                 ends = frame.lower[source], frame.upper[source]
-                (low, high), lines, band = function.follow(*ends)
+                (low, high), lines, band = function.follow(*ends, frame.sides(source))
                 frame.pieces[i] = relaxed(program, i, lines, [ends])
             case Times(left, right):
                 (a, b), (c, d) = ((frame.lower[s], frame.upper[s]) for s in (left, right))

@@ -344,18 +344,36 @@ class Program:
         return tuple(found)
 
     @cached_property
+    def exact(self) -> tuple[bool, ...]:
+        """Of every step whether its interval from those it reads is its range: one map of the box's own entries."""
+        found = [isinstance(step, Variable) for step in self.steps]
+        for i, step in enumerate(self.steps):
+            if isinstance(step, Affine) and len(step.parts) == 1:
+                source, copy = step.parts[0][1], self.copied(step.parts[0][1])
+                distinct = copy is not None and len(np.unique(copy.columns)) == len(copy.columns)
+                found[i] = source == 0 or (found[source] and distinct)
+        return tuple(found)
+
+    @cached_property
+    def parted(self) -> tuple[frozenset[float], ...]:
+        """Of every step the points at which a split parts the pieces of the functions that read it.
+
+        Some function jumps there, and all have the value of the piece on the same side.
+        """
+        found = []
+        for readers in self.readers:
+            functions = [step.function for j in readers if isinstance(step := self.steps[j], Apply)]
+            breaks = {t for f in functions for t in f.breaks}
+            found.append(frozenset(t for t in breaks if len(set.intersection(*(f.sides(t) for f in functions))) == 1))
+        return tuple(found)
+
+    @cached_property
     def tightened(self) -> tuple[bool, ...]:
         """Of every step whether backward passes may make its intervals narrower and that matters.
 
-        Not so for the input and what is affine in it, nor for copies, which are bounded where they come from.
+        Not so for what is known exactly, nor for copies, which are bounded where they come from.
         """
-        return tuple(
-            self.matters[i]
-            and not isinstance(step, Variable)
-            and not (isinstance(step, Affine) and [s for _, s in step.parts] == [0])
-            and self.copied(i) is None
-            for i, step in enumerate(self.steps)
-        )
+        return tuple(self.matters[i] and not self.exact[i] and self.copied(i) is None for i in range(len(self.steps)))
 
     @cached_property
     def contributions(self) -> int:

@@ -197,7 +197,8 @@ def _function(arrays: _Reader, entry: object, i: int) -> Function:
         polynomials.append(polynomial)
         begin += count
     own = [v if kind == "own" else math.nan for v, kind in zip(values.tolist(), held_kind, strict=True)]
-    return Function(base, tuple(polynomials), tuple(points.tolist()), tuple(own))
+    say = tuple(1 if kind == "right" else -1 for kind in held_kind)
+    return Function(base, tuple(polynomials), tuple(points.tolist()), tuple(own), say)
 
 
 def _program(arrays: _Reader, entries: list[Any], functions: Sequence[Function], slots: Array) -> Program:

@@ -224,11 +224,22 @@ class _Replayer:
                 frame.pieces.pop(i, None)
         for row, node in enumerate(nodes):
             for step, entry, at, sign in node.splits:
-                if sign > 0:
-                    frame.lower[step][row, entry] = max(frame.lower[step][row, entry], at)
-                else:
-                    frame.upper[step][row, entry] = min(frame.upper[step][row, entry], at)
+                ends = (frame.lower if sign > 0 else frame.upper)[step]
+                ends[row, entry] = max(ends[row, entry], at) if sign > 0 else min(ends[row, entry], at)
+                if at in proof.program.parted[step]:
+                    self._part(frame, row, step, entry, at, sign)
         return frame
+
+    def _part(self, frame: Frame, row: int, step: int, entry: int, at: float, sign: int) -> None:
+        """Notes that a jump was split there."""
+        if step not in frame.parted:
+            shape = frame.lower[step].shape
+            frame.parted[step] = np.full(shape, -np.inf), np.full(shape, np.inf)
+        after, before = frame.parted[step]
+        if sign > 0:
+            after[row, entry] = max(after[row, entry], at)
+        else:
+            before[row, entry] = min(before[row, entry], at)
 
     def _splits(self, nodes: Sequence[_Node]) -> Splits | None:
         """All splits on the way to the nodes, with the multipliers that the file has for them."""
@@ -300,8 +311,13 @@ class _Replayer:
         low, high = frame.lower[step.source][0, entry], frame.upper[step.source][0, entry]
         np.maximum.at(low, place[sign > 0], at[sign > 0])
         np.minimum.at(high, place[sign < 0], at[sign < 0])
+        jump = np.isin(at, list(self.proof.program.parted[step.source]))
+        after, before = np.full(len(key), -np.inf), np.full(len(key), np.inf)
+        np.maximum.at(after, place[(sign > 0) & jump], at[(sign > 0) & jump])
+        np.minimum.at(before, place[(sign < 0) & jump], at[(sign < 0) & jump])
+        sides = (low == after) & (low < high), (high == before) & (low < high)
         below, above = self.proof.program.stored(i, slopes, 1)
-        relaxed = relax(self.proof.program, i, [(low, high)], below[0, entry], above[0, entry])
+        relaxed = relax(self.proof.program, i, [(low, high)], below[0, entry], above[0, entry], sides)
         return Exceptions(node, entry, relaxed)
 
     def _bound(self, nodes: Sequence[_Node], view: View) -> None:
@@ -326,8 +342,10 @@ class _Replayer:
         for begin in range(0, len(rows), size):
             in_time(self.deadline)
             some = slice(begin, begin + size)
-            lower, a, bound = view.backward(self._rows(rows[some]), owner[some], proof.constant[rows[some]])
-            best[some] = np.where(np.isfinite(lower), lower, -np.inf)
+            start, constant = self._rows(rows[some]), proof.constant[rows[some]]
+            best[some] = view.plain(start, owner[some], constant)
+            lower, a, bound = view.backward(start, owner[some], constant)
+            best[some] = np.maximum(best[some], lower)
             if narrow is not None and wide is not None:
                 narrow[some], wide[some] = _clipped(view, a, bound, owner[some], proof.slack[rows[some]])
         excess = best - proof.slack[rows]

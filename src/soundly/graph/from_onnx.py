@@ -392,7 +392,12 @@ def compare(network: Network, model: bytes, name: str, *, tolerance: float = 1e-
     generator = torch.Generator().manual_seed(0)
     worst = 0.0
     try:
-        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(
+            model,
+            options,
+            providers=["CPUExecutionProvider"],
+            enable_fallback=False,  # which prints
+        )
         types = {i.name: np.dtype(_ORT_TYPES[i.type]) for i in session.get_inputs()}
     except Exception as error:
         raise ModelFileError(f"{name} is refused by onnxruntime; check=False reads it unchecked: {error}") from error

@@ -218,7 +218,7 @@ def _session(path: Path, modified: int, size: int) -> Any:
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     try:
         return onnxruntime.InferenceSession(
-            str(path) if external else file.data, options, providers=["CPUExecutionProvider"]
+            str(path) if external else file.data, options, providers=["CPUExecutionProvider"], enable_fallback=False
         )
     except Exception as error:
         raise ModelFileError(f"{path.name}: onnxruntime refuses the model: {error}") from error
