@@ -235,3 +235,41 @@ def test_a_function_without_its_curvature_is_found_out(name, monkeypatch):
         assert (-straight.least(lower, upper, 0 * lower, sign=-1) < value(t).max(0) - 1e-9).any() or (
             straight.least(lower, upper, 0 * lower) > value(t).min(0) + 1e-9
         ).any()
+
+
+def test_ends_that_belong_to_the_inside():
+    """exp on the left of 0, 3 - x from 0 to 1, and x after that: intervals that end in a jump, from either side."""
+    pieces = [[(1, 0, 1)], [(3, 0, 0), (-1, 1, 0)], [(1, 1, 0)]]
+    f = function("exp", pieces, (0.0, 1.0))
+    values = (np.exp, lambda x: 3 - x, lambda x: x)
+    low, high = np.array([-2.0, 0.0, 0.0, 0.0, 1.0, -1.0]), np.array([0.0, 0.5, 1.0, 2.0, 1.5, 1.0])
+    after, before = low >= 0, np.array([True, False, True, False, False, True])
+    expected = [(math.exp(-2), 1), (2.5, 3), (2, 3), (1, 3), (1, 1.5), (math.exp(-1), 3)]
+    sides = after, before
+    least, greatest = f.range(low, high, sides)
+    assert np.stack([least, greatest], 1) == pytest.approx(np.array(expected), abs=1e-6)
+    assert f.straight(low, high, sides).tolist() == [-1, 1, 1, -1, 2, -1]
+    assert f.straight(low, high).tolist() == [-1, -1, -1, -1, -1, -1]
+    slopes = [None, *(np.full(low.shape, k) for k in (-1.0, 0.0, 0.7))]
+    for k, top_k in ((k, top_k) for k in slopes for top_k in slopes):
+        below, b, above, top_b = f.lines(low, high, k, top_k, sides)
+        for i in range(len(low)):
+            for p, (start, end) in zip(values, ((-math.inf, 0), (0, 1), (1, math.inf)), strict=True):
+                x = np.linspace(max(low[i], start), min(high[i], end), 101)
+                if x[0] < x[-1]:  # the closed piece
+                    assert (below[i] * x + b[i] <= p(x) + 1e-12).all() and (
+                        above[i] * x + top_b[i] >= p(x) - 1e-12
+                    ).all()
+
+
+def test_whose_value_a_function_has_at_a_break():
+    constant = [[(0, 0)], [(1, 0)]]
+
+    def at(held: float, say: tuple[int, ...], pieces: list = constant) -> set[int]:
+        found = function("polynomial", pieces, (0.0,), (held,))
+        return Function(found.ring, found.pieces, found.breaks, found.held, say).sides(0.0)
+
+    assert at(math.nan, (-1,)) == {-1} and at(math.nan, (1,)) == {1} and at(math.nan, ()) == set()
+    assert at(0.0, (-1,)) == {-1} and at(1.0, (-1,)) == {1} and at(0.5, (-1,)) == set()
+    assert at(math.nan, (-1,), [[(0, 0)], [(1, 1)]]) == {-1, 1} == at(0.0, (1,), [[(0, 0)], [(1, 1)]])
+    assert function("polynomial", constant, (0.0,)).sides(0.5) == {-1, 1}

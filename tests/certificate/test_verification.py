@@ -30,9 +30,10 @@ STEP = {"name": "step", "ring": "polynomial", "pieces": [[], [(1.0, 0)]], "break
 REACHED = {**STEP, "name": "reached", "held_kind": ["right"]}
 HALF = {**STEP, "name": "half", "held_kind": ["own"], "held": [0.5]}
 FULL = {**STEP, "name": "full", "held_kind": ["own"], "held": [1.0]}
+PEAK = {**STEP, "name": "peak", "held_kind": ["own"], "held": [3.0]}
 SQUARE = {"name": "square", "ring": "polynomial", "pieces": [[(1.0, 2)]]}
 TANH = {"name": "tanh", "ring": "tanh", "pieces": [[(1.0, 0, 1)]]}
-FUNCTIONS = {f["name"]: f for f in (RELU, STEP, REACHED, HALF, FULL, SQUARE, TANH)}
+FUNCTIONS = {f["name"]: f for f in (RELU, STEP, REACHED, HALF, FULL, PEAK, SQUARE, TANH)}
 
 
 @dataclass
@@ -596,6 +597,7 @@ def hard_claim(seed: int) -> tuple[Certificate, list[bool]]:
     clauses, holds = [], []
     for _ in range(8):
         a, b = rng.standard_normal(len(y)), rng.standard_normal(n) * (rng.random() < 0.5)
+        a *= not b.any() or rng.random() < 0.5
         s = sum((Fraction(float(p)) * q for p, q in zip([*a, *b], [*y, *map(Fraction, x.tolist())], strict=True)),
                 Fraction(0))  # fmt: skip
         constant = float(-s)
@@ -780,6 +782,10 @@ def jumps() -> dict[str, tuple[Certificate, bool]]:
         for f, true in (("step", True), ("reached", True), ("full", True), ("half", False)):
             found[f, "split", flags] = claiming(jumping([f], one, [-1], 0, flags), apart), true
             found[f, "unsplit", flags] = claiming(jumping([f], one, [-1], None, flags), apart), False
+        for split in (0, None):
+            for top, true in ((2.0, False), (4.0, True)):
+                c = claiming(jumping(["peak"], one, [-1], split, flags), [[({0: -1.0}, top)]])
+                found["peak", split, top, flags] = c, true
         for f, g, true in (("step", "step", True), ("reached", "full", True), ("step", "reached", False),
                            ("full", "step", False), ("half", "half", False)):  # fmt: skip
             found[f, g, flags] = claiming(jumping([f, g], one, [-1], 0, flags), equal), true
@@ -1202,8 +1208,9 @@ FAULTS = {
                                                  "pair, row = _rows_of(np.sort(special.node)[::-1], owner)"),
     "clamps exchanged": ("np.maximum.at(low, place[sign > 0], at[sign > 0])",
                          "np.maximum.at(low, place[sign < 0], at[sign < 0])"),
-    "clamps exchanged in gathered frames": ("                if sign > 0:\n                    frame.lower",
-                                            "                if sign < 0:\n                    frame.lower"),
+    "clamps exchanged in gathered frames": (
+        "                ends = (frame.lower if",
+        "                sign = -sign\n                ends = (frame.lower if"),
     "the input's ends exchanged": (
         "bound.add(-_product(np.abs(a), _owned(radius, owner)))", "bound.add(_product(a, _owned(radius, owner)))"),
     "bias forgotten": ("bound.add(a @ step.bias)", "pass"),

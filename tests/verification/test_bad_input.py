@@ -335,7 +335,7 @@ def test_mutated_files_in_a_process_of_their_own(tmp_path: Path) -> None:
     rng, data = random.Random(20), network().SerializeToString()
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src"), "OMP_NUM_THREADS": "1"}
     codes = Counter[int]()
-    for k in range(20):
+    for k in range(6):
         mutated, text = data, rng.choice(SPECS).encode()
         if k % 2:
             mutated = MODELS[rng.choice(list(MODELS))](data, rng)

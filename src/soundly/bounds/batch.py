@@ -277,7 +277,9 @@ class Bounder:
                 own = None if slopes is None else slopes.get(i)
                 self._tighten(i, frame, known if own is None else self.lines(frame, own, known=known))
             low, high = frame.lower[i], frame.upper[i]
-            frame.infeasible = frame.infeasible | (low > high).any(-1)
+            # Rounding must not make an interval of one point look empty.
+            slack = 1000 * torch.finfo(self.dtype).eps * (low.abs() + high.abs())
+            frame.infeasible = frame.infeasible | (low > high + slack).any(-1)
             # An empty interval would only produce nonsense further up.
             frame.lower[i], frame.upper[i] = torch.minimum(low, high), torch.maximum(low, high)
         return frame
@@ -581,8 +583,13 @@ def _degree(piece: tuple[tuple[tuple[int, ...], float], ...]) -> int:
 
 @cache
 def jumps(f: Elementwise) -> tuple[float, ...]:
-    """Where the function jumps."""
-    return tuple(t for i, t in enumerate(f.breaks) if not _continuous(f, i))
+    """Where the function jumps, and has one of both sides' values: there a split leaves one side to each half."""
+    ends = {t: (low, high) for t, low, high in f.special_points}
+    held = f.held or ("left",) * len(f.breaks)
+    return tuple(
+        t for i, t in enumerate(f.breaks)
+        if not _continuous(f, i) and (isinstance(held[i], str) or held[i] in ends[t])
+    )  # fmt: skip
 
 
 @cache

@@ -22,7 +22,7 @@ from soundly.verification.forest import BOUND, CLIP, INPUT, REFRESH, Forest
 from soundly.verification.problem import Problem
 from soundly.verification.proof import Grown
 
-ROOM = 1e-4
+ROOM = 1e-6
 """A clip leaves this share of the width beyond where it could cut."""
 FORGET = 0.9
 """How much of what splits brought counts in the next step."""

@@ -297,6 +297,8 @@ class NeuronSplit:
             plane = torch.where(a >= 0, line[0] * v + line[1], line[2] * v + line[3])
             loss = a * (step.op.apply(v) - plane)
             at = torch.zeros_like(low) if kink(step.op) is not None else (low + high) / 2
+            for t in step.op.breaks:
+                at = torch.where((low < t) & (t < high), t, at)
             for t in jumps(step.op):
                 at = torch.where((low <= t) & (t <= high), t, at)
             widest = torch.where(a < 0, line[3], torch.zeros_like(a))  # the chord's intercept
