@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -152,7 +153,7 @@ class _Run:
         except KeyboardInterrupt:
             reason = "interrupted"
         self.journal.write(now=True)
-        return Unknown(self.bound, self.open, reason, self._effort("unknown"))
+        return Unknown(min(self.bound, 0.0), self.open, reason, self._effort("unknown"))
 
     def _effort(self, settled: str) -> Effort:
         return Effort(time.monotonic() - self.begun, self.subproblems, settled)
@@ -381,7 +382,7 @@ class _Run:
                 if not (len(result.proven) and bool(result.proven.all())):
                     raise _Stop("the certificate was not accepted: it does not cover the claim")
                 break
-            for search, _ in settled:
+            for search in dict.fromkeys(search for search, _ in owners):
                 mine: dict[int, list[int]] = {}
                 for t, position in result.failed:
                     if owners[t][0] is search:
@@ -404,6 +405,12 @@ class _Run:
 
 
 def _resident() -> int:
-    """Bytes of memory that this process uses."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    """Bytes of memory that this process uses; where /proc does not tell, the most it ever used."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        import resource
+
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most if sys.platform == "darwin" else most * 1024
