@@ -13,7 +13,8 @@ from tests.bounds.test_lower import NETWORKS, made
 from torch import Tensor, nn
 
 from soundly.bounds import batch as module
-from soundly.bounds.batch import Bounder, Frame, OutOfTime, Planes, Side, Split, Start, kink, lines, lines_of
+from soundly.bounds.batch import Bounder, Frame, OutOfTime, Planes, Side, Split, Start
+from soundly.bounds.lines import kink, lines, lines_of
 from soundly.bounds.lower import lower
 from soundly.bounds.program import Affine, Function, Program, Times
 from soundly.bounds.relaxation import Lines
@@ -373,6 +374,7 @@ def _lifted(f: Elementwise, low: Tensor, high: Tensor) -> Lines:
 def test_wrong_lines_are_caught(monkeypatch, name, wrong):
     program = program_of(name)
     monkeypatch.setattr(module, "lines", wrong)
+    monkeypatch.setattr("soundly.bounds.lines.lines", wrong)
     bounder = Bounder(program)
     worst = -math.inf
     for seed in range(3):

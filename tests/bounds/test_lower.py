@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from soundly.bounds import compose
 from soundly.bounds import lower as lowering
-from soundly.bounds.batch import bent, lines
+from soundly.bounds.lines import bent, lines
 from soundly.bounds.lower import lower, staircase
 from soundly.bounds.program import Affine, Convolution, Function, Matrix, Program, Sparse, Times, Variable
 from soundly.errors import CaptureMismatch, InvalidInput, MissingRule

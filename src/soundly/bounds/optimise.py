@@ -25,18 +25,16 @@ from soundly.bounds.batch import (
     Pass,
     Planes,
     Relaxations,
-    Samples,
     Side,
     Slopes,
     Split,
     Start,
-    bent,
     copied,
     entries,
     factors,
-    kink,
     step_rows,
 )
+from soundly.bounds.lines import Samples, bent, kink
 from soundly.bounds.program import Affine, Function, Step, Times, Variable
 from soundly.bounds.relaxation import Lines
 

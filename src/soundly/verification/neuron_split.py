@@ -21,7 +21,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from soundly.bounds.batch import Bounder, Frame, Pass, Side, Slopes, Split, Start, bent, jumps, kink
+from soundly.bounds.batch import Bounder, Frame, Pass, Side, Slopes, Split, Start
+from soundly.bounds.lines import bent, jumps, kink
 from soundly.bounds.optimise import Refined, raised
 from soundly.bounds.optimise import first as first_slopes
 from soundly.bounds.program import Function, Step

@@ -19,7 +19,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from soundly.bounds.batch import Bounder, OutOfTime, jumps
+from soundly.bounds.batch import Bounder, OutOfTime
+from soundly.bounds.lines import jumps
 from soundly.bounds.optimise import refine
 from soundly.bounds.program import Function
 from soundly.certificate.verification import replay as replay_proof
