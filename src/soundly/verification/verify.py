@@ -40,8 +40,8 @@ Search: TypeAlias = InputSplit | NeuronSplit
 
 FEW, SOME = 6, 64
 """With at most FEW varying inputs only inputs are split, with more than SOME only neurons; between, both in turn."""
-PATIENCE = 5e-8
-"""Seconds of the first attack per product of the network, between 0.05 and 1."""
+PATIENCE = 2e-7
+"""Seconds of the first attack per product of the network, between 0.05 and 2."""
 SHARE = 0.3
 """How much of the time may go into attacks."""
 MARGIN = 1e-5
@@ -236,7 +236,7 @@ class _Run:
         cases = len(problem.lower)
         wide, margin = Bounder(problem.program.to(torch.float32), deadline=self.deadline), MARGIN
         for case in range(min(cases, 4)):
-            self._try(case, min(max(0.05, wide.cost * PATIENCE), 1.0))
+            self._try(case, min(max(0.05, wide.cost * PATIENCE), 2.0))
         vary = int((problem.upper > problem.lower).sum(1).max())
         settled: list[tuple[Search, list[int]]] = []
         inputs = InputSplit(problem, wide, margin=margin) if vary <= SOME or cases > 1 else None
