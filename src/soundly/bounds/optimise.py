@@ -13,6 +13,7 @@ Reference: Xu et al., "Fast and Complete" (alpha-CROWN), ICLR 2021; Wang et al.,
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -172,7 +173,7 @@ def raised(
         best = torch.where(better, least, best)
         best_slopes = {key: torch.where(better[:, None], v, best_slopes[key]) for key, v in now.items()}
         best_force = {i: torch.where(better[:, None], s.multiplier, best_force[i]) for i, s in cuts.items()}
-        if t > rounds or bool(((best > goal) | frame.infeasible).all()):
+        if t > rounds or time.monotonic() > bounder.deadline or bool(((best > goal) | frame.infeasible).all()):
             break
         values = bounder.follow(lines, found, torch.where(found.a > 0, low, high))
         pace = rate * decay ** (t - 1)
