@@ -336,8 +336,10 @@ def test_mutated_files_in_a_process_of_their_own(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src"), "OMP_NUM_THREADS": "1"}
     codes = Counter[int]()
     for k in range(6):
-        mutated, text = data, rng.choice(SPECS).encode()
-        if k % 2:
+        mutated, text = data, SPECS[0].encode()
+        if k == 0:
+            pass  # what nobody has touched is decided
+        elif k % 2:
             mutated = MODELS[rng.choice(list(MODELS))](data, rng)
         else:
             text = mutated_spec(rng.choice(list(CHANGES)), rng)

@@ -246,8 +246,8 @@ def refine(bounder: Bounder, frame: Frame, *, rounds: int, together: bool = Fals
             for part in bounder.portions(len(entry)):
                 start = bounds_of(step, i, entry[part], side[part], frame.lower[i])
                 many = {key: v.expand(len(start.d), -1) for key, v in free.items()}
-                # A neuron that has become stable needs no better bound.
-                goal = _goal(bounder, i, start.d)
+                # A neuron that has become stable beyond doubt needs no better bound.
+                goal = _goal(bounder, i, (frame.upper[i] - frame.lower[i])[0, entry[part]])
                 kept.append(raised(bounder, frame, start, many, rounds=rounds, goal=goal, rate=0.2))
             bound, which = torch.cat([k.bound for k in kept]), torch.arange(len(entry))
             slopes = {key: torch.cat([k.slopes[key] for k in kept]) for key in free}
@@ -260,11 +260,11 @@ def refine(bounder: Bounder, frame: Frame, *, rounds: int, together: bool = Fals
     return found
 
 
-def _goal(bounder: Bounder, i: int, like: Tensor) -> Tensor:
-    """From where on a bound of a step's entries need not be better: 0 if only kinks depend on it."""
+def _goal(bounder: Bounder, i: int, width: Tensor) -> Tensor:
+    """From where on a bound of a step's entries need not be better: a little above 0 if only kinks depend on it."""
     readers = [bounder.steps[j] for j in bounder.readers[i]]
     kinks = all(isinstance(step, Function) and kink(step.op) is not None for step in readers)
-    return torch.full_like(like, 0.0 if kinks else math.inf)
+    return 1e-3 * width if kinks else torch.full_like(width, math.inf)
 
 
 def _together(

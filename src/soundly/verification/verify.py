@@ -398,6 +398,7 @@ class _Run:
                         self._work_neurons(search, math.inf)
                         refused = bool(search.stuck)
                     if refused:
+                        self.bound = 0.0  # as the search sees it
                         raise _Stop("the claim holds too narrowly to be proved: rounding could change the answer")
         how = "input splitting" if isinstance(settled[-1][0], InputSplit) else "neuron splitting"
         if all(len(search.forest.order(tree)) == 1 for search, tree in owners):
