@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -150,6 +150,7 @@ def raised(
     splits: dict[int, Split] | None = None,
     rate: float = 0.1,
     decay: float = 0.98,
+    scale: Mapping[int, Tensor] | None = None,
 ) -> Raised:
     """Raises lower bounds of rows, one row per subproblem (or all of one), until all are above their goals.
 
@@ -157,6 +158,7 @@ def raised(
         slopes: the first free slopes [rows, n].
         goal: [rows].
         splits: constraints, with their first multipliers.
+        scale: by step [rows, 1] how large multipliers are; otherwise as the coefficients where the constraint acts.
     """
     now = dict(slopes)
     cuts = {} if splits is None else {i: replace(s) for i, s in splits.items()}
@@ -164,7 +166,7 @@ def raised(
     best_slopes, best_force = dict(now), {i: s.multiplier for i, s in cuts.items()}
     low, high = frame.lower[0], frame.upper[0]
     freedom, adam = _Freedom(bounder, frame, slopes), _Adam()
-    scale: dict[int, Tensor] = {}  # of the coefficients where a constraint acts: that of its multiplier
+    sizes = dict(scale or {})
     for t in range(1, rounds + 2):
         lines = freedom.relaxations(now)
         found = bounder.backward(frame, lines, start, splits=cuts, keep=True)
@@ -180,14 +182,14 @@ def raised(
         if t == 1:
             for j, a in found.kept.items():
                 for source in bounder.steps[j].sources:
-                    scale[source] = a.abs().mean(1, keepdim=True)
+                    sizes.setdefault(source, a.abs().mean(1, keepdim=True))
         for key, slope in now.items():
             gradient = freedom.gradient(key, found, values)
             if gradient is not None:
                 now[key] = freedom.moved(key, slope, gradient, pace, t)
         for i, s in cuts.items():
             move = adam.step((i, -1), s.sign * (s.at - values[i]), t)
-            s.multiplier = (s.multiplier + pace * scale.get(i, 1.0) * move).clamp(min=0) * (s.sign != 0)
+            s.multiplier = (s.multiplier + pace * sizes.get(i, 1.0) * move).clamp(min=0) * (s.sign != 0)
     return Raised(best, best_slopes, best_force)
 
 
@@ -247,7 +249,7 @@ def refine(bounder: Bounder, frame: Frame, *, rounds: int, together: bool = Fals
                 start = bounds_of(step, i, entry[part], side[part], frame.lower[i])
                 many = {key: v.expand(len(start.d), -1) for key, v in free.items()}
                 # A neuron that has become stable beyond doubt needs no better bound.
-                goal = _goal(bounder, i, (frame.upper[i] - frame.lower[i])[0, entry[part]])
+                goal = enough(bounder, i, (frame.upper[i] - frame.lower[i])[0, entry[part]])
                 kept.append(raised(bounder, frame, start, many, rounds=rounds, goal=goal, rate=0.2))
             bound, which = torch.cat([k.bound for k in kept]), torch.arange(len(entry))
             slopes = {key: torch.cat([k.slopes[key] for k in kept]) for key in free}
@@ -260,7 +262,7 @@ def refine(bounder: Bounder, frame: Frame, *, rounds: int, together: bool = Fals
     return found
 
 
-def _goal(bounder: Bounder, i: int, width: Tensor) -> Tensor:
+def enough(bounder: Bounder, i: int, width: Tensor) -> Tensor:
     """From where on a bound of a step's entries need not be better: a little above 0 if only kinks depend on it."""
     readers = [bounder.steps[j] for j in bounder.readers[i]]
     kinks = all(isinstance(step, Function) and kink(step.op) is not None for step in readers)

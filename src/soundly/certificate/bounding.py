@@ -338,13 +338,23 @@ class View:
             bound.add(_rowwise(np.maximum(-a, 0.0), _owned(-high, owner)))
         return bound.lower()
 
-    def entries(self, i: int, entry: Array, sign: Array, owner: Array) -> Array:
-        """Lower bounds of sign times entries of step i [R]."""
+    def entries(
+        self,
+        i: int,
+        entry: Array,
+        sign: Array,
+        owner: Array,
+        more: dict[int, Array] | None = None,
+        constant: Array | float = 0.0,
+        lost: Array | float = 0.0,
+    ) -> Array:
+        """Lower bounds of sign times entries of step i [R], plus `more` (coefficients by step) and a constant; up to
+        `lost`."""
         program, step = self.program, self.program.steps[i]
         if not isinstance(step, Affine):
             start = np.zeros((len(entry), step.size))
             start[np.arange(len(entry)), entry] = sign
-            return self.backward({i: start}, owner)[0]
+            return self.backward(*self._joined({i: start}, more, owner, constant, lost))[0]
         cost = self.frame.cost[i]
         assert cost is not None
         rows: dict[int, Array] = {}
@@ -352,10 +362,26 @@ class View:
             found = part.rows_of(entry)
             found *= sign[:, None]
             rows[source] = rows[source] + found if source in rows else found
-        lost = cost[0, entry] if len(cost) == 1 else cost[owner, entry]
+        lost = lost + (cost[0, entry] if len(cost) == 1 else cost[owner, entry])
         if not rows:
             rows = {0: np.zeros((len(entry), program.steps[0].size))}
-        return self.backward(rows, owner, sign * step.bias[entry], lost)[0]
+        return self.backward(*self._joined(rows, more, owner, constant + sign * step.bias[entry], lost))[0]
+
+    def _joined(
+        self, rows: dict[int, Array], more: dict[int, Array] | None, owner: Array, constant: Array | float,
+        lost: Array | float,
+    ) -> tuple[dict[int, Array], Array, Array | float, Array | float]:  # fmt: skip
+        """The start of a pass, with more rows added to it."""
+        for i, a in (more or {}).items():
+            if i in rows:
+                rows[i] = rows[i] + a
+                size = np.maximum(np.abs(self.frame.lower[i]), np.abs(self.frame.upper[i]))
+                lost = lost - ABOVE * _rowwise(np.abs(rows[i]), -U * _owned(size, owner)) + FLOOR
+            else:
+                rows[i] = a
+        if more:
+            lost = lost + 4 * U * np.abs(constant)
+        return rows, owner, constant, lost
 
     def _lose(self, bound: Bound, a: Array, cost: Array, owner: Array, exact: bool = False) -> None:
         """Takes off what roundings cost: that of the worst node, unless it is infinite, or `exact`."""

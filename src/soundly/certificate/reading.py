@@ -77,6 +77,12 @@ class Proof:
     slopes_refresh: Array
     beta_start: Array
     beta: Array
+    tighten_start: Array
+    tighten_round: Array
+    tighten_key: Array
+    tighten_row: Array
+    force_start: Array
+    force: Array
     stored: Stored
 
 
@@ -143,7 +149,7 @@ def read(certificate: Certificate) -> Proof:
         _refuse("slopes are not finite")
     cases = _cases(arrays, inputs, outputs)
     stored = _stored(arrays, slopes, neurons)
-    trees = _trees(arrays, program, cases["pair_start"], stored)
+    trees = _trees(arrays, program, cases["pair_start"], cases["pair_rows"], stored)
     rows = np.diff(cases["pair_rows"][cases["pair_start"]]).max()
     if rows * inputs > MAX_CLIPPED and (trees["flags"] & CLIP).any():
         _refuse(f"flags: {rows} rows of one case with {inputs} inputs are too many to clip with")
@@ -342,7 +348,9 @@ def _stored(arrays: _Reader, slopes: Array, neurons: int) -> Stored:
     return Stored(slopes, start, key, row)
 
 
-def _trees(arrays: _Reader, program: Program, pair_start: Array, stored: Stored) -> dict[str, Array]:
+def _trees(
+    arrays: _Reader, program: Program, pair_start: Array, pair_rows: Array, stored: Stored
+) -> dict[str, Array]:
     case = arrays.indices("tree_case", None, len(pair_start) - 1)
     trees = len(case)
     clause = arrays.get("tree_clause", "i8", trees, 2)
@@ -403,4 +411,41 @@ def _trees(arrays: _Reader, program: Program, pair_start: Array, stored: Stored)
         "tree_case": case, "tree_clause": clause, "tree_start": start, "flags": flags, "kind": kind, "what": what,
         "at": at, "child": child, "slopes_bound": bound, "slopes_refresh": group, "beta_start": beta_start,
         "beta": beta,
+        **_tightened(arrays, program, stored, depth, np.where(clause[:, 1] - clause[:, 0] == 1,
+                     np.diff(pair_rows)[pair_start[case] + clause[:, 0]], -1)[tree]),
+    }  # fmt: skip
+
+
+def _tightened(
+    arrays: _Reader, program: Program, stored: Stored, depth: Array, rows: Array
+) -> dict[str, Array]:
+    """How intervals of nodes are tightened; of nodes their splits above and the rows of their clause, -1 if it is not
+    one clause."""
+    key = arrays.get("tighten_key", "i8", None)
+    count = len(key)
+    number = arrays.get("tighten_round", "i8", count)
+    row = arrays.indices("tighten_row", count, len(stored.slopes))
+    start = arrays.offsets("tighten_start", len(depth), count)
+    node = np.repeat(np.arange(len(depth)), np.diff(start))
+    if ((key < 0) | (key >= 2 * program.offsets[-1])).any():
+        _refuse("tighten_key out of range")
+    step = np.searchsorted(program.offsets, key // 2, side="right") - 1
+    if not np.isin(step, [i for i in program.bounded if i > 0]).all():
+        _refuse("tighten_key: an input, or a neuron that no function or product reads")
+    if ((number < 0) | (number > count)).any():
+        _refuse("tighten_round out of range")
+    same = (np.diff(node) == 0) & (np.diff(number) == 0)
+    if ((np.diff(node) == 0) & (np.diff(number) < 0)).any() or (same & (np.diff(key) <= 0)).any():
+        _refuse("tighten_round must not decrease within a node, and tighten_key must increase within a round")
+    if (rows[node] < 0).any():
+        _refuse("tighten_start: a node of a tree for several clauses")
+    force = arrays.numbers("tighten_force", None)
+    if (force < 0).any():
+        _refuse("tighten_force is negative")
+    force_start = arrays.offsets("force_start", count, len(force))
+    if (np.diff(force_start) != (rows + depth)[node]).any():
+        _refuse("tighten_force: one number for each row of the clause and each neuron split above the node")
+    return {
+        "tighten_start": start, "tighten_round": number, "tighten_key": key, "tighten_row": row,
+        "force_start": force_start, "force": force,
     }  # fmt: skip

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from soundly.certificate.bounding import Bound, Exceptions, Frame, Pieces, Splits, View, pieces, relax
+from soundly.certificate.conditional import Conditions, tighten
 from soundly.certificate.format import Certificate
 from soundly.certificate.forms import INPUTS as FORMS
 from soundly.certificate.intervals import in_time, refresh
@@ -166,6 +167,7 @@ class _Replayer:
                 if not dead[row]:
                     node.frame, node.row = frame, row
                     living.append(node)
+        living = self._tightened(living)
         bounded = [n for n in living if proof.flags[n.place] & BOUND]
         groups: dict[tuple[int, int, int], list[_Node]] = {}
         for node in bounded:
@@ -185,6 +187,52 @@ class _Replayer:
                     self._bound(some, self._mixed_view(some))
         for node in living:
             self._branch(node)
+
+    def _tightened(self, living: list[_Node]) -> list[_Node]:
+        """Tightens intervals where the file says how; the nodes that may still hold a counterexample."""
+        proof = self.proof
+        some = [n for n in living if proof.tighten_start[n.place + 1] > proof.tighten_start[n.place]]
+        living = [n for n in living if proof.tighten_start[n.place + 1] == proof.tighten_start[n.place]]
+        some.sort(key=lambda n: id(n.frame))
+        for begin in range(0, len(some), self.narrow):
+            nodes = some[begin : begin + self.narrow]
+            frame = self._gather(nodes)
+            dead = tighten(
+                proof.program, frame, self._conditions(nodes), self._constraints, lambda: in_time(self.deadline)
+            )
+            for row, node in enumerate(nodes):
+                if not dead[row]:
+                    node.frame, node.row = frame, row
+                    living.append(node)
+        return living
+
+    def _conditions(self, nodes: Sequence[_Node]) -> Conditions:
+        """The bounds that the file has for some nodes, with the rows of their clauses and the splits on their ways."""
+        proof = self.proof
+        spans = [slice(*proof.tighten_start[n.place : n.place + 2]) for n in nodes]
+        which = np.concatenate([np.arange(s.start, s.stop) for s in spans])
+        number = np.repeat(np.arange(len(nodes)), [s.stop - s.start for s in spans])
+        rows: list[tuple[int, int, float]] = []
+        splits: list[tuple[int, int, int, float, int, float]] = []
+        for k, (at, i) in enumerate(zip(which.tolist(), number.tolist(), strict=True)):
+            node, force = nodes[i], proof.force[slice(*proof.force_start[at : at + 2])].tolist()
+            pair = proof.pair_start[proof.tree_case[node.tree]] + proof.tree_clause[node.tree, 0]
+            first, last = proof.pair_rows[pair : pair + 2].tolist()
+            rows += [(k, r, g) for r, g in zip(range(first, last), force, strict=False)]
+            splits += [(k, *s, b) for s, b in zip(node.splits, force[last - first :], strict=True)]
+        of_row, row, times = map(np.array, zip(*rows, strict=True))
+        known = None
+        if splits:
+            of_split, step, entry, at, sign, beta = map(np.array, zip(*splits, strict=True))
+            known = Splits(of_split, step, entry, at.astype(float), sign, beta.astype(float))
+        return Conditions(
+            number, proof.tighten_round[which], proof.tighten_key[which], proof.stored.of(proof.tighten_row[which]),
+            of_row, row, times.astype(float), known,
+        )  # fmt: skip
+
+    def _constraints(self, rows: Array) -> tuple[dict[int, Array], Array]:
+        """Coefficients of rows by step, and how far each is above its slack where these are 0."""
+        return self._rows(rows), self.proof.constant[rows] - self.proof.slack[rows]
 
     def _portions(self, nodes: list[_Node]) -> Iterator[list[_Node]]:
         """The nodes, so few at a time that boxes of their own, and one for each row that clips, find room."""

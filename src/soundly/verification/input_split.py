@@ -159,7 +159,7 @@ class InputSplit:
 
     def grown(self, trees: Sequence[int]) -> Grown:
         """Some trees, for a certificate."""
-        return Grown(self.forest, trees, np.empty(0, np.int64), np.empty((0, 0), np.float32), {}, {}, {})
+        return Grown(self.forest, trees, np.empty(0, np.int64), np.empty((0, 0), np.float32), {}, {}, {}, {})
 
     def reopen(self, nodes: Sequence[int]) -> None:
         """Splits leaves that were proved but whose proof was not accepted."""

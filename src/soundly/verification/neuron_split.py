@@ -21,7 +21,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from soundly.bounds.batch import Bounder, Frame, Pass, Side, Slopes, Split, Start
+from soundly.bounds.batch import Bounder, Frame, Pass, Side, Slopes, Split, Start, copied
+from soundly.bounds.conditional import Tightened, tighten
 from soundly.bounds.lines import bent, jumps, kink
 from soundly.bounds.optimise import Refined, raised
 from soundly.bounds.optimise import first as first_slopes
@@ -29,16 +30,18 @@ from soundly.bounds.program import Function, Step
 from soundly.verification.forest import BOUND, NEURON, Forest
 from soundly.verification.leaf import solve
 from soundly.verification.problem import Problem
-from soundly.verification.proof import Grown
+from soundly.verification.proof import Grown, Rounds
 
 CANDIDATES = 3
 """How many neurons each of the two scores proposes; all of them are tried."""
+GAIN = 0.05
+"""Intervals are tightened again if that brought this share of what a bound lacks."""
 
 
 @dataclass(frozen=True, eq=False)
 class Parts:
     """Subproblems: `neuron`, `sign`, `at` and `beta` [k, depth] describe the constraints (neuron -1: none), `slopes`
-    [k, slots] the free lines; with tree nodes, trees and bounds."""
+    [k, slots] the free lines; with tree nodes, trees, bounds, and which of the search's intervals they have."""
 
     neuron: Tensor
     sign: Tensor
@@ -48,6 +51,7 @@ class Parts:
     node: Tensor
     tree: Tensor
     bound: Tensor
+    ends: Tensor
 
     def __len__(self) -> int:
         return len(self.node)
@@ -56,7 +60,7 @@ class Parts:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def _fields(self) -> tuple[Tensor, ...]:
-        return self.neuron, self.sign, self.at, self.beta, self.slopes, self.node, self.tree, self.bound
+        return self.neuron, self.sign, self.at, self.beta, self.slopes, self.node, self.tree, self.bound, self.ends
 
     def pick(self, index: Tensor | slice) -> Parts:
         return Parts(*(v[index] for v in self._fields()))
@@ -101,6 +105,31 @@ class Slots:
     count: int
 
 
+@dataclass(frozen=True, eq=False)
+class Bounds:
+    """Bounds that tightened intervals: of which node, in which round, 2 * neuron + side; with slopes [R, slots] and
+    multipliers of the clause's rows, so many, [R, most rows], and of the constraints on the node's path [R, depth]."""
+
+    node: Tensor
+    round: Tensor
+    key: Tensor
+    slopes: Tensor
+    rows: Tensor
+    force: Tensor
+    depth: Tensor
+    beta: Tensor
+
+    def _asdict(self) -> dict[str, Tensor]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @staticmethod
+    def join(found: Sequence[Bounds]) -> Bounds:
+        depth = max(b.beta.shape[1] for b in found)
+        wide = [torch.cat([b.beta, b.beta.new_zeros(len(b.node), depth - b.beta.shape[1])], 1) for b in found]
+        narrow = ([getattr(b, f.name) for b in found] for f in fields(Bounds)[:-1])
+        return Bounds(*map(torch.cat, narrow), torch.cat(wide))
+
+
 class NeuronSplit:
     """The search over one box; `step` handles one batch.
 
@@ -139,6 +168,11 @@ class NeuronSplit:
             if isinstance(step, Function):
                 self.jumps.setdefault(step.source, set()).update(jumps(step.op))
         self.rows = self._best_rows(clauses)
+        loose = {i: bounder.loose(i, root)[0].nonzero()[:, 0] for i in range(len(self.steps)) if bounder.read[i]}
+        self.loose = {i: entry for i, entry in loose.items() if len(entry) and copied(self.steps[i]) is None}
+        self.low, self.high = (torch.cat([v[i][0, e] for i, e in self.loose.items()])[None] if self.loose else
+                               torch.empty(1, 0, dtype=self.dtype) for v in (root.lower, root.upper))  # fmt: skip
+        self.tightened: list[Bounds] = []
         self.waiting = self._plant(clauses)
         self.proved: list[Parts] = []
         self.subproblems = 0
@@ -163,7 +197,7 @@ class NeuronSplit:
 
     def _start(self, rows: Tensor) -> Start:
         problem = self.problem
-        a = {len(self.steps) - 1: problem.rows.y[rows].to(self.dtype)}
+        a = {len(problem.program.steps) - 1: problem.rows.y[rows].to(self.dtype)}
         if problem.rows.reads_inputs:
             a[0] = problem.rows.x[rows].to(self.dtype)
         return Start(a, problem.rows.constant[rows].to(self.dtype))
@@ -178,7 +212,7 @@ class NeuronSplit:
         none = torch.empty(n, 0, dtype=self.dtype)
         return Parts(
             torch.empty(n, 0, dtype=torch.int64), none, none, none, slopes, torch.tensor(nodes),
-            torch.arange(n), torch.full((n,), -math.inf, dtype=self.dtype),
+            torch.arange(n), torch.full((n,), -math.inf, dtype=self.dtype), torch.zeros(n, dtype=torch.int64),
         )  # fmt: skip
 
     # ---------------------------------------------------------------- bounding
@@ -187,6 +221,13 @@ class NeuronSplit:
         """Intervals and constraints of some subproblems."""
         k = len(parts)
         lower, upper = list(self.root.lower), list(self.root.upper)
+        if bool(parts.ends.any()):
+            begin = 0
+            for i, entry in self.loose.items():
+                span = slice(begin, begin + len(entry))
+                begin += len(entry)
+                lower[i], upper[i] = lower[i].repeat(k, 1), upper[i].repeat(k, 1)
+                lower[i][:, entry], upper[i][:, entry] = self.low[parts.ends, span], self.high[parts.ends, span]
         splits = {}
         step_of = torch.bucketize(parts.neuron, self.offset, right=True) - 1
         last = parts.last
@@ -194,7 +235,7 @@ class NeuronSplit:
             owner, place = (step_of == i).nonzero(as_tuple=True)
             entry = parts.neuron[owner, place] - self.offset[i]
             sign, at, beta = (v[owner, place] for v in (parts.sign, parts.at, parts.beta))
-            low, high = lower[i].repeat(k, 1), upper[i].repeat(k, 1)
+            low, high = (v[i].expand(k, -1).clone() for v in (lower, upper))
             # A neuron may be split at several points: all clamp it, the last one has a multiplier.
             for side, end, pick in ((1, low, "amax"), (-1, high, "amin")):
                 mine = sign == side
@@ -262,9 +303,65 @@ class NeuronSplit:
         for i, v in force.items():
             owner, place = ((step_of == i) & parts.last).nonzero(as_tuple=True)
             beta[owner, place] = v[owner, parts.neuron[owner, place] - self.offset[i]]
-        return Parts(
-            parts.neuron, parts.sign, parts.at, beta, flat, parts.node, parts.tree, torch.maximum(parts.bound, bound)
-        )
+        return replace(parts, beta=beta, slopes=flat, bound=torch.maximum(parts.bound, bound))
+
+    # ---------------------------------------------------------------- intervals of possible counterexamples
+
+    def _squeezed(self, parts: Parts, rounds: int) -> Parts:
+        """Tightens intervals and bounds in turn, as long as that brings enough."""
+        finished, turn = [], 0
+        while len(parts):
+            lack = self._goal(parts) - parts.bound
+            more = torch.isfinite(lack) & (lack >= 0)
+            if turn:
+                more &= parts.bound - before >= GAIN * (self._goal(parts) - before)
+            finished.append(parts.pick(~more))
+            parts = parts.pick(more)
+            before = parts.bound
+            parts = Parts.join([self.optimise(self._tightened(p, turn), rounds) for p in _portions(parts, self.bounder)] or [parts])
+            turn += 1
+        return Parts.join(finished) if finished else parts
+
+    def _tightened(self, parts: Parts, turn: int) -> Parts:
+        """With intervals that hold for counterexamples."""
+        problem, k, last = self.problem, len(parts), len(self.steps) - 1
+        frame, splits = self._frame(parts)
+        frame = Frame([v.expand(k, -1) for v in frame.lower], [v.expand(k, -1) for v in frame.upper], frame.infeasible)
+        first, beyond = problem.row_spans[self.case].tolist()
+        clause = problem.rows.clause[first:beyond] - problem.spans[self.case, 0]
+        own = clause == torch.tensor(self.forest.first)[parts.tree][:, None]
+        slack = problem.slack[first:beyond].to(self.dtype).expand(k, -1)
+        unit = torch.zeros_like(slack).scatter_(1, (self.rows[parts.tree] - first)[:, None], 1.0)
+        splits = splits | {last: Split(-own.to(self.dtype), slack, unit)}
+        start = self._start(self.rows[parts.tree])
+        for found in tighten(self.bounder, frame, start, self._slopes(parts), splits):
+            self.tightened.append(self._recorded(parts, found, own, turn))
+        low, high = (torch.cat([v[i][:, e] for i, e in self.loose.items()], 1) for v in (frame.lower, frame.upper))
+        ends = len(self.low) + torch.arange(k)
+        self.low, self.high = torch.cat([self.low, low]), torch.cat([self.high, high])
+        bound = torch.where(frame.infeasible, math.inf, parts.bound)
+        return replace(parts, ends=ends, bound=bound)
+
+    def _recorded(self, parts: Parts, found: Tightened, own: Tensor, turn: int) -> Bounds:
+        owner, last = found.owner, len(self.steps) - 1
+        neuron, mine = parts.neuron[owner], parts.last[owner]
+        beta = torch.zeros_like(parts.beta[owner])
+        step_of = torch.bucketize(neuron, self.offset, right=True) - 1
+        for i, force in found.multipliers.items():
+            row, place = ((step_of == i) & mine & (neuron >= 0)).nonzero(as_tuple=True)
+            beta[row, place] = force[row, neuron[row, place] - self.offset[i]]
+        # The rows of the clause, in order, before those of others.
+        order = (~own).to(torch.uint8).sort(dim=1, stable=True).indices[owner]
+        slopes = torch.zeros(len(owner), self.slots.count)
+        for key, index in self.slots.entries.items():
+            begin = self.slots.first[key]
+            slopes[:, begin : begin + len(index)] = found.slopes[key][:, index].float()
+        key = 2 * (self.offset[found.step] + found.entry) + found.side
+        force = found.multipliers[last].gather(1, order)
+        order = (parts.node[owner] * 2 * self.offset[-1] + key).argsort()
+        rows, depth = own.sum(1)[owner], (neuron >= 0).sum(1)
+        every = parts.node[owner], torch.full_like(key, turn), key, slopes, rows, force, depth, beta
+        return Bounds(*(v[order] for v in every))
 
     def _goal(self, parts: Parts) -> Tensor:
         return self.problem.slack[self.rows[parts.tree]].to(self.dtype) + self.margin
@@ -402,7 +499,7 @@ class NeuronSplit:
         """Optimises subproblems and keeps what is left to do."""
         done = parts.bound > self._goal(parts)
         improved = [self.optimise(p, rounds, beyond=beyond) for p in _portions(parts.pick(~done), self.bounder)]
-        parts = Parts.join([parts.pick(done), *improved])
+        parts = self._squeezed(Parts.join([parts.pick(done), *improved]), rounds)
         done = torch.isfinite(parts.bound) & (parts.bound > self._goal(parts)) | (parts.bound == math.inf)
         finished = parts.pick(done)
         if len(finished):
@@ -418,18 +515,23 @@ class NeuronSplit:
         for name, parts in (("waiting", [self.waiting]), ("proved", self.proved)):
             for field, value in Parts.join(parts)._asdict().items() if parts else ():
                 arrays[f"{name}.{field}"] = value.numpy()
-        return arrays | {"subproblems": np.array(self.subproblems)}
+        if self.tightened:
+            self.tightened = [Bounds.join(self.tightened)]
+            arrays |= {f"tightened.{field}": v.numpy() for field, v in self.tightened[0]._asdict().items()}
+        return arrays | {"subproblems": np.array(self.subproblems), "low": self.low.numpy(), "high": self.high.numpy()}
 
     def restore(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """Goes on where a journal left it."""
         self.forest.restore({k.removeprefix("forest."): v for k, v in state.items() if k.startswith("forest.")})
-        for name in ("waiting", "proved"):
+        for name in ("waiting", "proved", "tightened"):
             found = {k.split(".")[1]: torch.from_numpy(v) for k, v in state.items() if k.startswith(name + ".")}
-            parts = Parts(**found) if found else None
-            if name == "proved":
-                self.proved = [] if parts is None else [parts]
-            elif parts is not None:
-                self.waiting = parts
+            if name == "tightened":
+                self.tightened = [Bounds(**found)] if found else []
+            elif name == "proved":
+                self.proved = [Parts(**found)] if found else []
+            elif found:
+                self.waiting = Parts(**found)
+        self.low, self.high = torch.from_numpy(state["low"]), torch.from_numpy(state["high"])
         self.subproblems = int(state["subproblems"])
 
     def grown(self, trees: Sequence[int]) -> Grown:
@@ -441,11 +543,30 @@ class NeuronSplit:
         depth = (leaves.neuron >= 0).sum(1).tolist()
         beta = leaves.beta.double().numpy()
         keys, rows = self._root_slopes()
+        slopes = [leaves.slopes.float(), rows]
+        tightened = {}
+        if self.tightened:
+            bounds = Bounds.join(self.tightened)
+            tightened = self._rounds(bounds, len(leaves) + len(rows))
+            slopes.append(bounds.slopes)
         return Grown(
-            self.forest, trees, slot.numpy(), torch.cat([leaves.slopes.float(), rows]).numpy(),
+            self.forest, trees, slot.numpy(), torch.cat(slopes).numpy(),
             {n: k for k, n in enumerate(node)}, {n: beta[k, : depth[k]] for k, n in enumerate(node)},
-            {key: len(leaves) + row for key, row in keys.items()},
+            {key: len(leaves) + row for key, row in keys.items()}, tightened,
         )  # fmt: skip
+
+    def _rounds(self, bounds: Bounds, first: int) -> dict[int, Rounds]:
+        """Node -> the bounds that tightened its intervals; their slopes begin with that row."""
+        nodes = {}
+        order = bounds.node.argsort(stable=True)
+        for some in order.split(bounds.node[order].unique_consecutive(return_counts=True)[1].tolist()):
+            node = int(bounds.node[some[0]])
+            rows, depth = int(bounds.rows[some[0]]), int(bounds.depth[some[0]])
+            force = torch.cat([bounds.force[some, :rows], bounds.beta[some, :depth]], 1)
+            nodes[node] = Rounds(
+                bounds.round[some].numpy(), bounds.key[some].numpy(), (first + some).numpy(), force.double().numpy()
+            )
+        return nodes
 
     def _root_slopes(self) -> tuple[dict[int, int], Tensor]:
         """2 * neuron + side of the bounds that the root's intervals were refined with, with their rows of slopes."""
@@ -494,8 +615,5 @@ def _portions(parts: Parts, bounder: Bounder) -> list[Parts]:
 
 def _extended(parts: Parts, neuron: Tensor, sign: Tensor, at: Tensor) -> Parts:
     """With one constraint more each."""
-    zero = torch.zeros_like(at)
-    return Parts(
-        torch.cat([parts.neuron, neuron], 1), torch.cat([parts.sign, sign], 1), torch.cat([parts.at, at], 1),
-        torch.cat([parts.beta, zero], 1), parts.slopes, parts.node, parts.tree, parts.bound,
-    )  # fmt: skip
+    more = {"neuron": neuron, "sign": sign, "at": at, "beta": torch.zeros_like(at)}
+    return replace(parts, **{name: torch.cat([getattr(parts, name), v], 1) for name, v in more.items()})

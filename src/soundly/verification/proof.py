@@ -26,6 +26,17 @@ Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, eq=False)
+class Rounds:
+    """Bounds that tightened the intervals of a node, in rounds: 2 * neuron + side, with a row of slopes and multipliers
+    of the clause's rows and of the constraints on the path."""
+
+    round: Array
+    key: Array
+    row: Array
+    force: Array
+
+
+@dataclass(frozen=True, eq=False)
 class Grown:
     """Finished trees and what their nodes were bounded with.
 
@@ -37,6 +48,7 @@ class Grown:
         bound_slopes: node -> row of `slopes`.
         betas: node -> multipliers of the constraints on its path.
         root_slopes: 2 * neuron + side of a bound of the roots' intervals -> row of `slopes`.
+        tightened: node -> how its intervals were tightened.
     """
 
     forest: Forest
@@ -46,6 +58,7 @@ class Grown:
     bound_slopes: Mapping[int, int]
     betas: Mapping[int, Array]
     root_slopes: Mapping[int, int]
+    tightened: Mapping[int, Rounds]
 
 
 def certificate(problem: Problem, grown: Sequence[Grown], *, claim: str, model: Mapping[str, str]) -> Certificate:
@@ -202,11 +215,14 @@ def _cases(problem: Problem) -> dict[str, Array]:
 
 def _trees(program: Program, grown: Sequence[Grown]) -> dict[str, Array]:
     names = "flags kind what at slopes_bound slopes_refresh tree_case tree_clause beta group_key group_row".split()
+    names += "tighten_round tighten_key tighten_row tighten_force".split()
     parts: dict[str, list[Array]] = {name: [np.empty(0, np.int64)] for name in names}
-    parts |= {"at": [], "beta": [np.empty(0)], "tree_clause": [np.empty((0, 2), np.int64)]}
+    parts |= {"at": [], "beta": [np.empty(0)], "tighten_force": [np.empty(0)], "tree_clause": [np.empty((0, 2), np.int64)]}
     counts: list[int] = []
     tree_sizes: list[int] = []
     group_sizes: list[int] = []
+    tightened: list[int] = []
+    forces: list[int] = []
     first_row = 0
     for g in grown:
         forest = g.forest
@@ -238,6 +254,14 @@ def _trees(program: Program, grown: Sequence[Grown]) -> dict[str, Array]:
                 counts.append(0 if beta is None else len(beta))
                 if beta is not None:
                     parts["beta"].append(beta)
+                rounds = g.tightened.get(n)
+                tightened.append(0 if rounds is None else len(rounds.key))
+                if rounds is not None:
+                    parts["tighten_round"].append(rounds.round)
+                    parts["tighten_key"].append(rounds.key)
+                    parts["tighten_row"].append(rounds.row + first_row)
+                    parts["tighten_force"].append(rounds.force.reshape(-1))
+                    forces += [rounds.force.shape[1]] * len(rounds.key)
             parts["tree_case"].append(np.array([forest.case[t]], dtype=np.int64))
             parts["tree_clause"].append(np.array([[forest.first[t], forest.last[t]]], dtype=np.int64))
         first_row += len(g.slopes)
@@ -248,6 +272,9 @@ def _trees(program: Program, grown: Sequence[Grown]) -> dict[str, Array]:
         slopes[first_row : first_row + len(g.slopes), np.searchsorted(slots, g.slots)] = g.slopes
         first_row += len(g.slopes)
     arrays = {name: np.concatenate(values) for name, values in parts.items()}
-    for name, sizes in (("tree_start", tree_sizes), ("beta_start", counts), ("group_start", group_sizes)):
+    for name, sizes in (
+        ("tree_start", tree_sizes), ("beta_start", counts), ("group_start", group_sizes),
+        ("tighten_start", tightened), ("force_start", forces),
+    ):  # fmt: skip
         arrays[name] = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
     return arrays | {"slots": slots, "slopes": slopes}

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from soundly.bounds.batch import Bounder, OutOfTime
+from soundly.bounds.conditional import with_rows
 from soundly.bounds.lines import jumps
 from soundly.bounds.optimise import refine
 from soundly.bounds.program import Function
@@ -318,9 +319,15 @@ class _Run:
             turn *= 2
 
     def _rooted(self, problem: Problem, case: int) -> NeuronSplit:
-        narrow, margin = Bounder(problem.program.to(torch.float32), deadline=self.deadline), MARGIN
+        first, last = problem.row_spans[case].tolist()
+        rows = problem.rows
+        program = with_rows(
+            problem.program, rows.y[first:last], rows.x[first:last] if rows.reads_inputs else None,
+            rows.constant[first:last],
+        )  # fmt: skip
+        narrow, margin = Bounder(program.to(torch.float32), deadline=self.deadline), MARGIN
         if narrow.cost <= SMALL:
-            narrow, margin = Bounder(problem.program, deadline=self.deadline), 1e-9
+            narrow, margin = Bounder(program, deadline=self.deadline), 1e-9
         lower, upper = (v[case : case + 1].to(narrow.dtype) for v in (problem.lower, problem.upper))
         root = narrow.refresh(lower, upper)
         clauses = list(range(int(problem.spans[case, 1] - problem.spans[case, 0])))
