@@ -38,7 +38,8 @@ FUNCTIONS = {f["name"]: f for f in (RELU, STEP, REACHED, HALF, FULL, PEAK, SQUAR
 
 @dataclass
 class Node:
-    """A node of a tree: a leaf, or split with (position, at, left child, right child)."""
+    """A node of a tree: a leaf, or split with (position, at, left child, right child). Bounds that tighten intervals
+    are round, 2 * neuron + side, row of slopes, multipliers."""
 
     flags: int = REFRESH | BOUND
     kind: int = 0
@@ -48,6 +49,7 @@ class Node:
     beta: Sequence[float] = ()
     slopes_bound: int = -1
     slopes_refresh: int = -1
+    tightened: Sequence[tuple[int, int, int, Sequence[float]]] = ()
 
     def split(self, kind: int, what: int, at: float, flags: int = REFRESH | BOUND) -> tuple["Node", "Node"]:
         self.kind, self.what, self.at, self.children = kind, what, at, (Node(flags), Node(flags))
@@ -110,6 +112,7 @@ class Claim:
         assert all(len(y) == outputs for _, _, cs in self.cases for rows in cs for y, *_ in rows)
         nodes = [levels(root) for *_, root in self.trees]
         flat = [n for tree in nodes for n in tree]
+        bounds = [(k, *bound) for k, n in enumerate(flat) for bound in n.tightened]
         integers = {
             "row_start": start, "row_column": column, "row_clause": clause, "case_rows": case_rows,
             "case_clauses": [len(c) for _, _, c in self.cases], "tree_case": [t[0] for t in self.trees],
@@ -120,11 +123,14 @@ class Claim:
             "group_start": np.cumsum([0, *map(len, self.groups)]),
             "group_key": [key for group in self.groups for key in sorted(group)],
             "group_row": [group[key] for group in self.groups for key in sorted(group)],
+            "tighten_node": [b[0] for b in bounds], "tighten_round": [b[1] for b in bounds],
+            "tighten_key": [b[2] for b in bounds], "tighten_row": [b[3] for b in bounds],
+            "force_start": np.cumsum([0, *(len(b[4]) for b in bounds)]),
         }  # fmt: skip
         floats = {
             "box_lower": [c[0] for c in self.cases], "box_upper": [c[1] for c in self.cases], "row_value": value,
             "row_constant": constant, "row_slack": slack, "at": [n.at for n in flat],
-            "beta": [b for n in flat for b in n.beta],
+            "beta": [b for n in flat for b in n.beta], "tighten_force": [g for b in bounds for g in b[4]],
         }  # fmt: skip
         a |= {name: np.array(v, np.int64) for name, v in integers.items()}
         a |= {name: np.array(v, np.float64) for name, v in floats.items()}

@@ -425,8 +425,9 @@ def _tightened(
     count = len(key)
     number = arrays.get("tighten_round", "i8", count)
     row = arrays.indices("tighten_row", count, len(stored.slopes))
-    start = arrays.offsets("tighten_start", len(depth), count)
-    node = np.repeat(np.arange(len(depth)), np.diff(start))
+    node = arrays.indices("tighten_node", count, len(depth))
+    if (np.diff(node) < 0).any():
+        _refuse("tighten_node decreases")
     if ((key < 0) | (key >= 2 * program.offsets[-1])).any():
         _refuse("tighten_key out of range")
     step = np.searchsorted(program.offsets, key // 2, side="right") - 1
@@ -438,7 +439,7 @@ def _tightened(
     if ((np.diff(node) == 0) & (np.diff(number) < 0)).any() or (same & (np.diff(key) <= 0)).any():
         _refuse("tighten_round must not decrease within a node, and tighten_key must increase within a round")
     if (rows[node] < 0).any():
-        _refuse("tighten_start: a node of a tree for several clauses")
+        _refuse("tighten_node: of a tree for several clauses")
     force = arrays.numbers("tighten_force", None)
     if (force < 0).any():
         _refuse("tighten_force is negative")
@@ -446,6 +447,6 @@ def _tightened(
     if (np.diff(force_start) != (rows + depth)[node]).any():
         _refuse("tighten_force: one number for each row of the clause and each neuron split above the node")
     return {
-        "tighten_start": start, "tighten_round": number, "tighten_key": key, "tighten_row": row,
+        "tighten_start": np.searchsorted(node, np.arange(len(depth) + 1)), "tighten_round": number, "tighten_key": key, "tighten_row": row,
         "force_start": force_start, "force": force,
     }  # fmt: skip

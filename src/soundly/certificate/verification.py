@@ -200,10 +200,9 @@ class _Replayer:
             dead = tighten(
                 proof.program, frame, self._conditions(nodes), self._constraints, lambda: in_time(self.deadline)
             )
-            for row, node in enumerate(nodes):
-                if not dead[row]:
-                    node.frame, node.row = frame, row
-                    living.append(node)
+            for row in np.flatnonzero(~dead).tolist():
+                nodes[row].frame, nodes[row].row = frame, row
+                living.append(nodes[row])
         return living
 
     def _conditions(self, nodes: Sequence[_Node]) -> Conditions:

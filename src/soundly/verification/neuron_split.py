@@ -368,8 +368,9 @@ class NeuronSplit:
 
     # ---------------------------------------------------------------- branching
 
-    def _scores(self, parts: Parts) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Candidates: neurons [c], where to split them [k, c], two scores [2, k, c]; and points of the worst bounds.
+    def _scores(self, parts: Parts) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Candidates: neurons [c], where to split them [k, c], two scores [2, k, c], the first multipliers of both
+        halves [2, k, c]; and points of the worst bounds.
 
         The scores are what the relaxation of a neuron costs the bound: at the point where the bound is taken, and at
         the worst point of its interval.
@@ -378,7 +379,7 @@ class NeuronSplit:
         lines = self.bounder.lines(frame, self._slopes(parts))
         x = torch.where(found.a > 0, frame.lower[0], frame.upper[0])
         values = self.bounder.follow(lines, found, x)
-        neurons, points, here, worst = [], [], [], []
+        neurons, points, here, worst, force = [], [], [], [], []
         for j, step in enumerate(self.steps):
             if not isinstance(step, Function) or j not in found.kept:
                 continue
@@ -410,14 +411,20 @@ class NeuronSplit:
             points.append(at)
             here.append(torch.where(inside, loss, -1.0))
             worst.append(torch.where(inside, a.abs() * widest, -1.0))
+            # On each half the function is one straight line, and a plane that was better beyond it is made up for.
+            ends, slope = kink(step.op), torch.where(a >= 0, line[0], line[2])
+            force.append(torch.stack([slope * 0, slope * 0] if ends is None else [a * (slope - ends[0]), a * (ends[1] - slope)]).clamp(min=0))
         if not neurons:
             none = x.new_empty(len(parts), 0)
-            return torch.empty(0, dtype=torch.int64), none, torch.stack([none, none]), x
-        return torch.cat(neurons), torch.cat(points, 1), torch.stack([torch.cat(here, 1), torch.cat(worst, 1)]), x
+            return torch.empty(0, dtype=torch.int64), none, torch.stack([none, none]), torch.stack([none, none]), x
+        return (
+            torch.cat(neurons), torch.cat(points, 1), torch.stack([torch.cat(here, 1), torch.cat(worst, 1)]),
+            torch.cat(force, 2), x,
+        )  # fmt: skip
 
     def _branched(self, parts: Parts) -> tuple[Parts, Tensor, Tensor]:
         """Both children of the best split of each subproblem, [2k] in turn; who could not be split; worst points."""
-        neurons, points, scores, x = self._scores(parts)
+        neurons, points, scores, force, x = self._scores(parts)
         k = len(parts)
         if len(neurons) == 0:
             return parts.pick(slice(0, 0)), torch.ones(k, dtype=torch.bool), x
@@ -431,7 +438,8 @@ class NeuronSplit:
         neuron = neurons[chosen].repeat_interleave(2, 1).reshape(-1, 1)
         at = points.gather(1, chosen).repeat_interleave(2, 1).reshape(-1, 1)
         sign = torch.tensor([-1.0, 1.0], dtype=self.dtype).repeat(k * width)[:, None]
-        trial = _extended(wide, neuron, sign, at)
+        beta = torch.stack([f.gather(1, chosen) for f in force], 2).reshape(-1, 1)
+        trial = _extended(wide, neuron, sign, at, beta)
         least = torch.cat([self._bound(trial.pick(part))[0] for part in self.bounder.portions(len(trial))])
         least = torch.maximum(least, trial.bound).reshape(k, width, 2)
         goal = self._goal(parts)[:, None, None]
@@ -613,7 +621,7 @@ def _portions(parts: Parts, bounder: Bounder) -> list[Parts]:
     return [parts.pick(p) for p in bounder.portions(len(parts))]
 
 
-def _extended(parts: Parts, neuron: Tensor, sign: Tensor, at: Tensor) -> Parts:
+def _extended(parts: Parts, neuron: Tensor, sign: Tensor, at: Tensor, beta: Tensor) -> Parts:
     """With one constraint more each."""
-    more = {"neuron": neuron, "sign": sign, "at": at, "beta": torch.zeros_like(at)}
+    more = {"neuron": neuron, "sign": sign, "at": at, "beta": beta}
     return replace(parts, **{name: torch.cat([getattr(parts, name), v], 1) for name, v in more.items()})

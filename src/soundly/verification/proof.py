@@ -215,14 +215,14 @@ def _cases(problem: Problem) -> dict[str, Array]:
 
 def _trees(program: Program, grown: Sequence[Grown]) -> dict[str, Array]:
     names = "flags kind what at slopes_bound slopes_refresh tree_case tree_clause beta group_key group_row".split()
-    names += "tighten_round tighten_key tighten_row tighten_force".split()
+    names += "tighten_node tighten_round tighten_key tighten_row tighten_force".split()
     parts: dict[str, list[Array]] = {name: [np.empty(0, np.int64)] for name in names}
     parts |= {"at": [], "beta": [np.empty(0)], "tighten_force": [np.empty(0)], "tree_clause": [np.empty((0, 2), np.int64)]}
     counts: list[int] = []
     tree_sizes: list[int] = []
     group_sizes: list[int] = []
-    tightened: list[int] = []
     forces: list[int] = []
+    before = 0
     first_row = 0
     for g in grown:
         forest = g.forest
@@ -249,19 +249,20 @@ def _trees(program: Program, grown: Sequence[Grown]) -> dict[str, Array]:
             refresh = np.full(len(nodes), -1, dtype=np.int64)
             refresh[0] = group
             parts["slopes_refresh"].append(refresh)
-            for n, f in zip(nodes.tolist(), flags.tolist(), strict=True):
+            for at, (n, f) in enumerate(zip(nodes.tolist(), flags.tolist(), strict=True), before):
                 beta = g.betas.get(n) if f & BOUND else None
                 counts.append(0 if beta is None else len(beta))
                 if beta is not None:
                     parts["beta"].append(beta)
                 rounds = g.tightened.get(n)
-                tightened.append(0 if rounds is None else len(rounds.key))
                 if rounds is not None:
+                    parts["tighten_node"].append(np.full(len(rounds.key), at))
                     parts["tighten_round"].append(rounds.round)
                     parts["tighten_key"].append(rounds.key)
                     parts["tighten_row"].append(rounds.row + first_row)
                     parts["tighten_force"].append(rounds.force.reshape(-1))
                     forces += [rounds.force.shape[1]] * len(rounds.key)
+            before += len(nodes)
             parts["tree_case"].append(np.array([forest.case[t]], dtype=np.int64))
             parts["tree_clause"].append(np.array([[forest.first[t], forest.last[t]]], dtype=np.int64))
         first_row += len(g.slopes)
@@ -274,7 +275,7 @@ def _trees(program: Program, grown: Sequence[Grown]) -> dict[str, Array]:
     arrays = {name: np.concatenate(values) for name, values in parts.items()}
     for name, sizes in (
         ("tree_start", tree_sizes), ("beta_start", counts), ("group_start", group_sizes),
-        ("tighten_start", tightened), ("force_start", forces),
+        ("force_start", forces),
     ):  # fmt: skip
         arrays[name] = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
     return arrays | {"slots": slots, "slopes": slopes}
