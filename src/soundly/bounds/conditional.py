@@ -11,7 +11,7 @@ Reference: Kotha et al., "Provably Bounding Neural Network Preimages" (INVPROP),
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,8 +22,8 @@ from soundly.bounds.lines import kink
 from soundly.bounds.optimise import bounds_of, enough, raised
 from soundly.bounds.program import Affine, Function, Matrix, Program, Step
 
-ROUNDS, RATE = 3, 0.5
-"""How often slopes and multipliers of a bound are improved, and the first step, of a multiplier's size."""
+ROUNDS, RATE = 10, 0.1
+"""How often slopes and multipliers of a bound are improved, and the first step, of their sizes."""
 WORTH = 1e-3
 """Bounds that cut off less of an interval are forgotten."""
 
@@ -33,12 +33,14 @@ class Tightened:
     """Better bounds of entries of one step, and what they were found with.
 
     Attributes:
+        tried: how many bounds were looked for, to find these.
         owner, entry, side: [rows], which subproblem's interval, and 0 for its lower or 1 for its upper end.
         slopes: the free slopes [rows, n].
         multipliers: by step [rows, n], of its constraints.
     """
 
     step: int
+    tried: int
     owner: Tensor
     entry: Tensor
     side: Tensor
@@ -57,24 +59,25 @@ def with_rows(program: Program, y: Tensor, x: Tensor | None, constant: Tensor) -
 
 
 def tighten(
-    bounder: Bounder, frame: Frame, row: Start, slopes: Slopes, splits: Mapping[int, Split]
+    bounder: Bounder, frame: Frame, row: Start, slopes: Slopes, splits: Mapping[int, Split], wanted: Sequence[int]
 ) -> Iterator[Tightened]:
     """Tightens the intervals of subproblems step by step, in place.
 
     Args:
+        wanted: the steps, ascending.
         frame: of k subproblems; where some interval becomes empty they are infeasible.
         row: the row that each subproblem has to bound.
         slopes, splits: as for `raised`, of that row; the splits of the last step are the rows of the clause.
     """
     k, last = len(frame), len(bounder.steps) - 1
     read = [i for i in range(1, last) if bounder.read[i] and copied(bounder.steps[i]) is None]
-    for i in read:
+    for i in wanted:
         step = bounder.steps[i]
         found = bounder.backward(frame, bounder.lines(frame, slopes), row, splits=splits, keep=True)
-        wanted = bounder.loose(i, frame).expand(k, -1) & ~frame.infeasible[:, None]
+        loose = bounder.loose(i, frame).expand(k, -1) & ~frame.infeasible[:, None]
         if not any(bool(bounder.loose(j, frame).any()) for j in read if j > i):
-            wanted = wanted & _concave(bounder, i, found)
-        owner, entry = wanted.nonzero(as_tuple=True)
+            loose = loose & _concave(bounder, i, found)
+        owner, entry = loose.nonzero(as_tuple=True)
         owner, entry, side = owner.repeat(2), entry.repeat(2), torch.tensor([0, 1]).repeat_interleave(len(owner))
         low, high = (v[i].expand(k, -1).clone() for v in (frame.lower, frame.upper))
         for part in bounder.portions(len(owner)):
@@ -93,15 +96,14 @@ def tighten(
             bound = best.bound - 8 * torch.finfo(low.dtype).eps * (best.bound.abs() + width)
             old = torch.where(end == 0, low[who, what], -high[who, what])
             better = torch.isfinite(bound) & (bound > old + WORTH * width)
-            if bool(better.any()):
-                who, what, end, bound = (v[better] for v in (who, what, end, bound))
-                below = end == 0
-                low[who[below], what[below]] = bound[below]
-                high[who[~below], what[~below]] = -bound[~below]
-                yield Tightened(
-                    i, who, what, end, {key: v[better] for key, v in best.slopes.items()},
-                    {j: v[better] for j, v in best.multipliers.items()},
-                )  # fmt: skip
+            who, what, end, bound = (v[better] for v in (who, what, end, bound))
+            below = end == 0
+            low[who[below], what[below]] = bound[below]
+            high[who[~below], what[~below]] = -bound[~below]
+            yield Tightened(
+                i, len(better), who, what, end, {key: v[better] for key, v in best.slopes.items()},
+                {j: v[better] for j, v in best.multipliers.items()},
+            )  # fmt: skip
         slack = 1000 * torch.finfo(low.dtype).eps * (low.abs() + high.abs())
         frame.infeasible = frame.infeasible | (low > high + slack).any(1)
         frame.lower[i], frame.upper[i] = torch.minimum(low, high), torch.maximum(low, high)

@@ -55,7 +55,6 @@ class Raised:
     multipliers: dict[int, Tensor]
 
 
-PATIENCE, SHORTER = 4, 0.5
 RATE, DECAY = 0.2, 0.9
 """The first step, of a range of slopes, where a choice is shared, and what remains of it a round later."""
 
@@ -124,7 +123,7 @@ class _Freedom:
         x, y, dx, dy = values[step.left], values[step.right], xu - xl, yu - yl
         return a * (yu * xu - yl * xl - dy * x - dx * y if side == 0 else yl * xu - yu * xl + dy * x - dx * y)
 
-    def moved(self, key: Side, slope: Tensor, gradient: Tensor, pace: Tensor, t: int) -> Tensor:
+    def moved(self, key: Side, slope: Tensor, gradient: Tensor, pace: float, t: int) -> Tensor:
         """The slope after a step."""
         j = key[0]
         step = self.bounder.steps[j]
@@ -179,12 +178,7 @@ def raised(
         if t > rounds or time.monotonic() > bounder.deadline or bool(((best > goal) | frame.infeasible).all()):
             break
         values = bounder.follow(lines, found, torch.where(found.a > 0, low, high))
-        if t == 1:
-            pace, stale = torch.full_like(best[:, None], rate), torch.zeros_like(best)
-        stale = torch.where(better, 0.0, stale + 1)
-        back = (stale >= PATIENCE)[:, None]
-        stale = torch.where(back[:, 0], 0.0, stale)
-        pace = torch.where(back, SHORTER * pace, decay * pace)
+        pace = rate * decay ** (t - 1)
         if t == 1:
             for j, a in found.kept.items():
                 for source in bounder.steps[j].sources:
@@ -192,11 +186,10 @@ def raised(
         for key, slope in now.items():
             gradient = freedom.gradient(key, found, values)
             if gradient is not None:
-                now[key] = torch.where(back, best_slopes[key], freedom.moved(key, slope, gradient, pace, t))
+                now[key] = freedom.moved(key, slope, gradient, pace, t)
         for i, s in cuts.items():
             move = adam.step((i, -1), s.sign * (s.at - values[i]), t)
-            moved = (s.multiplier + pace * sizes.get(i, 1.0) * move).clamp(min=0) * (s.sign != 0)
-            s.multiplier = torch.where(back, best_force[i], moved)
+            s.multiplier = (s.multiplier + pace * sizes.get(i, 1.0) * move).clamp(min=0) * (s.sign != 0)
     return Raised(best, best_slopes, best_force)
 
 
@@ -304,7 +297,7 @@ def _together(
                     if gradient is not None:
                         v += gradient.sum(0, keepdim=True)
         if t <= rounds:
-            pace = v_ = torch.full((1, 1), RATE * DECAY ** (t - 1)); now = {key: freedom.moved(key, v, total[key], pace, t) for key, v in now.items()}
+            now = {key: freedom.moved(key, v, total[key], RATE * DECAY ** (t - 1), t) for key, v in now.items()}
     return best, which, {key: torch.cat([v[key] for v in tried]) for key in now}
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from soundly.bounds.batch import Bounder, Frame, Pass, Side, Slopes, Split, Start, copied
-from soundly.bounds.conditional import Tightened, tighten
+from soundly.bounds.conditional import ROUNDS, Tightened, tighten
 from soundly.bounds.lines import bent, jumps, kink
 from soundly.bounds.optimise import Refined, raised
 from soundly.bounds.optimise import first as first_slopes
@@ -34,8 +34,9 @@ from soundly.verification.proof import Grown, Rounds
 
 CANDIDATES = 3
 """How many neurons each of the two scores proposes; all of them are tried."""
-GAIN = 0.05
-"""Intervals are tightened again if that brought this share of what a bound lacks."""
+GAIN, YIELD, TURN = 0.05, 0.02, 1e10
+"""Intervals are tightened again if that brought this share of what a bound lacks; those of a step are left alone for a
+while, longer each time, if of its intervals a smaller share became tighter; up to how many products that may take."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,6 +174,7 @@ class NeuronSplit:
         self.low, self.high = (torch.cat([v[i][0, e] for i, e in self.loose.items()])[None] if self.loose else
                                torch.empty(1, 0, dtype=self.dtype) for v in (root.lower, root.upper))  # fmt: skip
         self.tightened: list[Bounds] = []
+        self.pauses = dict.fromkeys(self.loose, (0, 1))
         self.waiting = self._plant(clauses)
         self.proved: list[Parts] = []
         self.subproblems = 0
@@ -310,6 +312,9 @@ class NeuronSplit:
     def _squeezed(self, parts: Parts, rounds: int) -> Parts:
         """Tightens intervals and bounds in turn, as long as that brings enough."""
         finished, turn = [], 0
+        loose = sum(map(len, self.loose.values()))
+        if 4 * ROUNDS * loose * self.bounder.cost > TURN:
+            return parts
         while len(parts):
             lack = self._goal(parts) - parts.bound
             more = torch.isfinite(lack) & (lack >= 0)
@@ -318,7 +323,9 @@ class NeuronSplit:
             finished.append(parts.pick(~more))
             parts = parts.pick(more)
             before = parts.bound
-            parts = Parts.join([self.optimise(self._tightened(p, turn), rounds) for p in _portions(parts, self.bounder)] or [parts])
+            if len(parts):
+                found = [self._tightened(p, turn) for p in _portions(parts, self.bounder)]
+                parts = self._improved(Parts.join(found), rounds)
             turn += 1
         return Parts.join(finished) if finished else parts
 
@@ -334,8 +341,17 @@ class NeuronSplit:
         unit = torch.zeros_like(slack).scatter_(1, (self.rows[parts.tree] - first)[:, None], 1.0)
         splits = splits | {last: Split(-own.to(self.dtype), slack, unit)}
         start = self._start(self.rows[parts.tree])
-        for found in tighten(self.bounder, frame, start, self._slopes(parts), splits):
-            self.tightened.append(self._recorded(parts, found, own, turn))
+        now = [i for i, (pause, _) in self.pauses.items() if pause == 0]
+        worth = dict.fromkeys(now, 0.0)
+        for found in tighten(self.bounder, frame, start, self._slopes(parts), splits, now):
+            worth[found.step] += len(found.entry) - YIELD * found.tried
+            if len(found.entry):
+                self.tightened.append(self._recorded(parts, found, own, turn))
+        for i, (pause, length) in self.pauses.items():
+            if pause:
+                self.pauses[i] = pause - 1, length
+            else:
+                self.pauses[i] = (0, 1) if worth[i] >= 0 else (length, 2 * length)
         low, high = (torch.cat([v[i][:, e] for i, e in self.loose.items()], 1) for v in (frame.lower, frame.upper))
         ends = len(self.low) + torch.arange(k)
         self.low, self.high = torch.cat([self.low, low]), torch.cat([self.high, high])
@@ -413,7 +429,8 @@ class NeuronSplit:
             worst.append(torch.where(inside, a.abs() * widest, -1.0))
             # On each half the function is one straight line, and a plane that was better beyond it is made up for.
             ends, slope = kink(step.op), torch.where(a >= 0, line[0], line[2])
-            force.append(torch.stack([slope * 0, slope * 0] if ends is None else [a * (slope - ends[0]), a * (ends[1] - slope)]).clamp(min=0))
+            ends = (slope, slope) if ends is None else ends
+            force.append(torch.stack([a * (slope - ends[0]), a * (ends[1] - slope)]).clamp(min=0))
         if not neurons:
             none = x.new_empty(len(parts), 0)
             return torch.empty(0, dtype=torch.int64), none, torch.stack([none, none]), torch.stack([none, none]), x
@@ -475,7 +492,7 @@ class NeuronSplit:
             )  # fmt: skip
             children = replace(children, node=torch.from_numpy(made.reshape(-1)))
         self.waiting = later if later is not None else children.pick(slice(0, 0))
-        self._file(children, rounds)
+        self._keep(self._squeezed(self._improved(children, rounds), rounds))
         return x
 
     def _settle(self, part: Parts, x: Tensor) -> Tensor:
@@ -501,13 +518,21 @@ class NeuronSplit:
         to check a root again costs far more than to bound it well."""
         now, self.waiting = self.waiting, self.waiting.pick(slice(0, 0))
         exact = all(piecewise(self.steps[j]) for j, _ in self.slots.entries)
-        self._file(now, rounds, beyond=0.0 if exact else math.inf)
+        self._keep(self._improved(now, rounds, beyond=0.0 if exact else math.inf))
 
-    def _file(self, parts: Parts, rounds: int, *, beyond: float = 0.0) -> None:
-        """Optimises subproblems and keeps what is left to do."""
+    def squeeze(self, rounds: int) -> None:
+        """Tightens the intervals of whatever waits."""
+        now, self.waiting = self.waiting, self.waiting.pick(slice(0, 0))
+        self._keep(self._squeezed(now, rounds))
+
+    def _improved(self, parts: Parts, rounds: int, *, beyond: float = 0.0) -> Parts:
+        """Subproblems, optimised where that is still of use."""
         done = parts.bound > self._goal(parts)
-        improved = [self.optimise(p, rounds, beyond=beyond) for p in _portions(parts.pick(~done), self.bounder)]
-        parts = self._squeezed(Parts.join([parts.pick(done), *improved]), rounds)
+        found = [self.optimise(p, rounds, beyond=beyond) for p in _portions(parts.pick(~done), self.bounder)]
+        return Parts.join([parts.pick(done), *found])
+
+    def _keep(self, parts: Parts) -> None:
+        """Files what is proved, and what is left to do."""
         done = torch.isfinite(parts.bound) & (parts.bound > self._goal(parts)) | (parts.bound == math.inf)
         finished = parts.pick(done)
         if len(finished):

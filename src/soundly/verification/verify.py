@@ -345,6 +345,8 @@ class _Run:
             search.begin(50)
             self.subproblems += search.subproblems
             self.bound = search.bound
+        search.squeeze(20)
+        self.bound = search.bound
         return search
 
     def _work_neurons(self, search: NeuronSplit, until: float) -> None:
