@@ -502,8 +502,7 @@ def tightened_certificate(seed: int) -> Certificate:
     steps, arrays = mlp(rng, [2, 5, 4, 2], ["relu", "relu", "tanh"][seed % 3])
     claim = tightly(steps, arrays, [-0.8, -0.6], [0.7, 0.9], rooms, seed)
     if seed % 2:  # slacks, and second rows that read the input and are never above theirs
-        lower, upper, clauses = claim.cases[0]
-        for rows in clauses:
+        for rows in claim.cases[0][2]:
             y, x, b, _ = rows[0]
             rows[0] = (y, x, b + 0.2, 0.2)
             rows.append((0 * y, rng.standard_normal(2), -5.0, 0.0))
@@ -568,8 +567,12 @@ def between(room: float) -> Certificate:
 
     Neither row can show it. Where both fail, x >= 0.6 by the first, and so relu(x) = x <= w + 0.1 by the second.
     """
-    steps = [{"step": "variable", "size": 1}, affine(1, 1, [matrix(0, "w1")], "b1"),
-             {"step": "function", "from": 1, "size": 1, "function": "relu"}, affine(3, 1, [matrix(2, "w1")], "b1")]
+    steps = [
+        {"step": "variable", "size": 1},
+        affine(1, 1, [matrix(0, "w1")], "b1"),
+        {"step": "function", "from": 1, "size": 1, "function": "relu"},
+        affine(3, 1, [matrix(2, "w1")], "b1"),
+    ]
     arrays = {"w1": np.ones((1, 1)), "b1": np.zeros(1)}
     clause = [([0.0], [-1.0], 0.7, 0.1), ([1.0], [0.0], -(0.5 - room), 0.1)]
     root = Node(tightened=[(0, 2, 0, [1.0, 0.0]), (1, 3, 0, [0.0, 1.0])])
@@ -577,11 +580,16 @@ def between(room: float) -> Certificate:
 
 
 def around(room: float) -> Certificate:
-    """h = relu(x) is split at 0.4 + room and, of a copy, at 0.4: what is above the first and below the second is empty if
-    there is room, as intervals of 2 h show. Everything else stays open."""
-    steps = [{"step": "variable", "size": 1}, affine(1, 1, [matrix(0, "w1")], "b1"),
-             {"step": "function", "from": 1, "size": 1, "function": "relu"}, affine(3, 3, [matrix(2, "w3")], "b3"),
-             {"step": "function", "from": 3, "size": 3, "function": "relu"}, affine(5, 1, [matrix(4, "w5")], "b1")]
+    """h = relu(x) is split at 0.4 + room and, of a copy, at 0.4: what is above the first and below the second is empty
+    if there is room, as intervals of 2 h show. Everything else stays open."""
+    steps = [
+        {"step": "variable", "size": 1},
+        affine(1, 1, [matrix(0, "w1")], "b1"),
+        {"step": "function", "from": 1, "size": 1, "function": "relu"},
+        affine(3, 3, [matrix(2, "w3")], "b3"),
+        {"step": "function", "from": 3, "size": 3, "function": "relu"},
+        affine(5, 1, [matrix(4, "w5")], "b1"),
+    ]
     arrays = {"w1": np.ones((1, 1)), "b1": np.zeros(1), "w3": np.array([[1.0], [1.0], [2.0]]), "b3": np.zeros(3),
               "w5": np.zeros((1, 3))}  # fmt: skip
     root = Node()
@@ -1429,7 +1437,8 @@ FAULTS = {
     "halves by certain weights": ("np.full(2, cost[node.row, entry])", "np.zeros(2)"),
     "no bias in first rows": ("sign * step.bias[entry], lost", "0 * step.bias[entry], lost"),
     "first rows are certain": ("sign * step.bias[entry], lost", "sign * step.bias[entry], 0.0"),
-    "rows of the clause without their slack": ("self.proof.constant[rows] - self.proof.slack[rows]", "self.proof.constant[rows]"),
+    "rows of the clause without their slack": ("self.proof.constant[rows] - self.proof.slack[rows]",
+                                               "self.proof.constant[rows]"),
     "rows of the clause turned round": ("added[step] = times @ matrix", "added[step] = -times @ matrix"),
     "constants of the clause's rows forgotten": ("each, added, times @ constant, lost)", "each, added, 0.0, lost)"),
     "rows of the clause are certain": ("{}, count * (times @ np.abs(constant)) + FLOOR", "{}, -1e-3"),
@@ -1437,7 +1446,7 @@ FAULTS = {
     "multipliers of splits turned round": ("splits.sign[mine], splits.beta", "-splits.sign[mine], splits.beta"),
     "splits of another bound": ("Splits(place[splits.node[mine]],", "Splits(0 * place[splits.node[mine]],"),
     "bounds for another node": ("(own.node[below], entry[below])", "(0 * own.node[below], entry[below])"),
-    "upper bounds as lower ones": ("1.0 - 2.0 * (own.key % 2)", "1.0 - 0.0 * (own.key % 2)"),
+    "upper bounds as lower ones": ("np.where(own.key % 2 == 0, 1.0, -1.0)", "np.where(own.key >= 0, 1.0, -1.0)"),
     "intervals of another node": ("pieces(program, j, known, own.slopes)",
                                   "pieces(program, j, known.take(0 * each), own.slopes)"),
     "everything tightened is proven": ("dead |= (low > high).any(axis=1)", "dead |= True"),

@@ -20,7 +20,7 @@ from torch import Tensor
 from soundly.bounds.batch import Bounder, Frame, Pass, Side, Slopes, Split, Start, copied
 from soundly.bounds.lines import kink
 from soundly.bounds.optimise import bounds_of, enough, raised
-from soundly.bounds.program import Affine, Function, Matrix, Program, Step
+from soundly.bounds.program import Affine, Function, Matrix, Program
 
 ROUNDS, RATE = 10, 0.1
 """How often slopes and multipliers of a bound are improved, and the first step, of their sizes."""

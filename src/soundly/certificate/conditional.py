@@ -16,6 +16,7 @@ from soundly.certificate.program import MOST, Apply, Program, Times, nonlinear_s
 from soundly.certificate.rings import U
 
 Array = npt.NDArray[np.float64]
+Truths = npt.NDArray[np.bool_]
 Integers = npt.NDArray[np.int64]
 Rows = Callable[[Integers], tuple[dict[int, Array], Array]]
 
@@ -57,7 +58,7 @@ class Conditions:
         )  # fmt: skip
 
 
-def tighten(program: Program, frame: Frame, conditions: Conditions, rows: Rows, in_time: Callable[[], None]) -> Array:
+def tighten(program: Program, frame: Frame, conditions: Conditions, rows: Rows, in_time: Callable[[], None]) -> Truths:
     """Meets the intervals of nodes with bounds, round by round and step by step, in place.
 
     Args:
@@ -72,7 +73,8 @@ def tighten(program: Program, frame: Frame, conditions: Conditions, rows: Rows, 
         in_time()
         own = conditions.take(some)
         i = int(np.searchsorted(program.offsets, own.key[0] // 2, side="right")) - 1
-        entry, sign = own.key // 2 - program.offsets[i], 1.0 - 2.0 * (own.key % 2)
+        entry = own.key // 2 - program.offsets[i]
+        sign = np.where(own.key % 2 == 0, 1.0, -1.0)
         bounds = _bounds(program, frame, own, i, entry, sign, rows)
         low, high = frame.lower[i].copy(), frame.upper[i].copy()
         below = sign > 0
@@ -98,9 +100,7 @@ def _together(program: Program, conditions: Conditions) -> Iterator[Integers]:
             yield some[begin : begin + size]
 
 
-def _bounds(
-    program: Program, frame: Frame, own: Conditions, i: int, entry: Integers, sign: Array, rows: Rows
-) -> Array:
+def _bounds(program: Program, frame: Frame, own: Conditions, i: int, entry: Integers, sign: Array, rows: Rows) -> Array:
     each = np.arange(len(own.node))
     known = Frame([x if len(x) == 1 else x[own.node] for x in frame.lower],
                   [x if len(x) == 1 else x[own.node] for x in frame.upper],

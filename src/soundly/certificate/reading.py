@@ -348,9 +348,7 @@ def _stored(arrays: _Reader, slopes: Array, neurons: int) -> Stored:
     return Stored(slopes, start, key, row)
 
 
-def _trees(
-    arrays: _Reader, program: Program, pair_start: Array, pair_rows: Array, stored: Stored
-) -> dict[str, Array]:
+def _trees(arrays: _Reader, program: Program, pair_start: Array, pair_rows: Array, stored: Stored) -> dict[str, Array]:
     case = arrays.indices("tree_case", None, len(pair_start) - 1)
     trees = len(case)
     clause = arrays.get("tree_clause", "i8", trees, 2)
@@ -404,6 +402,7 @@ def _trees(
     child = start[tree] + 1 + 2 * number
     for node in np.flatnonzero(~leaf).tolist():
         depth[child[node] : child[node] + 2] = depth[node] + split[node]
+    rows = np.where(clause[:, 1] - clause[:, 0] == 1, np.diff(pair_rows)[pair_start[case] + clause[:, 0]], -1)
     length = np.diff(beta_start)
     if ((length != 0) & (length != depth)).any():
         _refuse("beta: one number for each neuron split above the node, or none")
@@ -411,14 +410,11 @@ def _trees(
         "tree_case": case, "tree_clause": clause, "tree_start": start, "flags": flags, "kind": kind, "what": what,
         "at": at, "child": child, "slopes_bound": bound, "slopes_refresh": group, "beta_start": beta_start,
         "beta": beta,
-        **_tightened(arrays, program, stored, depth, np.where(clause[:, 1] - clause[:, 0] == 1,
-                     np.diff(pair_rows)[pair_start[case] + clause[:, 0]], -1)[tree]),
+        **_tightened(arrays, program, stored, depth, rows[tree]),
     }  # fmt: skip
 
 
-def _tightened(
-    arrays: _Reader, program: Program, stored: Stored, depth: Array, rows: Array
-) -> dict[str, Array]:
+def _tightened(arrays: _Reader, program: Program, stored: Stored, depth: Array, rows: Array) -> dict[str, Array]:
     """How intervals of nodes are tightened; of nodes their splits above and the rows of their clause, -1 if it is not
     one clause."""
     key = arrays.get("tighten_key", "i8", None)
@@ -433,8 +429,8 @@ def _tightened(
     step = np.searchsorted(program.offsets, key // 2, side="right") - 1
     if not np.isin(step, [i for i in program.bounded if i > 0]).all():
         _refuse("tighten_key: an input, or a neuron that no function or product reads")
-    if ((number < 0) | (number > count)).any():
-        _refuse("tighten_round out of range")
+    if (number < 0).any():
+        _refuse("tighten_round is negative")
     same = (np.diff(node) == 0) & (np.diff(number) == 0)
     if ((np.diff(node) == 0) & (np.diff(number) < 0)).any() or (same & (np.diff(key) <= 0)).any():
         _refuse("tighten_round must not decrease within a node, and tighten_key must increase within a round")
@@ -446,7 +442,8 @@ def _tightened(
     force_start = arrays.offsets("force_start", count, len(force))
     if (np.diff(force_start) != (rows + depth)[node]).any():
         _refuse("tighten_force: one number for each row of the clause and each neuron split above the node")
+    start = np.searchsorted(node, np.arange(len(depth) + 1))
     return {
-        "tighten_start": np.searchsorted(node, np.arange(len(depth) + 1)), "tighten_round": number, "tighten_key": key, "tighten_row": row,
+        "tighten_start": start, "tighten_round": number, "tighten_key": key, "tighten_row": row,
         "force_start": force_start, "force": force,
     }  # fmt: skip

@@ -30,7 +30,8 @@ from soundly.bounds.program import Function, Step
 from soundly.verification.forest import BOUND, NEURON, Forest
 from soundly.verification.leaf import solve
 from soundly.verification.problem import Problem
-from soundly.verification.proof import Grown, Rounds
+from soundly.verification.proof import Grown
+from soundly.verification.tightening import Bounds, bounds_found
 
 CANDIDATES = 3
 """How many neurons each of the two scores proposes; all of them are tried."""
@@ -104,31 +105,6 @@ class Slots:
     entries: dict[Side, Tensor]
     first: dict[Side, int]
     count: int
-
-
-@dataclass(frozen=True, eq=False)
-class Bounds:
-    """Bounds that tightened intervals: of which node, in which round, 2 * neuron + side; with slopes [R, slots] and
-    multipliers of the clause's rows, so many, [R, most rows], and of the constraints on the node's path [R, depth]."""
-
-    node: Tensor
-    round: Tensor
-    key: Tensor
-    slopes: Tensor
-    rows: Tensor
-    force: Tensor
-    depth: Tensor
-    beta: Tensor
-
-    def _asdict(self) -> dict[str, Tensor]:
-        return {f.name: getattr(self, f.name) for f in fields(self)}
-
-    @staticmethod
-    def join(found: Sequence[Bounds]) -> Bounds:
-        depth = max(b.beta.shape[1] for b in found)
-        wide = [torch.cat([b.beta, b.beta.new_zeros(len(b.node), depth - b.beta.shape[1])], 1) for b in found]
-        narrow = ([getattr(b, f.name) for b in found] for f in fields(Bounds)[:-1])
-        return Bounds(*map(torch.cat, narrow), torch.cat(wide))
 
 
 class NeuronSplit:
@@ -297,13 +273,13 @@ class NeuronSplit:
 
     def _updated(self, parts: Parts, slopes: Slopes, force: Mapping[int, Tensor], bound: Tensor) -> Parts:
         flat = parts.slopes.clone()
-        for key, index in self.slots.entries.items():
-            first = self.slots.first[key]
-            flat[:, first : first + len(index)] = slopes[key][:, index]
+        for key, value in slopes.items():
+            index, first = self.slots.entries[key], self.slots.first[key]
+            flat[:, first : first + len(index)] = value[:, index]
         beta = parts.beta.clone()
         step_of = torch.bucketize(parts.neuron, self.offset, right=True) - 1
         for i, v in force.items():
-            owner, place = ((step_of == i) & parts.last).nonzero(as_tuple=True)
+            owner, place = ((step_of == i) & parts.last & (parts.neuron >= 0)).nonzero(as_tuple=True)
             beta[owner, place] = v[owner, parts.neuron[owner, place] - self.offset[i]]
         return replace(parts, beta=beta, slopes=flat, bound=torch.maximum(parts.bound, bound))
 
@@ -315,14 +291,13 @@ class NeuronSplit:
         loose = sum(map(len, self.loose.values()))
         if 4 * ROUNDS * loose * self.bounder.cost > TURN:
             return parts
+        before = torch.full_like(parts.bound, math.inf)
         while len(parts):
             lack = self._goal(parts) - parts.bound
-            more = torch.isfinite(lack) & (lack >= 0)
-            if turn:
-                more &= parts.bound - before >= GAIN * (self._goal(parts) - before)
+            # What remains of the lack before is little enough, and not yet nothing.
+            more = torch.isfinite(lack) & (lack >= 0) & (lack <= (1 - GAIN) * before)
             finished.append(parts.pick(~more))
-            parts = parts.pick(more)
-            before = parts.bound
+            parts, before = parts.pick(more), lack[more]
             if len(parts):
                 found = [self._tightened(p, turn) for p in _portions(parts, self.bounder)]
                 parts = self._improved(Parts.join(found), rounds)
@@ -346,7 +321,7 @@ class NeuronSplit:
         for found in tighten(self.bounder, frame, start, self._slopes(parts), splits, now):
             worth[found.step] += len(found.entry) - YIELD * found.tried
             if len(found.entry):
-                self.tightened.append(self._recorded(parts, found, own, turn))
+                self.tightened.append(self._recorded(parts.pick(found.owner), found, own, turn))
         for i, (pause, length) in self.pauses.items():
             if pause:
                 self.pauses[i] = pause - 1, length
@@ -359,25 +334,17 @@ class NeuronSplit:
         return replace(parts, ends=ends, bound=bound)
 
     def _recorded(self, parts: Parts, found: Tightened, own: Tensor, turn: int) -> Bounds:
-        owner, last = found.owner, len(self.steps) - 1
-        neuron, mine = parts.neuron[owner], parts.last[owner]
-        beta = torch.zeros_like(parts.beta[owner])
-        step_of = torch.bucketize(neuron, self.offset, right=True) - 1
-        for i, force in found.multipliers.items():
-            row, place = ((step_of == i) & mine & (neuron >= 0)).nonzero(as_tuple=True)
-            beta[row, place] = force[row, neuron[row, place] - self.offset[i]]
-        # The rows of the clause, in order, before those of others.
-        order = (~own).to(torch.uint8).sort(dim=1, stable=True).indices[owner]
-        slopes = torch.zeros(len(owner), self.slots.count)
-        for key, index in self.slots.entries.items():
-            begin = self.slots.first[key]
-            slopes[:, begin : begin + len(index)] = found.slopes[key][:, index].float()
+        """For the certificate; one part for each bound."""
+        slopes = torch.zeros(len(parts), self.slots.count)
+        for side, index in self.slots.entries.items():
+            begin = self.slots.first[side]
+            slopes[:, begin : begin + len(index)] = found.slopes[side][:, index].float()
+        parts = self._updated(replace(parts, beta=torch.zeros_like(parts.beta)), {}, found.multipliers, parts.bound)
         key = 2 * (self.offset[found.step] + found.entry) + found.side
-        force = found.multipliers[last].gather(1, order)
-        order = (parts.node[owner] * 2 * self.offset[-1] + key).argsort()
-        rows, depth = own.sum(1)[owner], (neuron >= 0).sum(1)
-        every = parts.node[owner], torch.full_like(key, turn), key, slopes, rows, force, depth, beta
-        return Bounds(*(v[order] for v in every))
+        force = found.multipliers[len(self.steps) - 1]
+        return bounds_found(
+            parts.node, turn, key, slopes, own[found.owner], force, (parts.neuron >= 0).sum(1), parts.beta
+        )
 
     def _goal(self, parts: Parts) -> Tensor:
         return self.problem.slack[self.rows[parts.tree]].to(self.dtype) + self.margin
@@ -429,8 +396,8 @@ class NeuronSplit:
             worst.append(torch.where(inside, a.abs() * widest, -1.0))
             # On each half the function is one straight line, and a plane that was better beyond it is made up for.
             ends, slope = kink(step.op), torch.where(a >= 0, line[0], line[2])
-            ends = (slope, slope) if ends is None else ends
-            force.append(torch.stack([a * (slope - ends[0]), a * (ends[1] - slope)]).clamp(min=0))
+            left, right = (slope, slope) if ends is None else ends
+            force.append(torch.stack([a * (slope - left), a * (right - slope)]).clamp(min=0))
         if not neurons:
             none = x.new_empty(len(parts), 0)
             return torch.empty(0, dtype=torch.int64), none, torch.stack([none, none]), torch.stack([none, none]), x
@@ -580,26 +547,13 @@ class NeuronSplit:
         tightened = {}
         if self.tightened:
             bounds = Bounds.join(self.tightened)
-            tightened = self._rounds(bounds, len(leaves) + len(rows))
+            tightened = bounds.rounds(len(leaves) + len(rows))
             slopes.append(bounds.slopes)
         return Grown(
             self.forest, trees, slot.numpy(), torch.cat(slopes).numpy(),
             {n: k for k, n in enumerate(node)}, {n: beta[k, : depth[k]] for k, n in enumerate(node)},
             {key: len(leaves) + row for key, row in keys.items()}, tightened,
         )  # fmt: skip
-
-    def _rounds(self, bounds: Bounds, first: int) -> dict[int, Rounds]:
-        """Node -> the bounds that tightened its intervals; their slopes begin with that row."""
-        nodes = {}
-        order = bounds.node.argsort(stable=True)
-        for some in order.split(bounds.node[order].unique_consecutive(return_counts=True)[1].tolist()):
-            node = int(bounds.node[some[0]])
-            rows, depth = int(bounds.rows[some[0]]), int(bounds.depth[some[0]])
-            force = torch.cat([bounds.force[some, :rows], bounds.beta[some, :depth]], 1)
-            nodes[node] = Rounds(
-                bounds.round[some].numpy(), bounds.key[some].numpy(), (first + some).numpy(), force.double().numpy()
-            )
-        return nodes
 
     def _root_slopes(self) -> tuple[dict[int, int], Tensor]:
         """2 * neuron + side of the bounds that the root's intervals were refined with, with their rows of slopes."""

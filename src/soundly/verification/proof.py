@@ -217,7 +217,8 @@ def _trees(program: Program, grown: Sequence[Grown]) -> dict[str, Array]:
     names = "flags kind what at slopes_bound slopes_refresh tree_case tree_clause beta group_key group_row".split()
     names += "tighten_node tighten_round tighten_key tighten_row tighten_force".split()
     parts: dict[str, list[Array]] = {name: [np.empty(0, np.int64)] for name in names}
-    parts |= {"at": [], "beta": [np.empty(0)], "tighten_force": [np.empty(0)], "tree_clause": [np.empty((0, 2), np.int64)]}
+    parts |= {name: [np.empty(0)] for name in ("beta", "tighten_force")}
+    parts |= {"at": [], "tree_clause": [np.empty((0, 2), np.int64)]}
     counts: list[int] = []
     tree_sizes: list[int] = []
     group_sizes: list[int] = []

@@ -320,10 +320,10 @@ class _Run:
 
     def _rooted(self, problem: Problem, case: int) -> NeuronSplit:
         first, last = problem.row_spans[case].tolist()
-        rows = problem.rows
+        every = problem.rows
         program = with_rows(
-            problem.program, rows.y[first:last], rows.x[first:last] if rows.reads_inputs else None,
-            rows.constant[first:last],
+            problem.program, every.y[first:last], every.x[first:last] if every.reads_inputs else None,
+            every.constant[first:last],
         )  # fmt: skip
         narrow, margin = Bounder(program.to(torch.float32), deadline=self.deadline), MARGIN
         if narrow.cost <= SMALL:
