@@ -27,7 +27,7 @@ from soundly.bounds.lines import bent, jumps, kink
 from soundly.bounds.optimise import Refined, raised
 from soundly.bounds.optimise import first as first_slopes
 from soundly.bounds.program import Function, Step
-from soundly.verification.forest import BOUND, NEURON, Forest
+from soundly.verification.forest import BOUND, LEAF, NEURON, Forest
 from soundly.verification.leaf import solve
 from soundly.verification.problem import Problem
 from soundly.verification.proof import Grown
@@ -38,6 +38,8 @@ CANDIDATES = 3
 GAIN, YIELD, TURN = 0.05, 0.02, 1e10
 """Intervals are tightened again if that brought this share of what a bound lacks; those of a step are left alone for a
 while, longer each time, if of its intervals a smaller share became tighter; up to how many products that may take."""
+PASSES = 20
+"""Roughly how many passes a subproblem takes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +153,8 @@ class NeuronSplit:
                                torch.empty(1, 0, dtype=self.dtype) for v in (root.lower, root.upper))  # fmt: skip
         self.tightened: list[Bounds] = []
         self.pauses = dict.fromkeys(self.loose, (0, 1))
-        self.waiting = self._plant(clauses)
+        self.squeezing = False
+        self.waiting = self.roots = self._plant(clauses)
         self.proved: list[Parts] = []
         self.subproblems = 0
         self.stuck: list[Parts] = []
@@ -288,9 +291,6 @@ class NeuronSplit:
     def _squeezed(self, parts: Parts, rounds: int) -> Parts:
         """Tightens intervals and bounds in turn, as long as that brings enough."""
         finished, turn = [], 0
-        loose = sum(map(len, self.loose.values()))
-        if 4 * ROUNDS * loose * self.bounder.cost > TURN:
-            return parts
         before = torch.full_like(parts.bound, math.inf)
         while len(parts):
             lack = self._goal(parts) - parts.bound
@@ -459,7 +459,8 @@ class NeuronSplit:
             )  # fmt: skip
             children = replace(children, node=torch.from_numpy(made.reshape(-1)))
         self.waiting = later if later is not None else children.pick(slice(0, 0))
-        self._keep(self._squeezed(self._improved(children, rounds), rounds))
+        children = self._improved(children, rounds)
+        self._keep(self._squeezed(children, rounds) if self.squeezing else children)
         return x
 
     def _settle(self, part: Parts, x: Tensor) -> Tensor:
@@ -486,11 +487,23 @@ class NeuronSplit:
         now, self.waiting = self.waiting, self.waiting.pick(slice(0, 0))
         exact = all(piecewise(self.steps[j]) for j, _ in self.slots.entries)
         self._keep(self._improved(now, rounds, beyond=0.0 if exact else math.inf))
+        self.roots = self.waiting
+
+    @property
+    def due(self) -> bool:
+        """Whether splits alone have cost as much as it would cost to tighten the roots' intervals, and did not do."""
+        passes = 4 * ROUNDS * sum(map(len, self.loose.values()))
+        patience = len(self.roots) * passes > PASSES * self.subproblems
+        return not (self.squeezing or patience or passes * self.bounder.cost > TURN)
 
     def squeeze(self, rounds: int) -> None:
-        """Tightens the intervals of whatever waits."""
-        now, self.waiting = self.waiting, self.waiting.pick(slice(0, 0))
-        self._keep(self._squeezed(now, rounds))
+        """Begins anew with the trees that are not done, and tightens intervals from now on."""
+        left = torch.cat([p.tree for p in (self.waiting, *self.stuck)]).unique()
+        roots = self.roots.pick(torch.isin(self.roots.tree, left))
+        self.proved = [p.pick(~torch.isin(p.tree, left)) for p in self.proved]
+        self.forest.flags[roots.node.numpy()], self.forest.kind[roots.node.numpy()] = 0, LEAF
+        self.waiting, self.stuck, self.squeezing = roots.pick(slice(0, 0)), [], True
+        self._keep(self._squeezed(roots, rounds))
 
     def _improved(self, parts: Parts, rounds: int, *, beyond: float = 0.0) -> Parts:
         """Subproblems, optimised where that is still of use."""
@@ -518,7 +531,8 @@ class NeuronSplit:
         if self.tightened:
             self.tightened = [Bounds.join(self.tightened)]
             arrays |= {f"tightened.{field}": v.numpy() for field, v in self.tightened[0]._asdict().items()}
-        return arrays | {"subproblems": np.array(self.subproblems), "low": self.low.numpy(), "high": self.high.numpy()}
+        arrays |= {"low": self.low.numpy(), "high": self.high.numpy(), "squeezing": np.array(self.squeezing)}
+        return arrays | {"subproblems": np.array(self.subproblems)}
 
     def restore(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """Goes on where a journal left it."""
@@ -531,6 +545,7 @@ class NeuronSplit:
                 self.proved = [Parts(**found)] if found else []
             elif found:
                 self.waiting = Parts(**found)
+        self.squeezing = bool(state["squeezing"])
         self.low, self.high = torch.from_numpy(state["low"]), torch.from_numpy(state["high"])
         self.subproblems = int(state["subproblems"])
 

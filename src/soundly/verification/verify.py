@@ -345,8 +345,6 @@ class _Run:
             search.begin(50)
             self.subproblems += search.subproblems
             self.bound = search.bound
-        search.squeeze(20)
-        self.bound = search.bound
         return search
 
     def _work_neurons(self, search: NeuronSplit, until: float) -> None:
@@ -357,6 +355,10 @@ class _Run:
             self._limits()
             start = time.monotonic()
             before = search.subproblems
+            if search.due:
+                search.squeeze(20)
+                batch = 4
+                continue
             points = search.step(batch, 10)
             self.subproblems += search.subproblems - before
             spent = time.monotonic() - start
