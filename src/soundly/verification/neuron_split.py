@@ -110,7 +110,8 @@ class Slots:
 
 
 class NeuronSplit:
-    """The search over one box; `step` handles one batch.
+    """The search over one box; `step` handles one batch. The bounder is of the problem's program and, as a last step,
+    the rows of the case (`with_rows`).
 
     Attributes:
         forest: one tree per clause.
