@@ -1,7 +1,7 @@
 """Whether an edited network keeps its promises: a claim for the verifier, whose proof is the edit's certificate.
 
-Every point is a box of width zero with the rows stated there, every region a box with the rows stated on it. So one claim
-covers an edit, and `soundly.verify` decides it: over the reals, for the weights as stored, from the input on.
+Every point is a box of width zero with the rows stated there, every region a box with the rows stated on it. So one
+claim covers an edit, and `soundly.verify` decides it: over the reals, for the weights as stored, from the input on.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """What constraints are about, as functions of the weights that may change: one graph for all points.
 
 A trunk knows features because the edited layer is the last one. Anywhere else the quantities themselves (outputs,
-gradients, maps) are evaluated as a graph in float64, together with the inputs of every function with a break behind the
-edited weights. While none of those crosses a break, a network of piecewise linear functions is affine in weights of which
-no path meets two, its gradients included (docs/editing.md). Derivatives towards the weights come by rows, only those that
-are asked for.
+gradients, maps) are evaluated as a graph in float64, together with the inputs of every function with a break behind
+the edited weights. While none of those crosses a break, a network of piecewise linear functions is affine in weights
+of which no path meets two, its gradients included (docs/editing.md). Derivatives towards the weights come by rows,
+only those that are asked for.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ class Evidence:
         """The derivatives of values and hinges along a direction [n]."""
 
         def along(x: Tensor) -> tuple[Tensor, Tensor]:
-            _, tangents = jvp(lambda t: self._at(t, x), (theta,), (direction,))
+            _, tangents = jvp(lambda t: self._at(t, x), (theta,), (direction,))  # type: ignore[misc]
             return tangents
 
         with torch.no_grad():
@@ -233,7 +233,7 @@ class Evidence:
         """
 
         def pulled(x: Tensor, v: Tensor, h: Tensor) -> Tensor:
-            _, pull = vjp(lambda t: self._at(t, x), theta)
+            _, pull = vjp(lambda t: self._at(t, x), theta)  # type: ignore[misc]
             return pull((v, h))[0]
 
         size = max(1, min(self._chunk, CHUNK // max(1, len(theta))))

@@ -1,11 +1,12 @@
 """Edits of any layer, at points and on whole regions: propose, look for what is still wrong, prove.
 
-Constraints on a region are first imposed at some of its points. The edited network is then sampled, and whatever violates
-them joins the points; where sampling finds nothing the verifier decides, and its counterexample joins them too. Where it can
-neither prove nor refute, rows are tightened. What is returned as proved has a certificate of the whole claim.
+Constraints on a region are first imposed at some of its points. The edited network is then sampled, and whatever
+violates them joins the points; where sampling finds nothing the verifier decides, and its counterexample joins them
+too. Where it can neither prove nor refute, rows are tightened. What is returned as proved has a certificate of the
+whole claim.
 
-References: Solar-Lezama et al., "Combinatorial Sketching for Finite Programs", ASPLOS 2006 (counterexample-guided search);
-docs/editing.md.
+References: Solar-Lezama et al., "Combinatorial Sketching for Finite Programs", ASPLOS 2006 (counterexample-guided
+search); docs/editing.md.
 """
 
 from __future__ import annotations

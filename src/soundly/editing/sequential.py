@@ -1,15 +1,14 @@
-"""Weights under which constraints at points hold, whatever the layer: linear programs, each around the last one's answer.
+"""Weights under which constraints at points hold, whatever the layer: programs, each around the last one's answer.
 
-Around weights theta the constraints are linear rows, and so is the demand that no function behind the edited weights leaves
-the piece it is on. Where that makes the network affine (docs/editing.md says when) the first solution is exact. Elsewhere it
-is a Newton step, shortened until it helps, and rows are taken anew. Rows enter a program when they are violated: of the
-thousands of pieces few matter. If pieces contradict the constraints they are let go, and the next program starts from the
-pieces that this leads to.
+Around weights theta the constraints are linear rows, and so is the demand that no function behind the edited weights
+leaves the piece it is on. Where that makes the network affine (docs/editing.md says when) the first solution is exact.
+Elsewhere it is a Newton step, shortened until it helps, and rows are taken anew. Rows enter a program when they are
+violated: of the thousands of pieces few matter. Pieces that contradict the constraints are let go, and the next
+program starts from the pieces that this leads to. Nothing here is trusted: what comes out is a candidate, proved by
+others or not at all.
 
-Nothing here is trusted: what comes out is a candidate, proved by others or not at all.
-
-References: Tao and Thakur, "Provable Gradient Editing of Deep Neural Networks", NeurIPS 2025, sections 3 and 4 (rows that hold
-the activation pattern); Nocedal and Wright, "Numerical Optimization", chapter 18 (sequential programming).
+References: Tao and Thakur, "Provable Gradient Editing of Deep Neural Networks", NeurIPS 2025, sections 3 and 4 (rows
+that hold the activation pattern); Nocedal and Wright, "Numerical Optimization", chapter 18 (sequential programming).
 """
 
 from __future__ import annotations
@@ -203,6 +202,19 @@ class Move:
 
 
 @dataclass(frozen=True, eq=False)
+class Goals:
+    """Values that rows should come near: weight * mean((rows - target)^2) is added to the squared change.
+
+    Attributes:
+        rows: as requirements whose lower and upper ends are the targets.
+        weight: how much the mean counts.
+    """
+
+    rows: Requirements
+    weight: float
+
+
+@dataclass(frozen=True, eq=False)
 class Mover:
     """What the change should be like, and until when to look for it.
 
@@ -211,6 +223,7 @@ class Mover:
         dtype: the type that the weights are stored in.
         norm, bound: what is minimised, and how far a weight may move.
         deadline: value of `time.perf_counter()`.
+        goals: what should hold as well as it can (norm "l2" only).
     """
 
     requirements: Requirements
@@ -218,25 +231,26 @@ class Mover:
     norm: Norm = "l2"
     bound: float | None = None
     deadline: float = math.inf
+    goals: Goals | None = None
 
     def __call__(self, start: Tensor, caution: float) -> Move | Failure:
         """Programs around `start` [n], then around what they lead to, with margins that grow with `caution`."""
-        evidence, requirements = self.requirements.evidence, self.requirements
-        origin, theta, let_go = evidence.theta, start, 0
+        origin, theta, let_go = self.requirements.evidence.theta, start, 0
         for programs in range(1, ROUNDS + 1):
-            program = _Program(self, theta, caution)
-            if programs > 1 and program.deficit(theta) == 0:
-                return Move(theta, programs - 1, let_go, let_go == 0)
+            program = Program(self, theta, caution)
+            deficit = program.deficit(theta)
+            if programs > 1 and deficit == 0:
+                return Move(theta, programs - 1, let_go, programs == 2 and let_go == 0)
             solved = program.solve(origin)
             if isinstance(solved, Failure):
                 return solved
             let_go += program.let_go
-            step, length, before = solved - theta, 1.0, program.deficit(theta)
-            while program.deficit(theta + length * step) >= before > 0 and not program.let_go:
+            length = 1.0
+            while deficit > 0 and not program.let_go and program.deficit(theta + length * (solved - theta)) >= deficit:
                 length /= 2
                 if length < 1e-3:
                     return self._stuck(theta)
-            theta = theta + length * step
+            theta = theta + length * (solved - theta)
         return self._stuck(theta)
 
     def _stuck(self, theta: Tensor) -> Failure:
@@ -245,145 +259,171 @@ class Mover:
         worst = [int(r) for r in excess.argsort(descending=True)[:6] if excess[r] > 0]
         names = "; ".join(f"{requirements.name_of(r)} (by {float(excess[r]):.3g})" for r in worst)
         why = "the time limit was reached" if time.perf_counter() > self.deadline else "no step helps any more"
-        return Failure("limit", f"{why}; still violated: {names}", tuple(worst))
+        return Failure("limit", f"{why}; still violated: {names or 'the margins that a proof needs'}", tuple(worst))
 
 
-class _Program:
-    """The rows around some weights; they enter a linear program as its answers violate them."""
+class Program:
+    """The linear rows around some weights: those of the requirements, then one for each hinge.
+
+    Attributes:
+        let_go: how many demands were given up: pieces that contradict the constraints, or full steps.
+    """
 
     def __init__(self, mover: Mover, theta: Tensor, caution: float) -> None:
         self.mover, self.theta = mover, theta
         self.requirements, self.evidence = mover.requirements, mover.requirements.evidence
         self.values, self.hinges = self.evidence(theta)
-        self.lowest, self.highest = self.evidence.pieces(self.hinges)
-        self.row_margin, self.hinge_margin = self._margins(caution)
-        self.let_go = 0
-        self.free = torch.zeros_like(self.hinges, dtype=torch.bool)
+        self.let_go, self.share = 0, 1.0
+        r, (lowest, highest) = self.requirements, self.evidence.pieces(self.hinges)
+        self.now = torch.cat([r.values(self.values), self.hinges.reshape(-1)])
+        self.size = torch.cat([r.magnitude(self.values), 1 + self.hinges.abs().reshape(-1)])
+        self.margin = 4 * caution * self._rounding() + 1e-9 * self.size
+        self.lower = torch.cat([r.lower, lowest.reshape(-1)]) + self.margin - self.now
+        self.upper = torch.cat([r.upper, highest.reshape(-1)]) - self.margin - self.now
 
-    def _margins(self, caution: float) -> tuple[Tensor, Tensor]:
+    def _rounding(self) -> Tensor:
         """What rounding the weights to their type may change, estimated along random directions."""
         unit = torch.finfo(self.mover.dtype).eps / 2
         draw = torch.Generator().manual_seed(0)
-        rows, hinges = torch.zeros_like(self.requirements.lower), torch.zeros_like(self.hinges)
-        size = self.theta.abs() + self.theta.abs().mean()
+        size, most = self.theta.abs() + self.theta.abs().mean(), torch.zeros_like(self.now)
         for _ in range(4):
             signs = torch.randint(0, 2, self.theta.shape, generator=draw).double() * 2 - 1
-            values, moved = self.evidence.moved(self.theta, unit * size * signs)
-            rows = torch.maximum(rows, self.requirements.values(values).abs())
-            hinges = torch.maximum(hinges, moved.abs())
-        scale = self.requirements.magnitude(self.values)
-        return (4 * caution * rows + 1e-9 * scale, 4 * caution * hinges + 1e-9 * (1 + self.hinges.abs()))
+            most = torch.maximum(most, self._moved(unit * size * signs.to(size)).abs())
+        return most
 
     def deficit(self, theta: Tensor) -> float:
-        """The sum of what rows at theta lack, half their margins included; 0 where all hold. Infinite if not finite."""
-        excess = self.requirements.excess(self.evidence(theta)[0]) + self.row_margin / 2
-        total = float(excess.clamp(min=0).sum())
+        """The sum of what rows at theta lack, half their margins included; 0 where all hold, infinite if not finite."""
+        excess = self.requirements.excess(self.evidence(theta)[0])
+        total = float((excess + self.margin[: len(excess)] / 2).clamp(min=0).sum())
         return total if math.isfinite(total) else math.inf
 
     def solve(self, origin: Tensor) -> Tensor | Failure:
         """The weights nearest to `origin` at which all linear rows hold."""
-        n, so_far = len(self.theta), self.theta - origin
-        now = torch.cat([self.requirements.values(self.values), self.hinges.reshape(-1)])
-        m = len(self.requirements.lower)
-        target = self.requirements.lower + self.row_margin, self.requirements.upper - self.row_margin
-        lower = torch.cat([target[0], (self.lowest + self.hinge_margin).reshape(-1)]) - now
-        upper = torch.cat([target[1], (self.highest - self.hinge_margin).reshape(-1)]) - now
-        share = 1.0
-        entered, matrix, held = (
-            torch.zeros(0, dtype=torch.long),
-            torch.zeros(0, n).double(),
-            torch.zeros(m + self.hinges.numel(), dtype=torch.bool),
-        )
-        step = torch.zeros(n, dtype=torch.float64)
+        m, so_far = len(self.requirements.lower), self.theta - origin
+        entered = torch.zeros(0, dtype=torch.long)
+        matrix = torch.zeros(0, len(self.theta), dtype=torch.float64)
+        idle = torch.zeros_like(self.now, dtype=torch.bool)  # rows that entered, or that need not hold
+        step = self._least(matrix, entered, so_far)
         while True:
-            moved = torch.cat([part.reshape(-1) for part in self._moved(step)])
-            tolerance = torch.cat([self.row_margin, self.hinge_margin.reshape(-1)]) / 4
-            low = torch.where(lower > 0, share * lower, lower)
-            high = torch.where(upper < 0, share * upper, upper)
-            missing = torch.maximum(low - moved, moved - high) - tolerance
-            missing[m:][self.free.reshape(-1)] = 0
-            missing[held] = 0
-            new = (missing > 0).nonzero()[:, 0]
+            assert isinstance(step, Tensor)
+            moved = self._moved(step)
+            lower, upper = self._ends()
+            missing = (torch.maximum(lower - moved, moved - upper) - self.margin / 4) / self.size
+            missing[idle] = 0
+            new = missing.argsort(descending=True)[:ENTER]
+            new = new[missing[new] > 0]
             if len(new) == 0:
                 return self.theta + step
-            weight = (
-                missing[new]
-                / torch.cat([self.requirements.magnitude(self.values), 1 + self.hinges.abs().reshape(-1)])[new]
-            )
-            new = new[weight.argsort(descending=True)[:ENTER]]
             rows = self._rows(new)
             moving = rows.abs().amax(1) > 0
-            if bool((~moving & (new < m)).any()):
-                dead = int(new[~moving & (new < m)][0])
-                return Failure(
-                    "infeasible", f"{self.requirements.name_of(dead)} does not depend on the edited weights", (dead,)
-                )
-            self.free.view(-1)[new[~moving] - m] = True
+            dead = new[~moving & (new < m)].tolist()
+            if dead:
+                why = f"{self.requirements.name_of(dead[0])} does not depend on the edited weights"
+                return Failure("infeasible", why, tuple(dead))
+            idle[new] = True
             entered, matrix = torch.cat([entered, new[moving]]), torch.cat([matrix, rows[moving]])
-            held[new[moving]] = True
-            while True:
-                left = self.mover.deadline - time.perf_counter()
-                if left <= 0:
-                    return Failure("limit", "the time limit was reached before the program was solved")
-                base = matrix @ so_far
-                low = torch.where(lower > 0, share * lower, lower)[entered] + base
-                high = torch.where(upper < 0, share * upper, upper)[entered] + base
-                solution = least_change(
-                    matrix,
-                    low,
-                    high,
-                    norm=self.mover.norm,
-                    bound=self.mover.bound,
-                    time_limit=None if math.isinf(left) else left,
-                )
-                if solution.delta is not None:
-                    step = solution.delta - so_far
-                    break
-                conflict = entered[list(solution.conflict)]
-                pieces = conflict[conflict >= m]
-                if len(pieces):
+            while not isinstance(found := self._least(matrix, entered, so_far), Tensor):
+                if isinstance(found, Failure):
+                    return found
+                pieces = found.rows[found.rows >= m]
+                if len(pieces):  # the pieces that stand against the constraints
                     self.let_go += len(pieces)
-                    self.free.view(-1)[pieces - m] = True
                     keep = ~torch.isin(entered, pieces)
                     entered, matrix = entered[keep], matrix[keep]
-                    continue
-                if share < 0.1 or solution.bound_in_conflict:
-                    rows = tuple(int(r) for r in conflict)
-                    return Failure("infeasible", self._why(rows, solution.bound_in_conflict), rows)
-                share /= 2
-                self.let_go += 1
+                elif self.share < 0.1 or found.bound:
+                    return self._contradiction(found)
+                else:  # a part of the way may lead to where rows no longer contradict each other
+                    self.share /= 2
+                    self.let_go += 1
+            step = found
 
-    def _moved(self, step: Tensor) -> tuple[Tensor, Tensor]:
+    def _ends(self) -> tuple[Tensor, Tensor]:
+        """The bounds on what rows change; of what is violated only a share is asked for."""
+        lower = torch.where(self.lower > 0, self.share * self.lower, self.lower)
+        return lower, torch.where(self.upper < 0, self.share * self.upper, self.upper)
+
+    def _least(self, matrix: Tensor, entered: Tensor, so_far: Tensor) -> Tensor | _Conflict | Failure:
+        """The step to the weights nearest to the origin at which the entered rows hold."""
+        left = self.mover.deadline - time.perf_counter()
+        if left <= 0:
+            return Failure("limit", "the time limit was reached before the program was solved")
+        base = matrix @ so_far
+        lower, upper = (end[entered] + base for end in self._ends())
+        limit = None if math.isinf(left) else left
+        norm, bound, goals = self.mover.norm, self.mover.bound, self.mover.goals
+        if goals is None:
+            if not len(entered):
+                return -so_far
+            solution = least_change(matrix, lower, upper, norm=norm, bound=bound, time_limit=limit)
+            centre = torch.zeros_like(so_far)
+        else:
+            towards, wanted = self._goal_rows
+            centre = _ridge(towards, wanted + towards @ so_far, goals.weight)
+            shift = matrix @ centre
+            solution = least_change(
+                matrix, lower - shift, upper - shift, retain=towards, retain_weight=goals.weight, time_limit=limit
+            )
+        if solution.delta is not None:
+            return centre + solution.delta - so_far
+        return _Conflict(entered[list(solution.conflict)], solution.bound_in_conflict)
+
+    @cached_property
+    def _goal_rows(self) -> tuple[Tensor, Tensor]:
+        """Gradients of the goals' rows [g, n], and how far these are from their targets [g]."""
+        assert self.mover.goals is not None
+        goals = self.mover.goals.rows
+        values = goals.evidence(self.theta)[0]
+        rows = row_gradients(goals, self.theta, torch.arange(len(goals.lower)), values.shape[1], 0)
+        return rows, goals.lower - goals.values(values)
+
+    def _moved(self, step: Tensor) -> Tensor:
         values, hinges = self.evidence.moved(self.theta, step)
-        return self.requirements.values(values), hinges
+        return torch.cat([self.requirements.values(values), hinges.reshape(-1)])
 
     def _rows(self, index: Tensor) -> Tensor:
-        """Gradients [r, n] of rows (index < m) and hinges."""
-        r, evidence, requirements = self.requirements, self.evidence, self.requirements
-        m, (points, width), hinges = len(r.lower), self.values.shape, self.hinges.shape[1]
-        result = torch.zeros(len(index), len(self.theta), dtype=torch.float64)
-        mine = (index < m).nonzero()[:, 0]
-        place = torch.full((m,), -1)
-        place[index[mine]] = mine
-        entry = place[r.row_of_entry] >= 0
-        owner, value, factor = place[r.row_of_entry][entry], r.row_value[entry], r.row_coefficient[entry]
-        pairs, which = torch.unique(torch.stack([owner, value // width]), dim=1, return_inverse=True)
-        v = torch.zeros(pairs.shape[1], width, dtype=torch.float64)
-        v.index_put_((which, value % width), factor, accumulate=True)
-        far = (index >= m).nonzero()[:, 0]
-        h = torch.zeros(len(far), hinges, dtype=torch.float64)
-        if len(far):
-            h[torch.arange(len(far)), (index[far] - m) % hinges] = 1.0
-        point = torch.cat([pairs[1], (index[far] - m) // hinges if len(far) else far])
-        found = evidence.rows(
-            self.theta, point, torch.cat([v, h.new_zeros(len(far), width)]), torch.cat([v.new_zeros(len(v), hinges), h])
-        )
-        return result.index_add_(0, torch.cat([pairs[0], far]), found)
+        return row_gradients(self.requirements, self.theta, index, self.values.shape[1], self.hinges.shape[1])
 
-    def _why(self, rows: tuple[int, ...], with_bound: bool) -> str:
+    def _contradiction(self, found: _Conflict) -> Failure:
+        rows = tuple(int(r) for r in found.rows)
         names = list(dict.fromkeys(self.requirements.name_of(r) for r in rows))
         shown = "; ".join(names[:6]) + (f"; and {len(names) - 6} more" if len(names) > 6 else "")
         text = f"{len(rows)} rows contradict each other"
-        if with_bound:
+        if found.bound:
             text += f" as long as no weight may change by more than {self.mover.bound:g}"
-        return f"{text}, with the margins that a proof needs: {shown}"
+        return Failure("infeasible", f"{text}, with the margins that a proof needs: {shown}", rows)
+
+
+@dataclass(frozen=True, eq=False)
+class _Conflict:
+    """Rows that cannot hold together, perhaps only because of the bound on changes."""
+
+    rows: Tensor
+    bound: bool
+
+
+def row_gradients(r: Requirements, theta: Tensor, index: Tensor, width: int, hinges: int) -> Tensor:
+    """Gradients [k, n] towards theta of rows (index < m) and, beyond them, of single hinges."""
+    m = len(r.lower)
+    place = torch.full((m,), -1)
+    mine, far = (index < m).nonzero()[:, 0], (index >= m).nonzero()[:, 0]
+    place[index[mine]] = mine
+    entry = place[r.row_of_entry] >= 0
+    owner, value, factor = place[r.row_of_entry][entry], r.row_value[entry], r.row_coefficient[entry]
+    pairs, which = torch.unique(torch.stack([owner, value // width]), dim=1, return_inverse=True)  # a row at a point
+    v = torch.zeros(pairs.shape[1] + len(far), width, dtype=torch.float64)
+    v.index_put_((which, value % width), factor, accumulate=True)
+    h = torch.zeros(len(v), hinges, dtype=torch.float64)
+    if len(far):
+        h[torch.arange(pairs.shape[1], len(v)), (index[far] - m) % hinges] = 1.0
+    point = torch.cat([pairs[1], (index[far] - m) // max(1, hinges)])
+    found = r.evidence.rows(theta, point, v, h)
+    return found.new_zeros(len(index), len(theta)).index_add_(0, torch.cat([pairs[0], far]), found)
+
+
+def _ridge(rows: Tensor, target: Tensor, weight: float) -> Tensor:
+    """The d that minimises |d|^2 + weight * mean((rows d - target)^2)."""
+    scale = math.sqrt(weight / len(rows))
+    n = rows.shape[1]
+    stacked = torch.cat([scale * rows, torch.eye(n, dtype=rows.dtype)])
+    wanted = torch.cat([scale * target, target.new_zeros(n)])
+    return torch.linalg.lstsq(stacked, wanted[:, None], driver="gelsd").solution[:, 0]
