@@ -349,6 +349,13 @@ class Expression:
 
     # -- constraints
 
+    def near(self, target: Tensor | float) -> Goal:
+        """Not a constraint but a wish: the value should be as near to the target as the constraints allow."""
+        values = _numbers(target)
+        if not bool(torch.isfinite(values).all()):
+            raise InvalidInput(f"near: the target of {self.name} must be finite.")
+        return Goal(self, values)
+
     def within(self, lower: Tensor | float, upper: Tensor | float, *, name: str | None = None) -> Bounded:
         """lower <= value <= upper, entry by entry; either may be infinite."""
         low, high = _numbers(lower), _numbers(upper)
@@ -410,6 +417,14 @@ class Bounded:
 
 
 @dataclass(frozen=True, eq=False)
+class Goal:
+    """expression near target, as well as it goes."""
+
+    expression: Expression
+    target: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Normalised:
     """A min-max-normalised map near a target, exact for a chosen smallest and largest position (docs/editing.md)."""
 
@@ -452,3 +467,10 @@ def _numbers(value: Tensor | float) -> Tensor:
 
 
 Constraint = Bounded | Normalised | TopMask | Classified
+
+
+def points_of(c: Constraint) -> list[Point]:
+    """The points and areas that a constraint is about."""
+    if isinstance(c, Classified):
+        return [c.point]
+    return list(dict.fromkeys(t.functional.point for t in c.expression.terms))

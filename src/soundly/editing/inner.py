@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,9 +23,9 @@ from torch import Tensor
 from soundly.certificate.format import Certificate
 from soundly.editing.acceptance import promise
 from soundly.editing.candidate import Failure, Norm
-from soundly.editing.constraints import Area, Bounded, Classified, Constraint, Normalised, Point, TopMask
+from soundly.editing.constraints import Area, Bounded, Classified, Constraint, Normalised, Point, TopMask, points_of
 from soundly.editing.evidence import unknowns
-from soundly.editing.sequential import Mover, Requirements, require
+from soundly.editing.sequential import Goals, Mover, Requirements, require
 from soundly.graph.network import Network
 from soundly.graph.node import Node
 from soundly.spec.claim import Claim
@@ -36,6 +37,9 @@ FIRST, SAMPLES, WORST = 24, 2000, 12
 CAUTION = (1.0, 4.0, 16.0, 256.0)
 TIGHTEN = 1e-4
 """The share of its size by which a row is tightened first when a region can be neither proved nor refuted."""
+
+
+Status = Literal["proved", "infeasible", "unproven", "limit"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +56,7 @@ class Inner:
         seconds: {"solve", "check"}.
     """
 
-    status: str
+    status: Status
     requirements: Requirements
     reason: str = ""
     conflict: tuple[str, ...] = ()
@@ -70,25 +74,39 @@ def edit_inside(
     *,
     norm: Norm = "l2",
     bound: float | None = None,
+    goals: Sequence[Constraint] = (),
+    goal_weight: float = 1.0,
     start: Mapping[str, Tensor] | None = None,
+    extremes: Mapping[int, tuple[int, int]] | None = None,
     deadline: float = math.inf,
     progress: Callable[[str], None] | None = None,
 ) -> Inner:
-    """Changes layers so that constraints hold at points and on regions; see `soundly.edit`."""
+    """Changes layers so that constraints hold at points and on regions; see `soundly.edit`.
+
+    Args:
+        goals: bounds with equal ends, to be met as well as possible.
+        start: values of parameters from which to look, by name; those of the network where there are none.
+        extremes: as in `program.compile_program`.
+        deadline: value of `time.perf_counter()`.
+    """
     free = unknowns(network, layers)
-    whole = require(network, constraints, free)
+    whole = require(network, constraints, free, extremes=extremes)
+    wished = Goals(require(network, goals, free), goal_weight) if goals else None
     seconds = {"solve": 0.0, "check": 0.0}
-    fixed = [c for c in constraints if not _areas(c)]
     wide = [c for c in constraints if _areas(c)]
     samples = {area: _first(area) for c in wide for area in _areas(c)}
     origin = whole.evidence.theta
-    theta = origin if start is None else _flat(free, start)
+    theta = origin if start is None else _flat(free, start, network)
     caution, tight, patience = 0, 0.0, 10.0
     while True:
         clock = time.perf_counter()
-        stated = [*fixed, *(_instance(c, a, x) for c in wide for a in _areas(c) for x in samples[a])]
-        asked = require(network, stated, free) if wide else whole
-        mover = Mover(asked.tightened(tight) if tight else asked, network.dtype, norm, bound, deadline)
+        asked = whole
+        if wide:
+            parts = [(i, p) for i, c in enumerate(constraints) for p in _instances(c, samples)]
+            chosen = {k: extremes[i] for k, (i, _) in enumerate(parts) if extremes and i in extremes}
+            asked = require(network, [part for _, part in parts], free, extremes=chosen)
+        asked = asked.tightened(tight) if tight else asked
+        mover = Mover(asked, network.dtype, norm, bound, deadline, wished)
         moved = mover(theta, CAUTION[caution])
         seconds["solve"] += time.perf_counter() - clock
         if isinstance(moved, Failure):
@@ -124,13 +142,18 @@ def edit_inside(
 
 
 def _areas(c: Constraint) -> list[Area]:
-    points = [c.point] if isinstance(c, Classified) else [t.functional.point for t in c.expression.terms]
-    return list(dict.fromkeys(p for p in points if isinstance(p, Area)))
+    return [p for p in points_of(c) if isinstance(p, Area)]
 
 
 def _first(area: Area) -> list[Tensor]:
     """Some points of a region: its middle, corners, random ones."""
     return [area.x, *area.region.corners(FIRST // 3), *area.region.samples(FIRST)]
+
+
+def _instances(c: Constraint, samples: Mapping[Area, Sequence[Tensor]]) -> list[Constraint]:
+    """The constraint at the samples of its regions, or as it is where it has none."""
+    areas = _areas(c)
+    return [_instance(c, area, x) for area in areas for x in samples[area]] if areas else [c]
 
 
 def _instance(c: Constraint, area: Area, x: Tensor) -> Constraint:
@@ -146,8 +169,10 @@ def _instance(c: Constraint, area: Area, x: Tensor) -> Constraint:
     return replace(c, expression=replace(c.expression, terms=terms))
 
 
-def _flat(free: Sequence[Node], values: Mapping[str, Tensor]) -> Tensor:
-    return torch.cat([values[n.op.name].detach().double().reshape(-1) for n in free])  # type: ignore[attr-defined]
+def _flat(free: Sequence[Node], values: Mapping[str, Tensor], network: Network) -> Tensor:
+    return torch.cat(
+        [values.get(n.op.name, network.values[n]).detach().double().reshape(-1) for n in free]  # type: ignore[attr-defined]
+    )
 
 
 def _stored(free: Sequence[Node], theta: Tensor, network: Network) -> dict[str, Tensor]:
