@@ -1,4 +1,4 @@
-"""What a verification certificate claims: by loops, samples and rational arithmetic, nothing shared with the checker."""
+"""What a verification certificate claims: by loops, samples and rational numbers, nothing shared with the checker."""
 
 import importlib
 from collections.abc import Mapping, Sequence
