@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import linprog
-from tests.bounds.test_lower import made
+from tests.bounds.samples import made
 from torch import Tensor, nn
 
 from soundly import Box, Proved, Refuted, Unknown, check, load, monotone, within

@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from tests.bounds.test_lower import made, mlp
+from tests.bounds.samples import made, mlp
 from torch import Tensor, nn
 
 from soundly.bounds.batch import Bounder

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
-from tests.bounds.test_lower import made
+from tests.bounds.samples import made
 from torch import Tensor, nn
 
 import soundly
