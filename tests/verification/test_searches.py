@@ -1,5 +1,6 @@
 """The searches: parts cover the region, what is called proved is true, and no counterexample is ever clipped away."""
 
+import itertools
 import math
 from dataclasses import replace
 from fractions import Fraction
@@ -11,6 +12,7 @@ from tests.bounds.samples import made, mlp
 from torch import Tensor, nn
 
 from soundly.bounds.batch import Bounder
+from soundly.certificate.verification import replay
 from soundly.spec.claim import Claim, Property, Row, within
 from soundly.spec.region import Box, Union
 from soundly.verification import neuron_split
@@ -18,6 +20,7 @@ from soundly.verification.forest import BOUND, INPUT, LEAF, NEURON, Forest
 from soundly.verification.input_split import InputSplit
 from soundly.verification.neuron_split import NeuronSplit
 from soundly.verification.problem import Problem, problem_of
+from soundly.verification.proof import certificate
 
 F64 = torch.float64
 
@@ -341,6 +344,23 @@ def test_a_search_for_a_true_claim_ends(seed):
         proved = set(torch.cat([p.node for p in search.proved]).tolist())
         assert set(leaves.tolist()) <= proved and all(search.forest.flags[n] & BOUND for n in leaves)
         assert (search.forest.first[tree], search.forest.last[tree]) == (tree, tree + 1) or clause != tree
+
+
+@pytest.mark.parametrize("batches", [(32,), (1,), (3, 1, 2, 5)], ids=str)
+def test_the_checker_accepts_what_a_search_proved_in_any_order(batches):
+    """Batches smaller than what waits mix parts of all depths; a fast machine seldom makes such."""
+    network, region = net(1, inputs=3), square(3)
+    least = torch.cat([network(x.reshape(1, -1)) for x in grid(region, 15).float()]).amin(0)
+    search = begun(within(network, region, least - 0.02, None))
+    for batch in itertools.islice(itertools.cycle(batches), 1000):
+        if len(search.waiting):
+            search.step(batch, 5)
+    assert not len(search.waiting) and not search.stuck
+    proof = certificate(search.problem, [search.grown(range(len(search.forest.root)))], claim="", model={})
+    result = replay(proof)
+    assert result.problems == () and result.failed == [] and result.proven.all()
+    depths = {int(n) for p in search.proved for n in (p.neuron >= 0).sum(1)}
+    assert len(depths) > 3
 
 
 class WrongSign(NeuronSplit):

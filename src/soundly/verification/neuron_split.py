@@ -438,12 +438,12 @@ class NeuronSplit:
         slot = torch.cat(slots) if slots else torch.empty(0, dtype=torch.int64)
         leaves = Parts.join(self.proved)
         node = leaves.node.tolist()
-        depth = (leaves.neuron >= 0).sum(1).tolist()
+        held = (leaves.neuron >= 0).numpy()  # a part that waited among deeper ones has columns without a constraint
         beta = leaves.beta.double().numpy()
         keys, rows = self._root_slopes()
         return Grown(
             self.forest, trees, slot.numpy(), torch.cat([leaves.slopes.float(), rows]).numpy(),
-            {n: k for k, n in enumerate(node)}, {n: beta[k, : depth[k]] for k, n in enumerate(node)},
+            {n: k for k, n in enumerate(node)}, {n: beta[k, held[k]] for k, n in enumerate(node)},
             {key: len(leaves) + row for key, row in keys.items()},
         )  # fmt: skip
 
