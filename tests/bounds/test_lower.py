@@ -49,7 +49,7 @@ def test_a_program_computes_its_network(name):
     assert entries <= 8 * sum(step.size for step in program.steps)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(network=networks())
 def test_random_graphs_compute_the_same(network):
     assert_computes(lower(network), network, 1e-8, count=2)

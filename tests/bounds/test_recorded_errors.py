@@ -169,7 +169,7 @@ def linear_networks(draw) -> Network:
 POINT = [Fraction(k * k * 7 % 23 - 11, 8) for k in range(12)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(network=linear_networks())
 def test_recorded_errors_contain_exact_arithmetic(network):
     program = lower(network)

@@ -1,7 +1,8 @@
 """The checker with one fault at a time: each shows in what it then proves, accepts or refuses."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, zip_longest
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,10 +12,12 @@ import pytest
 from tests.certificate.meaning import checker, untrue
 from tests.certificate.samples import SEEDS, good, hard, neuron_certificate, random_certificate
 from tests.certificate.test_intervals import escaped
-from tests.certificate.test_jumps import untrue_at_jumps, wrong_at_jumps
+from tests.certificate.test_jumps import jumps, untrue_at_jumps
 from tests.certificate.test_malformed import malformed
 from tests.certificate.test_rounding import uncertain, unlikely
 from tests.certificate.test_verification import grouped, halved
+
+from soundly.certificate import Certificate
 
 
 def broken(old: str, new: str) -> Any:
@@ -34,44 +37,46 @@ def broken(old: str, new: str) -> Any:
 
 
 def faults(with_: Any) -> Iterator[str]:
-    """Everything a checker proves that is not so, or accepts that it may not, or refuses that it should accept."""
-    if not with_.replay(good()).proven.all():
-        yield "refuses a good certificate"
-    for name, c in malformed().items():
-        try:
-            if not with_.replay(c).problems:
-                yield f"takes {name}"
-        except Exception as crash:
-            yield f"crashes: {name}: {crash!r}"
-    for seed in range(120):
+    """Everything a checker proves that is not so, or accepts that it may not, or refuses that it should accept; a
+    little of every kind in turn, so that a fault shows soon."""
+
+    def proves(c: Certificate) -> bool:
+        return bool(with_.replay(c).proven.all())
+
+    def proves_by_rounding(seed: int) -> bool:
         c, holds = hard(seed)
-        if any(p and not h for p, h in zip(with_.replay(c).proven.tolist(), holds, strict=False)):
-            yield f"proves by rounding {seed}"
-    if not with_.replay(grouped(1)).proven.all():
-        yield "ignores stored slopes"
-    if with_.replay(halved(0.03)).proven.all() or not with_.replay(halved(0.0)).proven.all():
-        yield "halves boxes wrongly"
-    if with_.replay(unlikely(0.004)).proven.all():
-        yield "forgets the error of a bias in hidden intervals"
-    for seed in range(60):
-        if escaped(seed, with_):
-            yield f"loses values of intervals {seed}"
-    yield from (f"is wrong at jumps: {name}" for name in wrong_at_jumps(with_))
-    yield from (f"proves what fails at a jump {seed}" for seed in range(60) if untrue_at_jumps(seed, with_))
-    try:
-        with_.replay(good(), deadline=-1.0)
-        yield "ignores the deadline"
-    except TimeoutError:
-        pass
-    for kind in ("weight", "bias"):
-        if with_.replay(uncertain(kind, 0.9)).proven.all():
-            yield f"forgets the error of a {kind}"
-    for seed in range(40):
-        if wrong := untrue(neuron_certificate(seed), seed, with_):
-            yield f"proves {wrong} of neuron splits {seed}"
-    for seed in range(SEEDS):
-        if wrong := untrue(random_certificate(seed), seed, with_):
-            yield f"proves {wrong} of {seed}"
+        return any(p and not h for p, h in zip(with_.replay(c).proven.tolist(), holds, strict=False))
+
+    def ignores_deadline(deadline: float) -> bool:
+        try:
+            with_.replay(good(), deadline=deadline)
+        except TimeoutError:
+            return False
+        return True
+
+    kinds: dict[str, tuple[Callable[[Any], bool], Iterable[Any]]] = {
+        "refuses a good certificate": (lambda c: not proves(c), [good()]),
+        "proves by rounding": (proves_by_rounding, reversed(range(120))),
+        "ignores stored slopes": (lambda side: not proves(grouped(side)), [1]),
+        "halves boxes wrongly": (lambda error: proves(halved(error)) is not (error == 0), [0.03, 0.0]),
+        "forgets the error of a bias in hidden intervals": (lambda room: proves(unlikely(room)), [0.004]),
+        "loses values of intervals": (lambda seed: escaped(seed, with_), range(60)),
+        "is wrong at jumps": (lambda name: proves(jumps()[name][0]) is not jumps()[name][1], jumps()),
+        "proves what fails at a jump": (lambda seed: untrue_at_jumps(seed, with_), range(60)),
+        "ignores the deadline": (ignores_deadline, [-1.0]),
+        "forgets the error of a number": (lambda kind: proves(uncertain(kind, 0.9)), ["weight", "bias"]),
+        "proves an untruth of neuron splits": (
+            lambda seed: untrue(neuron_certificate(seed), seed, with_) != [], range(40)),
+        "proves an untruth": (lambda seed: untrue(random_certificate(seed), seed, with_) != [], reversed(range(SEEDS))),
+    }  # fmt: skip
+    takes = [("takes", lambda name: not with_.replay(malformed()[name]).problems, name) for name in malformed()]
+    turns = zip_longest(*([(kind, fails, item) for item in items] for kind, (fails, items) in kinds.items()))
+    for kind, fails, item in (*takes, *filter(None, chain.from_iterable(turns))):
+        try:
+            if fails(item):
+                yield f"{kind}: {item}"
+        except Exception as crash:
+            yield f"crashes: {kind}: {item}: {crash!r}"
 
 
 FAULTS = {
