@@ -403,9 +403,9 @@ def test_a_broken_bound_is_caught() -> None:
 def test_a_gradcam_block_of_resnet_size(norm: str) -> None:
     images, n = (5, 2048) if norm == "l2" else (1, 512)
     problem, weights, maps, targets = gradcam_problem(images, n)
-    started = time.perf_counter()
+    started = time.process_time()
     found = solve(problem, norm=norm)
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     assert found.status == "optimal" and found.delta is not None
     edited = weights + found.delta.numpy()
     for features, target in zip(maps, targets, strict=True):

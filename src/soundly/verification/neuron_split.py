@@ -415,7 +415,7 @@ class NeuronSplit:
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """What a journal keeps."""
         arrays = {f"forest.{k}": v for k, v in self.forest.state().items()}
-        for name, parts in (("waiting", [self.waiting]), ("proved", self.proved)):
+        for name, parts in (("waiting", [self.waiting, *self.stuck]), ("proved", self.proved)):
             for field, value in Parts.join(parts)._asdict().items() if parts else ():
                 arrays[f"{name}.{field}"] = value.numpy()
         return arrays | {"subproblems": np.array(self.subproblems)}
@@ -465,8 +465,10 @@ class NeuronSplit:
             count += len(used)
         return keys, torch.cat(rows)
 
-    def reopen(self, nodes: Sequence[int]) -> None:
-        """Splits leaves that were proved but whose proof was not accepted."""
+    def reopen(self, nodes: Sequence[int]) -> bool:
+        """Splits leaves that were proved but whose proof was not accepted; whether there are any among these."""
+        if not self.proved:
+            return False
         leaves = Parts.join(self.proved)
         again = torch.isin(leaves.node, torch.tensor(nodes))
         self.proved = [leaves.pick(~again)]
@@ -475,6 +477,7 @@ class NeuronSplit:
         bound = torch.full((int(again.sum()),), -math.inf, dtype=self.dtype)
         again_parts = replace(leaves.pick(again), bound=bound)
         self.waiting = Parts.join([self.waiting, again_parts]) if len(self.waiting) else again_parts
+        return bool(again.any())
 
     @property
     def bound(self) -> float:
