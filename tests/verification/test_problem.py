@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from soundly.spec.claim import Claim, Property, Row, pairwise, robust
 from soundly.spec.region import Box, Union
 from soundly.verification import problem as making
 from soundly.verification.problem import Problem, problem_of
+from soundly.verification.proof import identity
 
 F64 = torch.float64
 
@@ -143,6 +145,18 @@ def test_slack_covers_what_rounded_coefficients_change():
             stored = sum(w * Fraction(v) for w, v in zip(weights, [*y, *x], strict=True))
             assert 0 < abs(stored - truth) <= Fraction(float(problem.slack[k]))
     assert not bool(problem_of(claimed(network, [row({0: 0.1})])).slack.any())
+
+
+def test_a_certificate_names_every_row_with_its_slack():
+    third = Row({0: Fraction(1, 3), 1: Fraction(1, 7**30)}, {2: Fraction(-1, 3)}, Fraction(1, 4))
+    problem = problem_of(claimed(scorer(1, 4), [row({0: 1}), third], [row({1: -1, 2: 1}), third]))
+    arrays = identity(problem)
+    assert arrays["row_slack"].tolist() == problem.slack.tolist() and (arrays["row_slack"] > 0).sum() == 2
+    assert arrays["row_constant"].tolist() == problem.rows.constant.tolist()
+    assert arrays["row_clause"].tolist() == [0, 0, 1, 1] and arrays["row_start"].tolist() == [0, 1, 4, 6, 9]
+    both = torch.cat([problem.rows.y, problem.rows.x], 1).numpy()
+    which = np.repeat(np.arange(4), np.diff(arrays["row_start"]))
+    assert np.array_equal(both[which, arrays["row_column"]], arrays["row_value"])
 
 
 def test_slack_without_known_bounds_is_infinite():

@@ -13,6 +13,10 @@ from torch import Tensor, nn
 
 from soundly.bounds.batch import Bounder
 from soundly.certificate.verification import replay
+from soundly.graph import elementwise as ew
+from soundly.graph.linear import Combine
+from soundly.graph.network import Network
+from soundly.graph.node import Input
 from soundly.spec.claim import Claim, Property, Row, within
 from soundly.spec.region import Box, Union
 from soundly.verification import neuron_split
@@ -284,7 +288,10 @@ def untrue(search: NeuronSplit, x: Tensor) -> tuple[float, int]:
         for k in range(len(parts)):
             chosen = parts.neuron[k] >= 0
             at, sign = parts.at[k][chosen].double(), parts.sign[k][chosen].double()
-            inside = (sign * (neurons[:, parts.neuron[k][chosen]] - at) >= 0).all(-1)
+            beyond = sign * (neurons[:, parts.neuron[k][chosen]] - at)
+            inside = ((beyond > 0) | ((beyond == 0) & (sign < 0))).all(
+                -1
+            )  # steps take their left value where they jump
             tree = int(parts.tree[k])
             held[inside, tree] = True
             bound = float(parts.bound[k])
@@ -361,6 +368,21 @@ def test_the_checker_accepts_what_a_search_proved_in_any_order(batches):
     assert result.problems == () and result.failed == [] and result.proven.all()
     depths = {int(n) for p in search.proved for n in (p.neuron >= 0).sum(1)}
     assert len(depths) > 3
+
+
+def test_a_jump_at_the_end_of_an_interval_keeps_both_sides_until_it_is_split():
+    """step(2 a) + step(2 b) > 1/2 fails at a = 0, b <= 0, where a's interval begins; to split b tells nothing of a."""
+    x = Input("x", (1, 2))()
+    network = Network((x,), (ew.STEP(Combine((2.0,))(x)),), {}, like=torch.empty(0, dtype=F64))
+    region = Box(torch.tensor([[0.0, -1.0]]), torch.tensor([[1.0, 1.0]]))
+    row = Row({0: Fraction(1), 1: Fraction(1)}, {}, Fraction(-1, 2))
+    search = begun(Claim(network, region, Property.of([[row]], outputs=2, inputs=2)))
+    for _ in range(4):
+        worst, uncovered = untrue(search, grid(region, 21))
+        assert worst <= 1e-9 and uncovered == 0
+        if len(search.waiting):
+            search.step(4, 5)
+    assert search.subproblems > 1
 
 
 class WrongSign(NeuronSplit):
