@@ -170,6 +170,18 @@ def test_slack_without_known_bounds_is_infinite():
 # -- regions
 
 
+def test_boxes_keep_their_clauses_where_others_are_empty():
+    ends = [(1.0, -1.0), (-1.0, 0.0), (1.0, 0.5), (0.5, 2.0)]
+    lower, upper = (torch.tensor([e[k] for e in ends], dtype=F64)[:, None, None].repeat(1, 1, 3) for k in (0, 1))
+    clauses = [[row({0: 1}, b=float(k))] for k in range(5)]
+    spans = torch.tensor([[0, 1], [1, 2], [2, 3], [3, 5]])
+    claim = Claim(scorer(1, 4), Union(lower, upper), Property.of(clauses, outputs=4, inputs=3), spans=spans)
+    problem = problem_of(claim)
+    assert problem.lower[:, 0].tolist() == [-1.0, 0.5] and problem.spans.tolist() == [[1, 2], [3, 5]]
+    constants = [[problem.rows.constant[r].item() for r in rows if r >= 0] for rows in problem.table[0].tolist()]
+    assert constants == [[1.0], [3.0, 4.0]]
+
+
 def test_roundings_are_lowered_over_the_hull_of_all_boxes():
     inner = scorer(1, 4)
     network = replace(inner, outputs=(Rounding("floor")(Combine((3.0,))(inner.outputs[0])),))
