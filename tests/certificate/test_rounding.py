@@ -1,5 +1,7 @@
 """The checker knows its rounding, and the errors that a program states for its own numbers."""
 
+import importlib
+import itertools
 from fractions import Fraction
 from functools import cache
 
@@ -10,6 +12,9 @@ from tests.certificate.meaning import checker, exact
 from tests.certificate.samples import hard
 
 from soundly.certificate import Certificate, check
+
+bounding = importlib.import_module("soundly.certificate.bounding")
+reading = importlib.import_module("soundly.certificate.reading")
 
 
 def test_rows_within_ulps_of_their_exact_value_are_never_proven_wrongly():
@@ -82,3 +87,33 @@ def unlikely(room: float) -> Certificate:
 
 def test_uncertain_numbers_count_in_hidden_intervals():
     assert check(unlikely(0.0051)).accepted and not check(unlikely(0.0049)).accepted
+
+
+def test_sums_are_bounded_whatever_cancels():
+    rng = np.random.default_rng(5)
+    for _ in range(200):
+        terms = np.ldexp(rng.standard_normal(6), rng.integers(-60, 60, 6))
+        terms = rng.permutation(np.r_[terms, -terms[:4]])
+        bound = bounding.Bound(1)
+        for v in terms:
+            bound.add(np.array([v]))
+        assert Fraction(float(bound.lower()[0])) <= sum(map(Fraction, terms.tolist()))
+
+
+def test_planes_of_products_lie_exactly_beside_the_product():
+    """A product less a plane is bilinear, so what holds in the corners of a rectangle holds inside."""
+    rng, n = np.random.default_rng(6), 300
+    steps = [{"step": "variable", "size": n}, {"step": "times", "size": n, "left": 0, "right": 0}]
+    clause = [(np.ones(n), np.zeros(n), 0.0, 0.0)]
+    c = Claim(steps, {}, [(np.zeros(n), np.ones(n), [clause])], [(0, 0, 1, Node())]).certificate()
+    program = reading.read(c).program
+    centre = np.ldexp(rng.standard_normal((2, 1, n)), rng.integers(-3, 4, (2, 1, n)))
+    radius = rng.choice([0.0, 1e-9, 1e-3, 1.0], (2, 1, n))
+    box = [(m - r, m + r) for m, r in zip(centre, radius, strict=True)]
+    found = bounding.relax(program, 1, box, *rng.choice([np.nan, 0.0, 0.3, 1.0], (2, 1, n)))
+    assert np.isfinite(found.below_offset).all() and np.isfinite(found.above_offset).all()
+    for k in range(n):
+        numbers = (*found.below, found.below_offset, *found.above, found.above_offset)
+        ax, ay, a, bx, by, b = (Fraction(float(v[0, k])) for v in numbers)
+        for x, y in itertools.product(*([Fraction(float(end[0, k])) for end in ends] for ends in box)):
+            assert ax * x + ay * y + a <= x * y <= bx * x + by * y + b
