@@ -117,3 +117,24 @@ def test_planes_of_products_lie_exactly_beside_the_product():
         ax, ay, a, bx, by, b = (Fraction(float(v[0, k])) for v in numbers)
         for x, y in itertools.product(*([Fraction(float(end[0, k])) for end in ends] for ends in box)):
             assert ax * x + ay * y + a <= x * y <= bx * x + by * y + b
+
+
+def test_rows_of_the_input_alone_are_bounded_in_rational_arithmetic():
+    """Large terms that nearly cancel over thin boxes: what remains is smaller than their rounding."""
+    held = 0
+    for seed in range(60):
+        rng, n = np.random.default_rng(seed), 40
+        middle, a = 1e6 * rng.standard_normal(n), rng.standard_normal(n)
+        a[-1] = -(a[:-1] @ middle[:-1]) / middle[-1]
+        lower, upper = middle - 1e-9, middle + 1e-9
+        least = sum(Fraction(v) * Fraction(float(low if v > 0 else high))
+                    for v, low, high in zip(a.tolist(), lower, upper, strict=True))  # fmt: skip
+        clauses = [[(np.zeros(1), a, float(-least) + room, 0.0)] for room in (-1e-9, -1e-12, 0.0, 1e-12, 1e-9, 1e-3)]
+        steps = [{"step": "variable", "size": n}, affine(1, 1, [], "b")]
+        c = Claim(steps, {"b": np.zeros(1)}, [(lower, upper, clauses)], [(0, 0, len(clauses), Node())]).certificate()
+        result = checker.replay(c)
+        assert result.problems == ()
+        for proven, ((_, _, constant, _),) in zip(result.proven, clauses, strict=True):
+            assert not proven or least + Fraction(constant) > 0
+            held += int(proven)
+    assert held >= 60
