@@ -81,14 +81,17 @@ def dense(c: Certificate, part: Mapping[str, Any], n: int, m: int) -> np.ndarray
 
 
 def exact(c: Certificate, x: Sequence[Fraction]) -> list[Fraction]:
-    """The outputs of a program of matrices and ReLUs in rational arithmetic."""
+    """The outputs of a program of matrices, ReLUs, squares and products in rational arithmetic."""
     values: list[list[Fraction]] = []
     for step in c.header["program"]:
         match step["step"]:
             case "variable":
                 values.append(list(x))
             case "function":
-                values.append([max(v, Fraction(0)) for v in values[step["from"]]])
+                square = c.header["functions"][step["function"]]["name"] == "square"
+                values.append([v * v if square else max(v, Fraction(0)) for v in values[step["from"]]])
+            case "times":
+                values.append([a * b for a, b in zip(values[step["left"]], values[step["right"]], strict=True)])
             case "affine":
                 y = [Fraction(float(b)) for b in c.arrays[step["bias"]]]
                 for part in step["parts"]:

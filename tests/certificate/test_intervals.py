@@ -55,12 +55,15 @@ def test_intervals_of_every_step_hold_all_samples_and_forms_make_them_narrower()
 
 
 def test_forms_hold_exactly():
-    """Of every step of small ReLU networks, in rational arithmetic at corners and inside."""
+    """Of every step of small programs, in rational arithmetic at corners and inside; their intervals, too."""
     for seed in range(20):
         rng = np.random.default_rng(seed)
-        steps, arrays = mlp(rng, [2, 3, 3, 2])
+        steps, arrays = mlp(rng, [2, 3, 3, 3])
+        steps.append({"step": "times", "size": 3, "left": 5, "right": 2})
+        steps.append({"step": "function", "from": 0, "size": 2, "function": "square"})
+        steps.append({"step": "times", "size": 2, "left": 0, "right": 0})
         lower = rng.standard_normal(2)
-        upper = lower + rng.random(2) * 10.0 ** rng.integers(-6, 1)
+        upper = lower + rng.random(2) * 10.0 ** rng.integers(-15, 1)
         clause = [(np.ones(2), np.zeros(2), 0.0, 0.0)]
         c = Claim(steps, arrays, [(lower, upper, [clause])], [(0, 0, 1, Node())]).certificate()
         found: list[Any] = []
@@ -72,7 +75,7 @@ def test_forms_hold_exactly():
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(intervals, "Forms", Kept)
-            refreshed(c)
+            frames = [frame for frame, _ in refreshed(c)]
         assert len(found) == len(steps)
         for t in (*np.ndindex(2, 2), *rng.random((4, 2))):
             x = [Fraction(float(a)) * (1 - Fraction(s)) + Fraction(float(b)) * Fraction(s)
@@ -86,6 +89,8 @@ def test_forms_hold_exactly():
                     line = sum((Fraction(float(g)) * s for g, s in zip(form.generators[0, :, j], e, strict=True)),
                                Fraction(float(form.centre[0, j])))  # fmt: skip
                     assert abs(v - line) <= Fraction(float(form.rest[0, j])), (seed, i)
+                    for f in frames:
+                        assert Fraction(float(f.lower[i][0, j])) <= v <= Fraction(float(f.upper[i][0, j])), (seed, i)
 
 
 def test_shared_intervals_give_the_bounds_of_own_ones(monkeypatch):
