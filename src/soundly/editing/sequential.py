@@ -35,6 +35,8 @@ ROUNDS = 24
 """Programs, each around the answer of the one before."""
 ENTER = 400
 """The most rows that enter a program at a time."""
+DESCENT, STRIDE = 300, 0.03
+"""Steps of descent before a second attempt, and their length in mean weights."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,7 +236,38 @@ class Mover:
     goals: Goals | None = None
 
     def __call__(self, start: Tensor, caution: float) -> Move | Failure:
-        """Programs around `start` [n], then around what they lead to, with margins that grow with `caution`."""
+        """Programs around `start` [n], then around what they lead to, with margins that grow with `caution`.
+
+        If rows contradict each other on the pieces that the start is on, once more from where descent leads.
+        """
+        found = self._from(start, caution)
+        if isinstance(found, Failure) and found.status == "infeasible" and len(self.requirements.evidence.breaks):
+            again = self._from(self.descended(start), caution)
+            found = again if isinstance(again, Move) else found
+        return found
+
+    def descended(self, theta: Tensor) -> Tensor:
+        """Weights that violate the rows less, by ordinary descent: across breaks, where programs do not look."""
+        requirements, evidence = self.requirements, self.requirements.evidence
+        scale = requirements.magnitude(evidence(theta)[0])
+        moving = theta.clone().requires_grad_()
+        descent = torch.optim.Adam([moving], lr=float(STRIDE * theta.abs().mean()))
+        best, least = theta, math.inf
+        with torch.enable_grad():
+            for _ in range(DESCENT):
+                values = torch.vmap(lambda x: evidence.at(moving, x)[0], chunk_size=evidence.chunk)(evidence.points)
+                loss = (requirements.excess(values) / scale).clamp(min=-1e-3).add(1e-3).square().sum()
+                value = float(loss.detach())
+                if time.perf_counter() > self.deadline or not value < math.inf:
+                    break
+                if value < least:
+                    best, least = moving.detach().clone(), value
+                descent.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                descent.step()
+        return best
+
+    def _from(self, start: Tensor, caution: float) -> Move | Failure:
         origin, theta, let_go = self.requirements.evidence.theta, start, 0
         for programs in range(1, ROUNDS + 1):
             program = Program(self, theta, caution)
