@@ -336,6 +336,7 @@ class Program:
         entered = torch.zeros(0, dtype=torch.long)
         matrix = torch.zeros(0, len(self.theta), dtype=torch.float64)
         idle = torch.zeros_like(self.now, dtype=torch.bool)  # rows that entered, or that need not hold
+        self.side = torch.zeros(0, dtype=torch.int8)
         step = self._least(matrix, entered, so_far)
         while True:
             assert isinstance(step, Tensor)
@@ -355,6 +356,7 @@ class Program:
                 return Failure("infeasible", why, tuple(dead))
             idle[new] = True
             entered, matrix = torch.cat([entered, new[moving]]), torch.cat([matrix, rows[moving]])
+            self.side = torch.cat([self.side, self.side.new_zeros(int(moving.sum()))])
             while not isinstance(found := self._least(matrix, entered, so_far), Tensor):
                 if isinstance(found, Failure):
                     return found
@@ -362,7 +364,7 @@ class Program:
                 if len(pieces):  # the pieces that stand against the constraints
                     self.let_go += len(pieces)
                     keep = ~torch.isin(entered, pieces)
-                    entered, matrix = entered[keep], matrix[keep]
+                    entered, matrix, self.side = entered[keep], matrix[keep], self.side[keep]
                 elif self.share < 0.1 or found.bound:
                     return self._contradiction(found)
                 else:  # a part of the way may lead to where rows no longer contradict each other
@@ -387,16 +389,23 @@ class Program:
         if goals is None:
             if not len(entered):
                 return -so_far
-            solution = least_change(matrix, lower, upper, norm=norm, bound=bound, time_limit=limit)
+            solution = least_change(matrix, lower, upper, norm=norm, bound=bound, side=self.side, time_limit=limit)
             centre = torch.zeros_like(so_far)
         else:
             towards, wanted = self._goal_rows
             centre = _ridge(towards, wanted + towards @ so_far, goals.weight)
             shift = matrix @ centre
             solution = least_change(
-                matrix, lower - shift, upper - shift, retain=towards, retain_weight=goals.weight, time_limit=limit
+                matrix,
+                lower - shift,
+                upper - shift,
+                retain=towards,
+                retain_weight=goals.weight,
+                side=self.side,
+                time_limit=limit,
             )
         if solution.delta is not None:
+            self.side = solution.side
             return centre + solution.delta - so_far
         return _Conflict(entered[list(solution.conflict)], solution.bound_in_conflict)
 
