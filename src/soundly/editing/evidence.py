@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import jvp, vjp
+from torch.autograd import forward_ad
+from torch.func import vjp
 
 from soundly.editing.constraints import (
     Coordinates,
@@ -213,13 +214,12 @@ class Evidence:
     def moved(self, theta: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
         """The derivatives of values and hinges along a direction [n]."""
 
-        def along(x: Tensor) -> tuple[Tensor, Tensor]:
-            _, tangents = jvp(lambda t: self.at(t, x), (theta,), (direction,))  # type: ignore[misc]
-            return tangents
-
-        with torch.no_grad():
-            found: tuple[Tensor, Tensor] = torch.vmap(along, chunk_size=self.chunk)(self.points)
-        return found
+        with torch.no_grad(), forward_ad.dual_level():
+            dual = forward_ad.make_dual(theta, direction)
+            found = torch.vmap(lambda x: self.at(dual, x), chunk_size=self.chunk)(self.points)
+            tangents = [forward_ad.unpack_dual(part).tangent for part in found]
+        values, hinges = (torch.zeros_like(part) if t is None else t for part, t in zip(found, tangents, strict=True))
+        return values, hinges
 
     def rows(self, theta: Tensor, point: Tensor, values: Tensor, hinges: Tensor) -> Tensor:
         """Gradients towards theta of combinations at single points.

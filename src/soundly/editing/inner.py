@@ -96,6 +96,9 @@ def edit_inside(
     wide = [c for c in constraints if _areas(c)]
     samples = {area: _first(area) for c in wide for area in _areas(c)}
     origin = whole.evidence.theta
+    if bound is not None:  # rounding to the storage type adds to a change
+        unit = torch.finfo(network.dtype).eps / 2
+        bound = max(bound - unit * float(origin.abs().max() + bound), 1e-300)
     theta = origin if start is None else _flat(free, start, network)
     caution, tight, patience = 0, 0.0, 10.0
     while True:
