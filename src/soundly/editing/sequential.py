@@ -96,11 +96,13 @@ class Requirements:
         rows = self.values(values)
         return torch.maximum(self.lower - rows, rows - self.upper)
 
-    def at_point(self, point: int, values: Tensor) -> Tensor:
-        """`excess` with these values [V] at one point (those of the others are meaningless)."""
-        spread = values.new_zeros(len(self.points), self.width)
-        spread[point] = values
-        return self.excess(spread)
+    def at_points(self, point: int, values: Tensor) -> Tensor:
+        """`excess` [k, m] with each of these values [k, V] at one point (rows about others are meaningless)."""
+        whole = values.new_zeros(len(values), len(self.points), self.width)
+        whole[:, point] = values
+        terms = whole.reshape(len(values), -1)[:, self.row_value] * self.row_coefficient
+        rows = values.new_zeros(len(values), len(self.lower)).index_add_(1, self.row_of_entry, terms)
+        return torch.maximum(self.lower - rows, rows - self.upper)
 
     def tightened(self, share: float) -> Requirements:
         """The same rows with bounds moved inwards by a share of their size, at most by a quarter of their distance."""
