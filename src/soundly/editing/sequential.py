@@ -296,7 +296,7 @@ class Mover:
     def _polished(self, program: Program, found: Move, caution: float) -> Move | Failure:
         """A smaller change, nearer to the goals: steps to the nearest weights, repaired, as long as that pays."""
         theta, least = found.theta, self.objective(found.theta)
-        for length in (1.0, 0.5, 0.25, 0.125) * 4:
+        for length in (1.0, 0.3) if self.goals is None else (1.0, 0.5, 0.25, 0.125) * 2:
             nearest = program.solve(self.requirements.evidence.theta)
             if isinstance(nearest, Failure):
                 break
