@@ -305,6 +305,8 @@ class Program:
         idle = torch.zeros_like(self.now, dtype=torch.bool)  # rows that entered, or that need not hold
         step = self._least(matrix, entered, so_far)
         while True:
+            if isinstance(step, Failure):
+                return step
             assert isinstance(step, Tensor)
             moved = self._moved(step)
             lower, upper = self._ends()
@@ -365,6 +367,8 @@ class Program:
             )
         if solution.delta is not None:
             return centre + solution.delta - so_far
+        if solution.status == "limit":
+            return Failure("limit", "the time limit was reached before the program was solved")
         return _Conflict(entered[list(solution.conflict)], solution.bound_in_conflict)
 
     @cached_property
