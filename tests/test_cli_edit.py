@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -253,7 +254,6 @@ def test_files_and_arguments_that_do_not_fit(folder, capsys):
         "edit mlp.onnx c.json -o new.onnx --layer fc2 --delta c.json": "is CONSTRAINTS too",
         "edit mlp.onnx c.json -o new.onnx --layer fc2 --delta new.onnx": "is -o too",
         "edit mlp.onnx c.json -o absent/new.onnx --layer fc2": "is no folder",
-        "edit mlp.onnx c.json -o new.pt --layer fc2": "must end in .onnx",
         "edit mlp.onnx absent.json -o new.onnx --layer fc2": "absent.json: cannot be read",
         "edit cnn.onnx c.json -o new.onnx --layer fc": "c.json.constraints[0].at",
         "edit c.json c.json -o new.onnx --layer fc2": "soundly reads .onnx",
@@ -264,7 +264,9 @@ def test_files_and_arguments_that_do_not_fit(folder, capsys):
         assert soundly(command) == 2, command
         captured = capsys.readouterr()
         assert message in captured.err and captured.out == "" and len(captured.err.splitlines()) == 1
-    assert soundly("check c.cert --model mlp.onnx --constraints c.json --spec p.vnnlib") == 2
+    for command in ("check c.cert --model m.onnx --constraints c.json --spec p.vnnlib", "undo m.onnx c.json -o x.pt",
+                    "edit mlp.onnx c.json -o new.pt --layer fc2", "edit mlp.onnx c.json --layer fc2"):  # fmt: skip
+        assert soundly(command) == 2 and "usage: soundly" in capsys.readouterr().err
     assert Path("mlp.onnx").read_bytes() == Path("copy.onnx").read_bytes()
 
 
@@ -304,6 +306,53 @@ def test_weights_that_cannot_be_replaced_in_place(folder, capsys):
         assert message in capsys.readouterr().err and not Path("new.onnx").exists()
 
 
+def test_weights_of_any_name_can_be_edited(folder):
+    """Elsewhere a layer's weight and bias need not be called layer.weight and layer.bias."""
+    text = Path("mlp.onnx").read_bytes()
+    Path("mlp.onnx").write_bytes(text.replace(b"fc2.weight", b"MatMul_W_2").replace(b"fc2.bias", b"Bias_of2"))
+    state(*HEAD)
+    assert soundly("edit mlp.onnx c.json -o new.onnx --layer MatMul_W_2 --delta d.delta") == 0
+    renamed = Path("new.onnx").read_bytes().replace(b"MatMul_W_2", b"fc2.weight").replace(b"Bias_of2", b"fc2.bias")
+    Path("named.onnx").write_bytes(renamed)
+    assert holds("named.onnx")
+    assert soundly("undo new.onnx d.delta -o back.onnx") == 0
+    assert Path("back.onnx").read_bytes() == Path("mlp.onnx").read_bytes()
+
+
+def test_the_example_of_the_page_on_editing(folder, capsys):
+    text = (Path(__file__).parents[1] / "docs" / "editing.md").read_text(encoding="utf-8")
+    section = text[text.index("## At the command line") :]
+    commands = re.findall(r"^soundly (.*)$", section, re.MULTILINE)
+    Path("constraints.json").write_text(re.findall(r"```json\n(.*?)```", section, re.DOTALL)[0])
+    np.savez("points.npz", dog=OTHER)
+    shutil.copy("mlp.onnx", "net.onnx")
+    assert [command.split()[0] for command in commands] == ["edit", "check", "undo"]
+    for command in commands:
+        assert soundly(command.replace("--layer fc ", "--layer fc2 ")) == 0, capsys.readouterr().err
+    assert Path("net-again.onnx").read_bytes() == Path("net.onnx").read_bytes()
+
+
+def test_hostile_bytes_are_refused_or_replaced_where_they_were():
+    data, draw = mlp().SerializeToString() + UNKNOWN_FIELD, random.Random(2)
+    assert set(spans(data)) == {"fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias", "unused"}
+    refused = 0
+    for _ in range(2000):
+        bad = bytearray(data)
+        for _ in range(draw.randrange(1, 4)):
+            bad[draw.randrange(len(bad))] = draw.randrange(256)
+        bad = bad[: draw.choice([len(bad), draw.randrange(len(bad))])]
+        try:
+            found = spans(bytes(bad))
+        except ModelFileError:
+            refused += 1
+            continue
+        for name, span in found.items():
+            assert 0 <= span.begin <= span.end <= len(bad)
+            new = replaced(bytes(bad), {name: np.ones(span.shape, span.dtype)})
+            assert new[: span.begin] + new[span.end :] == bad[: span.begin] + bad[span.end :]
+    assert 200 < refused < 1900
+
+
 # -- certificates are about a network and constraints
 
 
@@ -325,6 +374,16 @@ INNER = [
 ]
 
 
+def test_an_edit_inside_holds_on_the_whole_region(edited):
+    edited(INNER, "mlp.onnx", "fc1")
+    assert not -4 <= evaluated("mlp.onnx", np.ones((1, 2), np.float32))[0] <= -2
+    a = evaluated("new.onnx", AT)
+    assert a[1] - np.delete(a, 1).max() >= 0.5 - 1e-5
+    corners = [[x, y] for x in (0.875, 1, 1.125) for y in (0.875, 1, 1.125)]
+    for x in [*corners, *(1 + (np.random.default_rng(0).random((100, 2)) - 0.5) / 4)]:
+        assert -4 - 1e-5 <= evaluated("new.onnx", np.array([x], np.float32))[0] <= -2 + 1e-5
+
+
 CHANGES = [
     ('"margin": 0.5', '"margin": 0.75'), ('"classified": 1', '"classified": 0'), ("[[0.5, -1.0]]", "[[0.5, -1.25]]"),
 ]  # fmt: skip
@@ -338,15 +397,14 @@ INNER_CHANGES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("entries", "layer"), [(HEAD, "fc2"), (INNER, "fc1")])
+@pytest.mark.parametrize(("entries", "layer"), [(HEAD, "fc2"), (HEAD, "fc1"), (INNER, "fc1")])
 def test_a_certificate_is_about_its_network_and_constraints_alone(entries, layer, edited, capsys):
     edited(entries, "mlp.onnx", layer)
     capsys.readouterr()
     assert soundly("check c.cert --model new.onnx --constraints c.json") == 0
     assert "model       new.onnx holds exactly these weights" in capsys.readouterr().out
     text = Path("c.json").read_text()
-    head = entries is HEAD
-    others = HEAD_CHANGES if head else INNER_CHANGES
+    others = HEAD_CHANGES if entries is HEAD else INNER_CHANGES
     for old, new in others:
         assert old in text
         Path("d.json").write_text(text.replace(old, new, 1))
@@ -361,7 +419,7 @@ def test_a_certificate_is_about_its_network_and_constraints_alone(entries, layer
         if name is not None:  # the last bit of one weight
             data = Path("new.onnx").read_bytes()
             array = weights("new.onnx")[name].copy()
-            array.flat[2] = np.nextafter(array.flat[2], np.float32(0)) if name != "fc1.bias" or not head else 9
+            array.flat[2] = np.nextafter(array.flat[2], np.float32(0)) if name != "fc1.bias" or layer == "fc1" else 9
             Path(path).write_bytes(replaced(data, {name: array}))
         assert soundly(f"check c.cert --model {path} --constraints c.json") == 1, (path, name)
         assert "this is not the claim of c.json" in capsys.readouterr().out

@@ -1,7 +1,7 @@
 """The command line: each verb is one function that adds its parser and one that runs; `VERBS` lists them.
 
-Exit codes are the same for every verb: 0 accepted or proved (or nothing was claimed), 1 refused or refuted, 2 an error
-(a bad file, a wrong argument, a fault of soundly's own), 3 unknown. A verb imports what it needs itself, so
+Exit codes are the same for every verb: 0 accepted or proved (or nothing was claimed), 1 refused, refuted or infeasible,
+2 an error (a bad file, a wrong argument, a fault of soundly's own), 3 unknown. A verb imports what it needs itself, so
 `soundly --help` is quick and `soundly check` runs where there is no torch.
 """
 
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="soundly",
         description="Guarantees about neural networks.",
-        epilog="exit codes: 0 accepted or proved, 1 refused or refuted, 2 error, 3 unknown",
+        epilog="exit codes: 0 accepted or proved, 1 refused, refuted or infeasible, 2 error, 3 unknown",
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -294,7 +294,9 @@ def _add_edit(verbs: "Verbs") -> None:
     )
     parser.add_argument("model", metavar="MODEL", help="a network, .onnx or .onnx.gz")
     parser.add_argument("constraints", metavar="CONSTRAINTS", help="what must hold, .json (docs/editing.md)")
-    parser.add_argument("-o", "--output", required=True, metavar="EDITED", help="where the edited network is written")
+    parser.add_argument(
+        "-o", "--output", type=_onnx, required=True, metavar="EDITED", help="where the edited network is written"
+    )
     parser.add_argument("--layer", action="append", metavar="L", help="a layer to change; may be repeated")
     parser.add_argument("--norm", choices=("l2", "l1", "linf"), help="what 'little' means; default: l2")
     parser.add_argument("--bound", type=_positive, metavar="B", help="no weight changes by more than this")
@@ -365,8 +367,6 @@ def _require_targets(targets: dict[str, str | None], **sources: str) -> None:
         if same:
             raise InvalidInput(f"{name}: {path} is {same[0]} too; give each its own file.")
         taken[target] = name
-        if name in ("-o",) and not path.endswith((".onnx", ".onnx.gz")):
-            raise InvalidInput(f"{name}: {path} must end in .onnx or .onnx.gz, as the model's format is ONNX.")
 
 
 def _is_same(a: Path, b: Path) -> bool:
@@ -421,7 +421,9 @@ def _add_undo(verbs: "Verbs") -> None:
     )
     parser.add_argument("model", metavar="EDITED", help="the edited network, .onnx or .onnx.gz")
     parser.add_argument("delta", metavar="DELTA", help="what `soundly edit --delta` wrote")
-    parser.add_argument("-o", "--output", required=True, metavar="ORIGINAL", help="where the network is written")
+    parser.add_argument(
+        "-o", "--output", type=_onnx, required=True, metavar="ORIGINAL", help="where the network is written"
+    )
     parser.set_defaults(run=_undo)
 
 
@@ -440,6 +442,12 @@ def _undo(arguments: argparse.Namespace) -> int:
     print(_plain(f"undone        {count} weights as before, SHA-256 {delta.before}"))
     print(_plain(f"  output      {arguments.output}"))
     return YES
+
+
+def _onnx(text: str) -> str:
+    if not text.endswith((".onnx", ".onnx.gz")):
+        raise argparse.ArgumentTypeError(f"{text} must end in .onnx or .onnx.gz, the format that is written")
+    return text
 
 
 def _add_bench(verbs: "Verbs") -> None:
