@@ -441,6 +441,13 @@ def test_numbers_that_the_editor_chose_do_not_matter(layer, choice, edited, caps
     capsys.readouterr()
     assert soundly("check c.cert --model new.onnx --constraints c.json") == 0, capsys.readouterr().out
     assert (Path("new.onnx").read_bytes() == cnn()) == (choice == 0)
+    certificate, network = Certificate.load("c.cert"), load("new.onnx")
+    constraints = read_statement("c.json", network).constraints
+    name = "lower" if layer == "fc" else "row_constant"
+    for i in np.flatnonzero(np.isfinite(certificate.arrays[name]) & (certificate.arrays[name] != 0)):
+        arrays = {key: np.array(array) for key, array in certificate.arrays.items()}
+        arrays[name][i] *= -1  # a range that need not be positive is none
+        assert confirm(Certificate(certificate.header, arrays), network, constraints)
     for more in ({"eps": 0.29}, {"spread": 1e-9}):
         state({"at": "cat.npy", "name": "cat", "require": [{**CAM, **more}, {"classified": 3}]}, path="d.json")
         assert soundly("check c.cert --model new.onnx --constraints d.json") == 1

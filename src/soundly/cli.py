@@ -392,8 +392,8 @@ def _edit_text(facts: dict[str, Any]) -> Iterator[str]:
         yield f"proved        {rows}, all hold now, {facts['arithmetic']}"
         width = max((min(len(name), 48) for name in facts["changes"]), default=0)
         for name, change in facts["changes"].items():
-            share = f"by {change['relative']:.2%} of their norm, at most {change['largest']:.3g}"
-            yield f"  changed     {name:<{width}.48}  {change['changed']} of {change['of']} weights, {share}"
+            share = f"{change['relative']:.3g} of their norm" if math.isfinite(change["relative"]) else "all were 0"
+            yield f"  changed     {name:<{width}.48}  {change['changed']} of {change['of']} weights, {share}, at most {change['largest']:.3g}"
         if not facts["changes"]:
             yield "  changed     nothing: every constraint held before"
         elif not facts["smallest"]:
