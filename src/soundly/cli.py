@@ -393,7 +393,8 @@ def _edit_text(facts: dict[str, Any]) -> Iterator[str]:
         width = max((min(len(name), 48) for name in facts["changes"]), default=0)
         for name, change in facts["changes"].items():
             share = f"{change['relative']:.3g} of their norm" if math.isfinite(change["relative"]) else "all were 0"
-            yield f"  changed     {name:<{width}.48}  {change['changed']} of {change['of']} weights, {share}, at most {change['largest']:.3g}"
+            count = f"{change['changed']} of {change['of']} weights"
+            yield f"  changed     {name:<{width}.48}  {count}, {share}, at most {change['largest']:.3g}"
         if not facts["changes"]:
             yield "  changed     nothing: every constraint held before"
         elif not facts["smallest"]:
