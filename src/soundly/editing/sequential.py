@@ -481,6 +481,8 @@ class Program:
         if solution.delta is not None:
             self.side = solution.side
             return centre + solution.delta - so_far
+        if solution.status == "limit":
+            return Failure("limit", "the time limit was reached before the program was solved")
         return _Conflict(entered[list(solution.conflict)], solution.bound_in_conflict)
 
     @cached_property
