@@ -491,7 +491,7 @@ class Program:
         assert self.mover.goals is not None
         goals = self.mover.goals.rows
         values = goals.evidence(self.theta)[0]
-        rows = row_gradients(goals, self.theta, torch.arange(len(goals.lower)), values.shape[1], 0)
+        rows = row_gradients(goals, self.theta, torch.arange(len(goals.lower)))
         return rows, goals.lower - goals.values(values)
 
     def _moved(self, step: Tensor) -> Tensor:
@@ -499,7 +499,7 @@ class Program:
         return torch.cat([self.requirements.values(values), hinges.reshape(-1)])
 
     def _rows(self, index: Tensor) -> Tensor:
-        return row_gradients(self.requirements, self.theta, index, self.values.shape[1], self.hinges.shape[1])
+        return row_gradients(self.requirements, self.theta, index)
 
     def _contradiction(self, found: _Conflict) -> Failure:
         rows = tuple(int(r) for r in found.rows)
@@ -519,9 +519,9 @@ class _Conflict:
     bound: bool
 
 
-def row_gradients(r: Requirements, theta: Tensor, index: Tensor, width: int, hinges: int) -> Tensor:
+def row_gradients(r: Requirements, theta: Tensor, index: Tensor) -> Tensor:
     """Gradients [k, n] towards theta of rows (index < m) and, beyond them, of single hinges."""
-    m = len(r.lower)
+    m, width, hinges = len(r.lower), r.width, len(r.evidence.breaks)
     place = torch.full((m,), -1)
     mine, far = (index < m).nonzero()[:, 0], (index >= m).nonzero()[:, 0]
     place[index[mine]] = mine
