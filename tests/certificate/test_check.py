@@ -314,7 +314,7 @@ def test_rows_with_slack_are_proven(seed):
 finite = st.floats(allow_nan=False, allow_infinity=False)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(x=st.lists(finite, min_size=4, max_size=4), w=st.lists(finite, min_size=2, max_size=2),
        c=st.lists(finite, min_size=2, max_size=2), steps=st.integers(-3, 3), below=st.booleans())  # fmt: skip
 def test_no_row_is_proven_beyond_its_exact_value(x, w, c, steps, below):
@@ -531,7 +531,7 @@ def test_planted_faults_are_found(name):
 def test_the_checker_depends_on_nothing_it_checks():
     """Errors and the file format are all it takes from soundly; numpy is all it takes from others."""
     folder, found = Path(checker.__file__).parent, set()
-    parts = ("verification", "reading", "intervals", "forms", "bounding", "program", "functions", "rings")
+    parts = ("verification", "conditional", "reading", "intervals", "forms", "bounding", "program", "functions", "rings")
     for name in (f"{part}.py" for part in ("check", "format", *parts)):
         for node in ast.walk(ast.parse((folder / name).read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom):

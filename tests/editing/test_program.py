@@ -19,7 +19,8 @@ from torch import Tensor, nn
 import soundly
 from soundly import at
 from soundly.editing.constraints import Constraint, Expression
-from soundly.editing.program import GRID, Program, compile_program
+from soundly.editing.program import Program, compile_program
+from soundly.editing.rows import GRID
 from soundly.editing.trunk import trunk_of
 from soundly.errors import InvalidInput
 
@@ -180,7 +181,7 @@ def _wrong_sign(self, name, row, value, factor, lower, upper, right=compiler._Bu
     right(self, name, row, value, -factor, lower, upper)
 
 
-def _wrong_class(self, vector, cls, right=compiler._Builder.values_of):
+def _wrong_class(self, vector, cls, right=compiler._Builder.new_values):
     return right(self, vector, (cls + 1) % self.classes)
 
 
@@ -199,7 +200,7 @@ def _wrong_order(self, functional, right=compiler._Builder.vectors_of):
 
 @pytest.mark.parametrize(
     ("method", "fault"),
-    [("add", _wrong_sign), ("values_of", _wrong_class), ("vectors_of", _wrong_bias), ("vectors_of", _wrong_order)],
+    [("add", _wrong_sign), ("new_values", _wrong_class), ("vectors_of", _wrong_bias), ("vectors_of", _wrong_order)],
 )
 def test_faults_planted_in_the_compiler_are_seen(method, fault, monkeypatch):
     monkeypatch.setattr(compiler._Builder, method, fault)
@@ -265,7 +266,7 @@ def near(values: Tensor, target: Tensor, eps: float) -> bool:
 maps = st.lists(st.floats(-4, 4, width=32), min_size=2, max_size=6).filter(lambda v: max(v) > min(v))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(target=maps, eps=st.floats(1e-9, 0.49), seed=st.integers(0, 2**31), far=st.floats(0, 1.5))
 def test_a_map_that_satisfies_the_rows_is_near_and_a_near_map_satisfies_rows(target, eps, seed, far):
     target = torch.tensor(target, dtype=torch.float64)

@@ -161,15 +161,20 @@ class InputSplit:
         """Some trees, for a certificate."""
         return Grown(self.forest, trees, np.empty(0, np.int64), np.empty((0, 0), np.float32), {}, {}, {}, {})
 
-    def reopen(self, nodes: Sequence[int]) -> None:
-        """Splits leaves that were proved but whose proof was not accepted."""
+    def reopen(self, nodes: Sequence[int]) -> bool:
+        """Splits leaves that were proved but whose proof was not accepted; whether there are any among these."""
+        if not self.proved:
+            return False
         leaves = Parts.join(self.proved)
         again = torch.isin(leaves.node, torch.tensor(nodes))
+        if not bool(again.any()):
+            return False
         self.proved = [leaves.pick(~again)]
         leaves = leaves.pick(again)
         self.forest.flags[leaves.node.numpy()] = 0
         children = self._split(leaves, torch.ones_like(leaves.lower))
         self.stack.append(children)
+        return True
 
     def _treat(self, now: Parts) -> tuple[Parts, Tensor]:
         frame = self.bounder.refresh(now.lower.to(self.bounder.dtype), now.upper.to(self.bounder.dtype))

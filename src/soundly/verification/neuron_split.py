@@ -343,9 +343,7 @@ class NeuronSplit:
         parts = self._updated(replace(parts, beta=torch.zeros_like(parts.beta)), {}, found.multipliers, parts.bound)
         key = 2 * (self.offset[found.step] + found.entry) + found.side
         force = found.multipliers[len(self.steps) - 1]
-        return bounds_found(
-            parts.node, turn, key, slopes, own[found.owner], force, (parts.neuron >= 0).sum(1), parts.beta
-        )
+        return bounds_found(parts.node, turn, key, slopes, (own[found.owner], force), (parts.neuron >= 0, parts.beta))
 
     def _goal(self, parts: Parts) -> Tensor:
         return self.problem.slack[self.rows[parts.tree]].to(self.dtype) + self.margin
@@ -526,7 +524,7 @@ class NeuronSplit:
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """What a journal keeps."""
         arrays = {f"forest.{k}": v for k, v in self.forest.state().items()}
-        for name, parts in (("waiting", [self.waiting]), ("proved", self.proved)):
+        for name, parts in (("waiting", [self.waiting, *self.stuck]), ("proved", self.proved)):
             for field, value in Parts.join(parts)._asdict().items() if parts else ():
                 arrays[f"{name}.{field}"] = value.numpy()
         if self.tightened:
@@ -556,7 +554,7 @@ class NeuronSplit:
         slot = torch.cat(slots) if slots else torch.empty(0, dtype=torch.int64)
         leaves = Parts.join(self.proved)
         node = leaves.node.tolist()
-        depth = (leaves.neuron >= 0).sum(1).tolist()
+        held = (leaves.neuron >= 0).numpy()  # a part that waited among deeper ones has columns without a constraint
         beta = leaves.beta.double().numpy()
         keys, rows = self._root_slopes()
         slopes = [leaves.slopes.float(), rows]
@@ -567,7 +565,7 @@ class NeuronSplit:
             slopes.append(bounds.slopes)
         return Grown(
             self.forest, trees, slot.numpy(), torch.cat(slopes).numpy(),
-            {n: k for k, n in enumerate(node)}, {n: beta[k, : depth[k]] for k, n in enumerate(node)},
+            {n: k for k, n in enumerate(node)}, {n: beta[k, held[k]] for k, n in enumerate(node)},
             {key: len(leaves) + row for key, row in keys.items()}, tightened,
         )  # fmt: skip
 
@@ -589,8 +587,10 @@ class NeuronSplit:
             count += len(used)
         return keys, torch.cat(rows)
 
-    def reopen(self, nodes: Sequence[int]) -> None:
-        """Splits leaves that were proved but whose proof was not accepted."""
+    def reopen(self, nodes: Sequence[int]) -> bool:
+        """Splits leaves that were proved but whose proof was not accepted; whether there are any among these."""
+        if not self.proved:
+            return False
         leaves = Parts.join(self.proved)
         again = torch.isin(leaves.node, torch.tensor(nodes))
         self.proved = [leaves.pick(~again)]
@@ -599,6 +599,7 @@ class NeuronSplit:
         bound = torch.full((int(again.sum()),), -math.inf, dtype=self.dtype)
         again_parts = replace(leaves.pick(again), bound=bound)
         self.waiting = Parts.join([self.waiting, again_parts]) if len(self.waiting) else again_parts
+        return bool(again.any())
 
     @property
     def bound(self) -> float:

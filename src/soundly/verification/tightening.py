@@ -55,15 +55,19 @@ class Bounds:
 
 
 def bounds_found(
-    node: Tensor, turn: int, key: Tensor, slopes: Tensor, own: Tensor, force: Tensor, depth: Tensor, beta: Tensor
+    node: Tensor, turn: int, key: Tensor, slopes: Tensor, rows: tuple[Tensor, Tensor], splits: tuple[Tensor, Tensor]
 ) -> Bounds:
     """The bounds of one step, found together.
 
     Args:
-        own: [R, all rows], which rows belong to the node's clause; `force` has multipliers of all of them.
+        rows, splits: [R, m] each, which of the case's rows belong to the node's clause, or which constraints there are
+            on its path, and the multipliers of all.
     """
-    rank = (~own).to(torch.uint8).sort(dim=1, stable=True).indices  # the clause's rows, in order, come first
-    every = node, torch.full_like(key, turn), key, slopes, own.sum(1), force.gather(1, rank), depth, beta
+    counts, forces = [], []
+    for own, force in (rows, splits):  # those that count come first, in their order
+        counts.append(own.sum(1))
+        forces.append(torch.where(own, force, 0.0).gather(1, (~own).to(torch.uint8).sort(dim=1, stable=True).indices))
     order = key.argsort(stable=True)
     order = order[node[order].argsort(stable=True)]
+    every = node, torch.full_like(key, turn), key, slopes, counts[0], forces[0], counts[1], forces[1]
     return Bounds(*(v[order] for v in every))

@@ -400,7 +400,8 @@ class _Run:
                     if owners[t][0] is search:
                         mine.setdefault(owners[t][1], []).append(position)
                 if mine:
-                    search.reopen([int(n) for t, places in mine.items() for n in search.forest.order(t)[places]])
+                    if not search.reopen([int(n) for t, at in mine.items() for n in search.forest.order(t)[at]]):
+                        raise _Stop("the certificate was not accepted: a leaf is open that the search takes for proved")
                     if isinstance(search, InputSplit):
                         search.bounder, search.margin = Bounder(problem.program, deadline=self.deadline), 0.0
                         self._work_inputs(search)
