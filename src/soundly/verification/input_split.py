@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from soundly.bounds.batch import Bounder, Frame, Start, plainly
-from soundly.verification.forest import BOUND, CLIP, INPUT, REFRESH, Forest
+from soundly.verification.forest import BOUND, CLIP, INPUT, REFRESH, TOGETHER, Forest
 from soundly.verification.problem import Problem
 from soundly.verification.proof import Grown
 
@@ -203,7 +203,8 @@ class InputSplit:
 
         left = still.any(1)
         told = ~left | use | done.any(1)  # leaves, and inner nodes that found something
-        flags = torch.where(told, torch.where(use, REFRESH | BOUND | CLIP, REFRESH | BOUND), 0)
+        what = REFRESH | BOUND | (TOGETHER if frame.factors is not None else 0)
+        flags = torch.where(told, torch.where(use, what | CLIP, what), 0)
         self.forest.flags[now.node.numpy()] = flags.numpy()
         if not bool(left.all()):
             self.proved.append(now.pick(~left))
@@ -275,11 +276,11 @@ class InputSplit:
         wanted = (rows >= 0) & now.open.gather(1, clauses.clamp(min=0))
         owner, slot = wanted.nonzero(as_tuple=True)
         row, clause = rows[owner, slot], clauses[owner, slot]
-        lines = bounder.lines(frame)
+        lines = frame.known
         last = len(bounder.steps) - 1
         bounds, bases = [now.lower.new_empty(0)], [now.lower.new_empty(0)]
         planes = [now.lower.new_empty(0, now.lower.shape[1])]
-        for part in bounder.portions(len(owner)):
+        for part in bounder.portions(len(owner), width=bounder.room):
             which, who = row[part], owner[part]
             a = {last: problem.rows.y[which].to(bounder.dtype)}
             if problem.rows.reads_inputs:

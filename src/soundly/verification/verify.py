@@ -234,7 +234,7 @@ class _Run:
 
     def _decide(self, problem: Problem) -> Verdict:
         cases = len(problem.lower)
-        wide, margin = Bounder(problem.program.to(torch.float32), deadline=self.deadline), MARGIN
+        wide, margin = Bounder(problem.program.to(torch.float32), together=True, deadline=self.deadline), MARGIN
         for case in range(min(cases, 4)):
             self._try(case, min(max(0.05, wide.cost * PATIENCE), 2.0))
         vary = int((problem.upper > problem.lower).sum(1).max())
@@ -280,7 +280,8 @@ class _Run:
             if len(points):
                 self._offer(case, points)
             if search.margin > 0 and search.stack and bool((search.stack[-1].bound > -search.margin).any()):
-                search.bounder, search.margin = Bounder(search.problem.program, deadline=self.deadline), 0.0
+                search.bounder = Bounder(search.problem.program, together=True, deadline=self.deadline)
+                search.margin = 0.0
             if time.monotonic() - self.told > 0.5:
                 self.told = time.monotonic()
                 self.bound, self.open = search.bound, search.open_share
@@ -391,7 +392,8 @@ class _Run:
                 if mine:
                     search.reopen([int(n) for t, places in mine.items() for n in search.forest.order(t)[places]])
                     if isinstance(search, InputSplit):
-                        search.bounder, search.margin = Bounder(problem.program, deadline=self.deadline), 0.0
+                        search.bounder = Bounder(problem.program, together=True, deadline=self.deadline)
+                        search.margin = 0.0
                         self._work_inputs(search)
                         refused = search.stuck
                     else:
