@@ -8,17 +8,18 @@ an empty box or an empty interval. Nodes are replayed in batches, deepest first,
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from soundly.certificate.bounding import Bound, Exceptions, Frame, Pieces, Splits, View, pieces, relax
+from soundly.certificate.bounding import Bound, Exceptions, Frame, Pieces, Splits, View, pieces, relax, tangent
 from soundly.certificate.format import Certificate
 from soundly.certificate.forms import INPUTS as FORMS
 from soundly.certificate.intervals import in_time, refresh
 from soundly.certificate.program import Affine, Apply, Times, nonlinear_sources
-from soundly.certificate.reading import BOUND, CLIP, INPUT, LEAF, REFRESH, Proof, Refused, read
+from soundly.certificate.reading import BOUND, CLIP, INPUT, LEAF, REFRESH, TOGETHER, Proof, Refused, read
 from soundly.certificate.rings import U
 
 Array = npt.NDArray[Any]
@@ -102,7 +103,7 @@ class _Replayer:
         self.varying = int(vary[self.formed].max(initial=0))
         roots = proof.tree_start[:-1]
         # Trees of one case that refresh the root alike share its intervals.
-        keys = np.stack([proof.tree_case, proof.slopes_refresh[roots]], axis=1)
+        keys = np.stack([proof.tree_case, proof.slopes_refresh[roots], proof.flags[roots] & TOGETHER], axis=1)
         unique, number = np.unique(keys, axis=0, return_inverse=True)
         order = np.argsort(number.reshape(-1), kind="stable")
         number = number.reshape(-1)[order]
@@ -110,7 +111,7 @@ class _Replayer:
             some = unique[begin : begin + self.narrow]
             lower, upper = proof.lower[some[:, 0]], proof.upper[some[:, 0]]
             row_of: dict[int, tuple[Frame, int, bool]] = {}
-            for forms, which in self._alike(self.formed[some[:, 0]]):
+            for forms, which in self._alike(self._followed(some[:, 0], some[:, 2])):
                 frame, dead = self._refresh(lower[which], upper[which], None, some[which, 1], forms)
                 row_of |= {key: (frame, row, bool(dead[row])) for row, key in enumerate(which.tolist())}
             first, last = np.searchsorted(number, [begin, begin + len(some)])
@@ -139,26 +140,34 @@ class _Replayer:
             proven[base + first : base + last] |= ~left
         return Replay(proven, self.margin, proof.pair_start, sorted(self.failed))
 
-    def _alike(self, alike: Array) -> Iterator[tuple[bool, Array]]:
+    def _followed(self, case: Array, flags: Array) -> Array:
+        """What is followed besides intervals: 0 for nothing, 1 for affine forms, 2 for those of factors as well."""
+        formed = self.formed[case].astype(int)
+        return np.where(flags & TOGETHER, 2 * formed, formed)
+
+    def _alike(self, alike: Array) -> Iterator[tuple[int, Array]]:
         """Each value with the positions that have it, so few at a time that what belongs to them finds room."""
-        for value in (False, True):
+        for value in np.unique(alike).tolist():
             which = np.flatnonzero(alike == value)
             size = max(1, self.narrow // (1 + self.varying)) if value else self.narrow
             for begin in range(0, len(which), size):
                 yield value, which[begin : begin + size]
 
     def _refresh(
-        self, lower: Array, upper: Array, inherited: Frame | None, group: Array, forms: bool
+        self, lower: Array, upper: Array, inherited: Frame | None, group: Array, forms: int
     ) -> tuple[Frame, Array]:
         proof = self.proof
-        return refresh(proof.program, lower, upper, inherited, group, proof.stored, forms=forms, deadline=self.deadline)
+        return refresh(proof.program, lower, upper, inherited, group, proof.stored, forms=forms > 0,
+                       together=forms > 1, deadline=self.deadline)  # fmt: skip
 
     def _replay(self, batch: list[_Node]) -> None:
         proof, living = self.proof, []
         renewed = [n for n in batch if n.depth and proof.flags[n.place] & REFRESH]
         living = [n for n in batch if not (n.depth and proof.flags[n.place] & REFRESH)]
         renewed.sort(key=lambda n: id(n.frame))
-        for forms, which in self._alike(np.array([self.formed[proof.tree_case[n.tree]] for n in renewed], bool)):
+        places = np.array([n.place for n in renewed], int)
+        cases = proof.tree_case[np.array([n.tree for n in renewed], int)]
+        for forms, which in self._alike(self._followed(cases, proof.flags[places])):
             nodes = [renewed[i] for i in which]
             inherited, group = self._gather(nodes), np.array([proof.slopes_refresh[n.place] for n in nodes])
             frame, dead = self._refresh(inherited.lower[0], inherited.upper[0], inherited, group, forms)
@@ -168,9 +177,10 @@ class _Replayer:
                     living.append(node)
         bounded = [n for n in living if proof.flags[n.place] & BOUND]
         groups: dict[tuple[int, int, int], list[_Node]] = {}
+        mixed = [n for n in bounded if self._together(n)]
         for node in bounded:
-            groups.setdefault((id(node.frame), node.row, int(proof.slopes_bound[node.place])), []).append(node)
-        mixed: list[_Node] = []
+            if not self._together(node):
+                groups.setdefault((id(node.frame), node.row, int(proof.slopes_bound[node.place])), []).append(node)
         for key, nodes in groups.items():
             if len(nodes) > 1 and self._can_share(nodes):
                 for some in self._portions(nodes):
@@ -178,13 +188,17 @@ class _Replayer:
             else:
                 mixed += nodes
         mixed.sort(key=lambda n: (bool(proof.slopes_bound[n.place] >= 0), id(n.frame)))
-        for stored in (False, True):
-            alike = [n for n in mixed if (proof.slopes_bound[n.place] >= 0) == stored]
+        for stored, together in product((False, True), repeat=2):
+            alike = [n for n in mixed if (proof.slopes_bound[n.place] >= 0, self._together(n)) == (stored, together)]
             for begin in range(0, len(alike), self.narrow):
                 for some in self._portions(alike[begin : begin + self.narrow]):
                     self._bound(some, self._mixed_view(some))
         for node in living:
             self._branch(node)
+
+    def _together(self, node: _Node) -> bool:
+        """Whether products are bounded together; not where no forms are followed."""
+        return bool(self.proof.flags[node.place] & TOGETHER) and bool(node.frame.factors)
 
     def _portions(self, nodes: list[_Node]) -> Iterator[list[_Node]]:
         """The nodes, so few at a time that boxes of their own, and one for each row that clips, find room."""
@@ -267,8 +281,10 @@ class _Replayer:
         proof, frame = self.proof, self._gather(nodes)
         rows = np.array([proof.slopes_bound[n.place] for n in nodes])
         slopes = proof.stored.of(rows) if rows[0] >= 0 else None
-        return View(proof.program, frame, self._pieces(frame, slopes), frame.lower[0], frame.upper[0], {},
-                    self._splits(nodes))  # fmt: skip
+        found = self._pieces(frame, slopes)
+        factors = frame.factors if self._together(nodes[0]) else {}
+        found |= {i: tangent(proof.program, i, frame) for i in factors}
+        return View(proof.program, frame, found, frame.lower[0], frame.upper[0], {}, self._splits(nodes), factors)
 
     def _pieces(self, frame: Frame, slopes: Array | None) -> dict[int, Pieces]:
         program = self.proof.program
