@@ -23,7 +23,8 @@ reading = importlib.import_module("soundly.certificate.reading")
 programs = importlib.import_module("soundly.certificate.program")
 intervals = importlib.import_module("soundly.certificate.intervals")
 forms = importlib.import_module("soundly.certificate.forms")
-REFRESH, BOUND, CLIP = 1, 2, 4
+products = importlib.import_module("soundly.certificate.products")
+REFRESH, BOUND, CLIP, TOGETHER = 1, 2, 4, 8
 
 RELU = {"name": "relu", "ring": "polynomial", "pieces": [[], [(1.0, 1)]], "breaks": [0.0]}
 STEP = {"name": "step", "ring": "polynomial", "pieces": [[], [(1.0, 0)]], "breaks": [0.0]}
@@ -421,6 +422,10 @@ def random_tree(rng: np.random.Generator, claim: Claim) -> Node:
             node.slopes_refresh = int(rng.integers(0, 3))
         if node.flags & BOUND and rng.random() < 0.5:
             node.slopes_bound = int(rng.integers(0, len(claim.slopes)))
+    if reading.read(c).program.together is not None:
+        for number, node in enumerate(levels(root)):
+            if node.flags & 3 == 3 and number % 3 < 2:
+                node.flags |= TOGETHER
     return root
 
 
@@ -439,6 +444,94 @@ def random_certificate(seed: int) -> Certificate:
 
 
 SEEDS = 200
+
+
+def quadratic_claim(seed: int, together: bool = True, rooms: Sequence[float] = (-0.1, -1e-3, 0.003, 0.03)) -> Claim:
+    """Quadratic forms in inputs and a hidden layer, with claims near the least values that they take."""
+    rng = np.random.default_rng(seed)
+    n, hidden, m = int(rng.integers(1, 4)), int(rng.integers(1, 4)), int(rng.integers(1, 4))
+    function = ["relu", "tanh", "square"][seed % 3]
+    steps: list[dict] = [{"step": "variable", "size": n}]
+    arrays: dict[str, np.ndarray] = {}
+
+    def add(i: int, size: int, sources: Sequence[int]) -> None:
+        parts = []
+        for k, source in enumerate(sources):
+            parts.append({"map": "matrix", "from": source, "array": f"w{i}.{k}", "blocks": 1})
+            arrays[f"w{i}.{k}"] = rng.standard_normal((size, steps[source]["size"]))
+        arrays[f"b{i}"] = rng.standard_normal(size) * 0.3
+        steps.append(affine(i, size, parts, f"b{i}"))
+
+    add(1, hidden, [0])
+    steps.append({"step": "function", "from": 1, "size": hidden, "function": function})
+    add(3, m, [0, 2])
+    add(4, m, [3] if seed % 2 else [2, 0])
+    steps.append({"step": "times", "size": m, "left": 3, "right": 3 if rng.random() < 0.3 else 4})
+    steps.append({"step": "times", "size": n, "left": 0, "right": 0})
+    add(7, 2, [5, 6, 0] if seed % 4 else [5])
+    if rng.random() < 0.3:
+        steps[4]["weight_error"], arrays["f4"] = "f4", np.array([0.01])
+    centre, radius = rng.standard_normal(n) * 0.5, rng.choice([0.01, 0.1, 0.4], n)
+    claim = tightly(steps, arrays, centre - radius, centre + radius, rooms, seed)
+    flags = REFRESH | BOUND | (TOGETHER if together else 0)
+    root = Node(flags)
+    claim.trees = [(0, 0, len(claim.cases[0][2]), root)]
+    if seed % 5 == 0:
+        root.flags |= CLIP
+        for child in root.split(1, 0, float(centre[0]), flags | CLIP):
+            child.split(1, n - 1, float(centre[n - 1]), flags)
+    return claim
+
+
+@cache
+def quadratic_certificate(seed: int) -> Certificate:
+    return quadratic_claim(seed).certificate()
+
+
+def test_products_bounded_together_prove_nothing_false_and_something_more():
+    alone = both = 0
+    for seed in range(60):
+        c = quadratic_certificate(seed)
+        assert not checker.replay(c).problems and untrue(c, seed) == []
+        both += int(checker.replay(c).proven.sum())
+        alone += int(checker.replay(quadratic_claim(seed, together=False).certificate()).proven.sum())
+    assert both > 1.15 * alone > 0
+
+
+def forms_of_squares(seed: int, size: int = 5) -> np.ndarray:
+    """Quadratic forms whose least values on the cube are 0, up to roundings, or known from their corners."""
+    rng = np.random.default_rng(seed)
+    v = rng.standard_normal((40, int(rng.integers(1, size)), size)).astype("f4").astype(float)
+    q = v.transpose(0, 2, 1) @ v
+    q[::2] -= rng.choice([0, 0.1, 1.0], (20, 1, 1)) * np.eye(size)
+    return q
+
+
+def exactly(q: np.ndarray, e: Sequence[Fraction]) -> Fraction:
+    terms = ((Fraction(float(q[i, j])), i, j) for i in range(len(e)) for j in range(len(e)))
+    return sum((c * e[i] * e[j] for c, i, j in terms), Fraction(0))
+
+
+def above_least(with_: Any) -> Iterator[str]:
+    """Bounds of quadratic forms that points of the cube lie below, in rational arithmetic."""
+    for seed in range(12):
+        q = forms_of_squares(seed)
+        bound, lost = with_.least(q.copy())
+        _, vectors = np.linalg.eigh(q)
+        for i, (b, error) in enumerate(zip(bound.tolist(), lost.tolist(), strict=True)):
+            rng = np.random.default_rng(i)
+            corners = rng.choice([-1.0, 1.0], (20, 5))
+            flat = vectors[i].T / np.abs(vectors[i]).max()
+            for e in (*corners, *flat, *rng.uniform(-1, 1, (5, 5))):
+                if exactly(q[i], [Fraction(float(t)) for t in e]) < Fraction(b) - Fraction(error):
+                    yield f"form {seed}, {i} at {e}"
+
+
+def test_quadratic_forms_are_bounded_from_below_and_squares_by_zero():
+    assert list(above_least(products)) == []
+    squares = forms_of_squares(1)[1::2]
+    bound, lost = products.least(squares)
+    assert (bound - lost > -1e-12).all()
 
 
 @cache
@@ -1023,6 +1116,8 @@ def malformed() -> dict[str, Certificate]:
         "no clauses": put("case_clauses", 0, 0), "rows begin late": put("row_start", 0, 1),
         "rows decrease": put("row_start", 1, 99), "case begins late": put("case_rows", 0, 1),
         "case ends early": put("case_rows", 1, 3), "unknown flags": put("flags", 0, 11),
+        "together but not refreshed": put("flags", 1, BOUND | TOGETHER),
+        "together where there are no products": put("flags", 0, REFRESH | BOUND | TOGETHER),
         "root not refreshed": put("flags", 0, BOUND), "clipped but not bounded": put("flags", 0, REFRESH | CLIP),
         "unknown kind": put("kind", 0, 3), "leaf turned split": put("kind", leaf, 1),
         "split turned leaf": put("kind", inner, 0), "leaf with a place": put("what", leaf, 1),
@@ -1134,7 +1229,7 @@ def test_a_thousand_corruptions_prove_nothing_false():
 def broken(old: str, new: str) -> Any:
     """The checker with one piece of its source exchanged."""
     folder = Path(checker.__file__).parent
-    names = ("rings", "functions", "program", "bounding", "forms", "intervals", "reading", "verification")
+    names = ("rings", "functions", "products", "program", "bounding", "forms", "intervals", "reading", "verification")
     sources = {name: (folder / f"{name}.py").read_text(encoding="utf-8") for name in names}
     assert sum(s.count(old) for s in sources.values()) == 1, f"{old!r} is not in the checker exactly once: adapt this"
     for name in names:
@@ -1183,6 +1278,10 @@ def faults(with_: Any) -> Iterator[str]:
     for seed in range(40):
         if wrong := untrue(neuron_certificate(seed), seed, with_):
             yield f"proves {wrong} of neuron splits {seed}"
+    for seed in range(60):
+        if wrong := untrue(quadratic_certificate(seed), seed, with_):
+            yield f"proves {wrong} of quadratic forms {seed}"
+    yield from above_least(sys.modules[with_.__name__.replace("verification", "products")])
     for seed in range(SEEDS):
         if wrong := untrue(random_certificate(seed), seed, with_):
             yield f"proves {wrong} of {seed}"
@@ -1216,14 +1315,14 @@ FAULTS = {
     "bias forgotten": ("bound.add(a @ step.bias)", "pass"),
     "constant forgotten": ("np.zeros(len(owner)) + constant", "np.abs(constant) + np.zeros(len(owner))"),
     "slack ignored": ("best > proof.slack[rows]", "best > -proof.slack[rows] - 1e-2"),
-    "all rows of a clause at once": ("closed = np.maximum.reduceat(", "closed = 1 - 0 * np.maximum.reduceat("),
+    "all rows of a clause at once": ("closed = np.logical_or.reduceat(", "closed = True | np.logical_or.reduceat("),
     "a row skipped": ("some = slice(begin, begin + size)", "best[0] = 1e9; some = slice(begin + 1, begin + size)"),
-    "one clause closes all": ("node.open[np.flatnonzero(node.open)[done]] = False", "node.open &= ~done.any()"),
+    "one clause closes all": ("open_[each[done]] = False", "open_[each] = open_[each] & ~done.any()"),
     "clip with the wrong sign": ("known & (a < 0), edge_down, -np.inf), np.where(known & (a > 0)",
                                  "known & (a > 0), edge_down, -np.inf), np.where(known & (a < 0)"),
     "clip by the whole row": ("rest = total[:, None] - least", "rest = total[:, None] + 0 * least"),
-    "clip to the smallest clause": ("a[remain].min(axis=0), b[remain].max(axis=0)",
-                                    "a[remain].max(axis=0), b[remain].min(axis=0)"),
+    "clip to the smallest clause": ("((np.minimum, left), (np.maximum, right))",
+                                    "((np.maximum, left), (np.minimum, right))"),
     "input split exchanged": ("upper[what] = min(upper[what], at)", "upper[what] = min(upper[what], at - 0.4)"),
     "leaves forgotten": ("self.left_open[node.tree] |= node.open", "pass"),
     "right children forgotten": ("for side, sign in ((0, -1), (1, 1)):", "for side, sign in ((0, -1),):"),
@@ -1249,7 +1348,7 @@ FAULTS = {
     "half of an interval": ("a, b = np.maximum(lower[at], left), np.minimum(upper[at], right)",
                             "a, b = np.maximum(lower[at], left), np.minimum(lower[at] / 2 + upper[at] / 2, right)"),
     "negated comparison, so that NaN passes": (
-        "(np.isfinite(best) & (best > proof.slack[rows]))", "~(best <= proof.slack[rows])"),
+        "np.isfinite(best) & (best > proof.slack[rows])", "~(best <= proof.slack[rows])"),
     "rests not through absolute weights": ("rest + part.absolute.apply(form.rest + rounding * size)",
                                            "rest + part.apply(form.rest + rounding * size)"),
     "generators forgotten": ("spread = np.abs(generators).sum(axis=1)", "spread = 0 * np.abs(generators).sum(axis=1)"),
@@ -1291,6 +1390,21 @@ FAULTS = {
     "plain bounds of the wrong sign": ("_rowwise(np.maximum(a, 0.0), _owned(low, owner))",
                                        "_rowwise(np.maximum(a, 0.0), _owned(high, owner))"),
     "slopes of another bound's box": ("owner=each)", "owner=np.sort(each)[::-1])"),
+    "what tangents leave ignored": ("            bound.add(value)\n", ""),
+    "rests of factors forgotten": ("(np.abs(a) * (rest + rounding))", "(np.abs(a) * rounding)"),
+    "signs of coefficients forgotten": ("left.generators * a[:, None, :]", "left.generators * np.abs(a)[:, None, :]"),
+    "one symbol for all rests": ("generators[:, used + entry, entry]", "generators[:, used + 0 * entry, entry]"),
+    "no symbols for rests": ("np.where(np.isfinite(rest), rest, 0.0)\n", "0.0\n"),
+    "one symbol for two sources": ("used, rest = used + n,", "used, rest = used,"),
+    "tangents through zero": ("offset = -left.centre * right.centre", "offset = 0.0 * left.centre"),
+    "slopes of tangents exchanged": ("slopes, known = (right.centre, left.centre)",
+                                     "slopes, known = (left.centre, right.centre)"),
+    "squares left out that are none": ("better = (pivot >= PIVOT) & (now > bound)", "better = now > bound"),
+    "squares without their tails": ("rest = q - square", "rest = q + 0 * square"),
+    "no rounding in quadratic forms": ("return bound, lost + (4 * size + 16) * U * total", "return bound, 0 * lost"),
+    "only half of a quadratic form": ("sizes = np.abs(q).sum(axis=2)", "sizes = np.abs(np.tril(q)).sum(axis=2)"),
+    "factors of another node": ("factor.take(owner[some])", "factor.take(np.sort(owner)[::-1][some])"),
+    "together where nothing is refreshed": ("(together & ~(refreshed & bounded)).any()", "False"),
     "the deadline ignored": ("raise TimeoutError", "pass; TimeoutError"),
     "everything refused": ("return Replay(proven, self.margin", "return Replay(0 * proven, self.margin"),
 }  # fmt: skip

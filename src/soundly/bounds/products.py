@@ -122,15 +122,13 @@ def factors_of(
     for i in last.between:
         step = steps[i]
         assert isinstance(step, Affine)
-        centre, generators, rest = step.bias.expand(batch, -1), None, torch.zeros(())
+        centre = step.bias.expand(batch, -1)
+        generators, rest = centre.new_zeros(batch, inputs + last.symbols, step.size), torch.zeros_like(centre)
         for part, source in step.parts:
             form = found[source]
-            mapped = part.apply(form.generators)
-            generators = mapped if generators is None else generators + mapped
             centre, rest = centre + part.apply(form.centre), rest + part.absolute.apply(form.rest)
-        if generators is None:
-            generators = centre.new_zeros(batch, inputs + last.symbols, step.size)
-        found[i] = Factor(centre, generators, rest.expand(centre.shape))
+            generators = generators + part.apply(form.generators)
+        found[i] = Factor(centre, generators, rest)
     pairs = ((i, steps[i]) for i in sorted(last.products))
     return {i: (found[s.left], found[s.right]) for i, s in pairs if isinstance(s, Times)}
 

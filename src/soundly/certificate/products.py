@@ -1,8 +1,8 @@
 """Products that only affine steps read, bounded together: what their tangent planes leave is one quadratic form.
 
-With forms u = u0 + <U, e> + r of the factors, a sum of a u v is a plane in the factors, the sum of a (u0 v + v0 u - u0 v0),
-plus <e, Q e> with Q = sum of a U V', plus what the rests r bring. The symbols e are shared by all factors, so squares stay
-squares. Every rounding is paid for.
+With forms u = u0 + <U, e> + r of the factors, a sum of a u v is the sum of a (u0 v + v0 u - u0 v0), a plane in the
+factors, plus <e, Q e> with Q = sum of a U V', plus what the rests r bring. All factors share the symbols e, so squares
+stay squares. Every rounding is paid for.
 """
 
 from collections.abc import Mapping, Sequence
@@ -83,8 +83,8 @@ def remainder(factors: Mapping[int, Pair], coefficients: Mapping[int, Array], ow
 def least(form: Array) -> tuple[Array, Array]:
     """Of <e, Q e> over the cube |e| <= 1, Q [R, S, S], a lower bound, and what roundings may have changed in it.
 
-    With p = Q_kk > 0, <e, Q e> = p (e_k + sum of Q_kj e_j / p)^2 + <e, Q' e> with Q'_ij = Q_ij - Q_ki Q_kj / p: as long as
-    that is better the square is left out. Then 2 |e_i e_j| <= e_i^2 + e_j^2, and e_i^2 <= 1.
+    With p = Q_kk > 0, <e, Q e> = p (e_k + sum of Q_kj e_j / p)^2 + <e, Q' e> with Q'_ij = Q_ij - Q_ki Q_kj / p: as long
+    as that is better the square is left out. Then 2 |e_i e_j| <= e_i^2 + e_j^2, and e_i^2 <= 1.
     """
     q = (form + form.transpose(0, 2, 1)) / 2
     size = form.shape[1]

@@ -8,7 +8,6 @@ an empty box or an empty interval. Nodes are replayed in batches, deepest first,
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -177,28 +176,26 @@ class _Replayer:
                     living.append(node)
         bounded = [n for n in living if proof.flags[n.place] & BOUND]
         groups: dict[tuple[int, int, int], list[_Node]] = {}
-        mixed = [n for n in bounded if self._together(n)]
+        kinds: dict[tuple[bool, bool], list[_Node]] = {}  # by whether slopes are stored and products bounded together
         for node in bounded:
-            if not self._together(node):
-                groups.setdefault((id(node.frame), node.row, int(proof.slopes_bound[node.place])), []).append(node)
+            slopes = int(proof.slopes_bound[node.place])
+            if proof.flags[node.place] & TOGETHER and node.frame.factors:  # none where no forms are followed
+                kinds.setdefault((slopes >= 0, True), []).append(node)
+            else:
+                groups.setdefault((id(node.frame), node.row, slopes), []).append(node)
         for key, nodes in groups.items():
             if len(nodes) > 1 and self._can_share(nodes):
                 for some in self._portions(nodes):
                     self._bound(some, self._shared_view(key, some))
             else:
-                mixed += nodes
-        mixed.sort(key=lambda n: (bool(proof.slopes_bound[n.place] >= 0), id(n.frame)))
-        for stored, together in product((False, True), repeat=2):
-            alike = [n for n in mixed if (proof.slopes_bound[n.place] >= 0, self._together(n)) == (stored, together)]
-            for begin in range(0, len(alike), self.narrow):
-                for some in self._portions(alike[begin : begin + self.narrow]):
-                    self._bound(some, self._mixed_view(some))
+                kinds.setdefault((key[2] >= 0, False), []).extend(nodes)
+        for (_, together), mixed in sorted(kinds.items()):
+            mixed.sort(key=lambda n: id(n.frame))
+            for begin in range(0, len(mixed), self.narrow):
+                for some in self._portions(mixed[begin : begin + self.narrow]):
+                    self._bound(some, self._mixed_view(some, together))
         for node in living:
             self._branch(node)
-
-    def _together(self, node: _Node) -> bool:
-        """Whether products are bounded together; not where no forms are followed."""
-        return bool(self.proof.flags[node.place] & TOGETHER) and bool(node.frame.factors)
 
     def _portions(self, nodes: list[_Node]) -> Iterator[list[_Node]]:
         """The nodes, so few at a time that boxes of their own, and one for each row that clips, find room."""
@@ -277,12 +274,12 @@ class _Replayer:
         factors = {s for step in steps if isinstance(step, Times) for s in (step.left, step.right)}
         return not factors or not any(split[0] in factors for node in nodes for split in node.splits)
 
-    def _mixed_view(self, nodes: Sequence[_Node]) -> View:
+    def _mixed_view(self, nodes: Sequence[_Node], together: bool) -> View:
         proof, frame = self.proof, self._gather(nodes)
         rows = np.array([proof.slopes_bound[n.place] for n in nodes])
         slopes = proof.stored.of(rows) if rows[0] >= 0 else None
         found = self._pieces(frame, slopes)
-        factors = frame.factors if self._together(nodes[0]) else {}
+        factors = frame.factors if together else {}
         found |= {i: tangent(proof.program, i, frame) for i in factors}
         return View(proof.program, frame, found, frame.lower[0], frame.upper[0], {}, self._splits(nodes), factors)
 
@@ -339,18 +336,19 @@ class _Replayer:
     def _bound(self, nodes: Sequence[_Node], view: View) -> None:
         """Bounds the open clauses of the nodes, closes those that are proven, and clips boxes."""
         proof, program = self.proof, self.proof.program
-        pair, number = [], []
-        for i, node in enumerate(nodes):
-            clauses = np.flatnonzero(node.open)
-            base = proof.pair_start[proof.tree_case[node.tree]] + proof.tree_clause[node.tree, 0]
-            pair.append(base + clauses)
-            number.append(np.full(len(clauses), i))
-        pairs, owners = np.concatenate(pair), np.concatenate(number)
+        places, trees = (np.array([getattr(n, name) for n in nodes]) for name in ("place", "tree"))
+        open_ = np.concatenate([n.open for n in nodes])  # every clause of every node
+        many = np.array([len(n.open) for n in nodes])
+        end = np.cumsum(many)
+        each = np.flatnonzero(open_)
+        owners = np.repeat(np.arange(len(nodes)), many)[each]
+        base = proof.pair_start[proof.tree_case[trees]] + proof.tree_clause[trees, 0]
+        pairs = base[owners] + each - (end - many)[owners]
         counts = proof.pair_rows[pairs + 1] - proof.pair_rows[pairs]
         first = np.cumsum(counts) - counts
         rows = np.arange(counts.sum()) - np.repeat(first, counts) + np.repeat(proof.pair_rows[pairs], counts)
         owner = np.repeat(owners, counts)
-        clips = np.array([bool(proof.flags[n.place] & CLIP) for n in nodes])
+        clips = (proof.flags[places] & CLIP) > 0
         best = np.full(len(rows), -np.inf)
         shapes = (len(rows), program.steps[0].size)
         narrow, wide = (np.full(shapes, v) if clips.any() else None for v in (-np.inf, np.inf))
@@ -365,25 +363,25 @@ class _Replayer:
             if narrow is not None and wide is not None:
                 narrow[some], wide[some] = _clipped(view, a, bound, owner[some], proof.slack[rows[some]])
         excess = best - proof.slack[rows]
-        closed = np.maximum.reduceat((np.isfinite(best) & (best > proof.slack[rows])).astype(int), first) > 0
+        closed = np.logical_or.reduceat(np.isfinite(best) & (best > proof.slack[rows]), first)
         margin = np.maximum.reduceat(excess, first)
+        done = closed
         if narrow is not None and wide is not None:
-            left, right = np.maximum.reduceat(narrow, first, axis=0), np.minimum.reduceat(wide, first, axis=0)
-        for i, node in enumerate(nodes):
-            begin, end = np.searchsorted(owners, [i, i + 1])
-            if narrow is not None and clips[i]:
-                a, b = np.maximum(left[begin:end], node.lower), np.minimum(right[begin:end], node.upper)
-                empty = (a > b).any(axis=1) & ~closed[begin:end]
-                remain = ~closed[begin:end] & ~empty
-                if remain.any():
-                    node.lower, node.upper = a[remain].min(axis=0), b[remain].max(axis=0)
-                done = closed[begin:end] | empty
-            else:
-                done = closed[begin:end]
-            told = closed[begin:end] | ((proof.kind[node.place] == LEAF) & ~done)
-            np.minimum.at(self.margin, pairs[begin:end][told], margin[begin:end][told])
-            node.open = node.open.copy()
-            node.open[np.flatnonzero(node.open)[done]] = False
+            lower, upper = (np.stack([getattr(n, name) for n in nodes]) for name in ("lower", "upper"))
+            left = np.maximum(np.maximum.reduceat(narrow, first, axis=0), lower[owners])
+            right = np.minimum(np.minimum.reduceat(wide, first, axis=0), upper[owners])
+            done = closed | ((left > right).any(axis=1) & clips[owners])
+            remain = np.flatnonzero(~done & clips[owners])
+            if len(remain):
+                which, starts = np.unique(owners[remain], return_index=True)
+                lower, upper = (f.reduceat(x[remain], starts) for f, x in ((np.minimum, left), (np.maximum, right)))
+                for i, low, high in zip(which.tolist(), lower, upper, strict=True):
+                    nodes[i].lower, nodes[i].upper = low, high
+        told = closed | ((proof.kind[places[owners]] == LEAF) & ~done)
+        np.minimum.at(self.margin, pairs[told], margin[told])
+        open_[each[done]] = False
+        for node, stop, count in zip(nodes, end.tolist(), many.tolist(), strict=True):
+            node.open = open_[stop - count : stop]
 
     def _rows(self, rows: Array) -> dict[int, Array]:
         """Coefficients of the rows: of the outputs and, where there are any, of the input."""
