@@ -465,13 +465,12 @@ def quadratic_claim(seed: int, together: bool = True, rooms: Sequence[float] = (
 
     add(1, hidden, [0])
     steps.append({"step": "function", "from": 1, "size": hidden, "function": function})
-    add(3, m, [0, 2])
-    add(4, m, [3] if seed % 2 else [2, 0])
-    steps.append({"step": "times", "size": m, "left": 3, "right": 3 if rng.random() < 0.3 else 4})
+    steps.append({"step": "function", "from": 1, "size": hidden, "function": "tanh"})
+    add(4, m, [0, 2])
+    add(5, m, [3, 0] if seed % 2 else [4])
+    steps.append({"step": "times", "size": m, "left": 4, "right": 4 if rng.random() < 0.3 else 5})
     steps.append({"step": "times", "size": n, "left": 0, "right": 0})
-    add(7, 2, [5, 6, 0] if seed % 4 else [5])
-    if rng.random() < 0.3:
-        steps[4]["weight_error"], arrays["f4"] = "f4", np.array([0.01])
+    add(8, 2, [6, 7, 0] if seed % 4 else [6])
     centre, radius = rng.standard_normal(n) * 0.5, rng.choice([0.01, 0.1, 0.4], n)
     claim = tightly(steps, arrays, centre - radius, centre + radius, rooms, seed)
     flags = REFRESH | BOUND | (TOGETHER if together else 0)
@@ -482,6 +481,19 @@ def quadratic_claim(seed: int, together: bool = True, rooms: Sequence[float] = (
         for child in root.split(1, 0, float(centre[0]), flags | CLIP):
             child.split(1, n - 1, float(centre[n - 1]), flags)
     return claim
+
+
+def square_of_uncertain() -> Certificate:
+    """(w x)^2 < 1.7 on [0, 1], where w is 1 up to a half: not so."""
+    steps = [
+        {"step": "variable", "size": 1},
+        {**affine(1, 1, [{"map": "matrix", "from": 0, "array": "w", "blocks": 1}], "b"), "weight_error": "f"},
+        {"step": "times", "size": 1, "left": 1, "right": 1},
+        affine(3, 1, [{"map": "matrix", "from": 2, "array": "w", "blocks": 1}], "b"),
+    ]
+    arrays = {"w": np.ones((1, 1)), "b": np.zeros(1), "f": np.array([0.5])}
+    case = (np.zeros(1), np.ones(1), [[(-np.ones(1), np.zeros(1), 1.7, 0.0)]])
+    return Claim(steps, arrays, [case], [(0, 0, 1, Node(REFRESH | BOUND | TOGETHER))]).certificate()
 
 
 @cache
@@ -975,6 +987,28 @@ def escaped(seed: int, with_: Any = checker) -> bool:
     return False
 
 
+def factor_escaped(seed: int, with_: Any = checker) -> bool:
+    """Whether a factor, or the sum or difference of a product's two, leaves the form with shared symbols."""
+    c = quadratic_certificate(seed)
+    proof, none = with_.read(c), np.full(1, -1)
+    box = proof.lower, proof.upper
+    frame, _ = with_.refresh(proof.program, *box, None, none, proof.stored, forms=True, together=True)
+    values = evaluate_all(c, points(c, 0, np.random.default_rng(seed)))
+    for i, (u, v) in frame.factors.items():
+        step = c.header["program"][i]
+        for sign in (0, 1, -1):
+            value = values[step["left"]] + sign * values[step["right"]]
+            centre, generators = u.centre + sign * v.centre, u.generators + sign * v.generators
+            wide = np.abs(generators).sum(axis=1) + u.rest + abs(sign) * v.rest
+            if (np.abs(value - centre) > wide + 1e-9).any():
+                return True
+    return False
+
+
+def test_factors_stay_within_forms_that_share_symbols():
+    assert not any(factor_escaped(seed) for seed in range(60))
+
+
 def test_intervals_of_every_step_hold_all_samples_and_forms_make_them_narrower():
     narrower = 0
     for seed in range(SEEDS):
@@ -1284,6 +1318,11 @@ def faults(with_: Any) -> Iterator[str]:
     for seed in range(60):
         if wrong := untrue(quadratic_certificate(seed), seed, with_):
             yield f"proves {wrong} of quadratic forms {seed}"
+    for seed in range(60):
+        if factor_escaped(seed, with_):
+            yield f"loses values of factors {seed}"
+    if with_.replay(square_of_uncertain()).proven.all():
+        yield "forgets the error of a weight in products"
     yield from above_least(sys.modules[with_.__name__.replace("verification", "products")])
     for seed in range(SEEDS):
         if wrong := untrue(random_certificate(seed), seed, with_):
