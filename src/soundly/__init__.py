@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from soundly.certificate.check import check as check
     from soundly.certificate.format import Certificate as Certificate
     from soundly.editing.constraints import at as at
+    from soundly.editing.constraints import over as over
     from soundly.editing.edit import Edit as Edit
     from soundly.editing.edit import edit as edit
     from soundly.explanation.attribution import gradcam as gradcam
@@ -90,6 +91,7 @@ _HOME = {
     "Empty": "verification.verdict",
     # edits
     "at": "editing.constraints",
+    "over": "editing.constraints",
     "edit": "editing.edit",
     "Edit": "editing.edit",
     # proofs

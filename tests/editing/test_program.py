@@ -19,7 +19,8 @@ from torch import Tensor, nn
 import soundly
 from soundly import at
 from soundly.editing.constraints import Constraint, Expression
-from soundly.editing.program import GRID, Program, compile_program
+from soundly.editing.program import Program, compile_program
+from soundly.editing.rows import GRID
 from soundly.editing.trunk import trunk_of
 from soundly.errors import InvalidInput
 
@@ -180,7 +181,7 @@ def _wrong_sign(self, name, row, value, factor, lower, upper, right=compiler._Bu
     right(self, name, row, value, -factor, lower, upper)
 
 
-def _wrong_class(self, vector, cls, right=compiler._Builder.values_of):
+def _wrong_class(self, vector, cls, right=compiler._Builder.new_values):
     return right(self, vector, (cls + 1) % self.classes)
 
 
@@ -199,7 +200,7 @@ def _wrong_order(self, functional, right=compiler._Builder.vectors_of):
 
 @pytest.mark.parametrize(
     ("method", "fault"),
-    [("add", _wrong_sign), ("values_of", _wrong_class), ("vectors_of", _wrong_bias), ("vectors_of", _wrong_order)],
+    [("add", _wrong_sign), ("new_values", _wrong_class), ("vectors_of", _wrong_bias), ("vectors_of", _wrong_order)],
 )
 def test_faults_planted_in_the_compiler_are_seen(method, fault, monkeypatch):
     monkeypatch.setattr(compiler._Builder, method, fault)

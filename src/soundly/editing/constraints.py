@@ -26,11 +26,12 @@ from torch import Tensor
 
 from soundly.editing.trunk import Trunk
 from soundly.errors import InvalidInput
+from soundly.spec.region import Box, Union
 
 
 @dataclass(frozen=True, eq=False)
 class Point:
-    """One input of the network, and the position of the edited layer's output that is meant.
+    """One input of the network, and the position of the output that is meant.
 
     Attributes:
         x: the input, exactly of the model's input shape.
@@ -96,6 +97,29 @@ class Point:
         return Classified(self, label, margin, f"class {label} at {self.name}")
 
 
+@dataclass(frozen=True, eq=False)
+class Area(Point):
+    """All inputs of a region: what is demanded here must hold for every one of them. Its `x` is one of them."""
+
+    region: Box | Union = field(kw_only=True)
+
+    def coordinates(self, entries: Sequence[int] | None = None) -> Expression:
+        """Entries of the input itself, flattened: bounds may depend on them linearly."""
+        return Expression.of(Coordinates(self, 0, None if entries is None else tuple(entries)), f"input on {self.name}")
+
+
+def over(region: Box | Union, *, position: int | None = None, name: str = "region") -> Area:
+    """A region to state constraints on, for all its inputs at once.
+
+    Args:
+        region: a box or a union of boxes, of the network's input shape.
+    """
+    if not isinstance(region, (Box, Union)) or region.is_empty:
+        raise InvalidInput("over(region): give a Box or a Union that holds at least one point (for a Ball its `box`).")
+    box = region if isinstance(region, Box) else region[region.filled[0]]
+    return Area(box.project((box.lower + box.upper) / 2), position, name, region=region)
+
+
 def at(x: Tensor, *, position: int | None = None, name: str = "x") -> Point:
     """A point of the input space to state constraints at."""
     if not isinstance(x, Tensor) or not bool(torch.isfinite(x).all()):
@@ -145,10 +169,33 @@ class Output:
         return _widen(h[_position(h, self.point)][None], 1.0)
 
 
+@dataclass(frozen=True, eq=False)
+class Outputs:
+    """All outputs at a point's position."""
+
+    point: Point
+    of: int = 0
+
+    def vectors(self, trunk: Trunk) -> Tensor:
+        raise InvalidInput(f"{self.point.name}: outputs of an edited last layer are constrained one by one.")
+
+
 def _moved(trunk: Trunk, point: Point, place: str | None, directions: Tensor, x: Tensor | None = None) -> Tensor:
     """D h[d] at the point's position, [m, K + 1]; the bias has no derivative."""
     rows = trunk.tangents(point.x if x is None else x, place, directions)
     return _widen(rows[:, _position(rows, point)], 0.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Coordinates:
+    """Entries of the input itself, which no edit moves."""
+
+    point: Point
+    of: int
+    entries: tuple[int, ...] | None
+
+    def vectors(self, trunk: Trunk) -> Tensor:
+        raise InvalidInput(f"{self.point.name}: at one point the input is known; write it as numbers.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -302,6 +349,13 @@ class Expression:
 
     # -- constraints
 
+    def near(self, target: Tensor | float) -> Goal:
+        """Not a constraint but a wish: the value should be as near to the target as the constraints allow."""
+        values = _numbers(target)
+        if not bool(torch.isfinite(values).all()):
+            raise InvalidInput(f"near: the target of {self.name} must be finite.")
+        return Goal(self, values)
+
     def within(self, lower: Tensor | float, upper: Tensor | float, *, name: str | None = None) -> Bounded:
         """lower <= value <= upper, entry by entry; either may be infinite."""
         low, high = _numbers(lower), _numbers(upper)
@@ -363,6 +417,14 @@ class Bounded:
 
 
 @dataclass(frozen=True, eq=False)
+class Goal:
+    """expression near target, as well as it goes."""
+
+    expression: Expression
+    target: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Normalised:
     """A min-max-normalised map near a target, exact for a chosen smallest and largest position (docs/editing.md)."""
 
@@ -405,3 +467,10 @@ def _numbers(value: Tensor | float) -> Tensor:
 
 
 Constraint = Bounded | Normalised | TopMask | Classified
+
+
+def points_of(c: Constraint) -> list[Point]:
+    """The points and areas that a constraint is about."""
+    if isinstance(c, Classified):
+        return [c.point]
+    return list(dict.fromkeys(t.functional.point for t in c.expression.terms))

@@ -18,27 +18,15 @@ from soundly.editing.constraints import (
     Bounded,
     Classified,
     Constraint,
-    Expression,
     Functional,
     Normalised,
     Output,
     Point,
     TopMask,
 )
+from soundly.editing.rows import Claim, Rows
 from soundly.editing.trunk import Trunk
 from soundly.errors import InvalidInput
-
-GRID = 2.0**40
-"""Interpolation factors of normalised maps are rounded inwards to this grid, so that 1 - factor is exact."""
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A constraint as the user named it, and its rows start..stop - 1."""
-
-    name: str
-    start: int
-    stop: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,20 +156,18 @@ class Block:
     frozen: Tensor
 
 
-class _Builder:
+class _Builder(Rows):
     def __init__(self, trunk: Trunk, evaluated: dict[Functional | Point, Tensor]) -> None:
+        super().__init__()
         self.trunk, self.evaluated = trunk, evaluated
         self.classes = trunk.weight.shape[0]
         bias = torch.zeros(self.classes) if trunk.bias is None else trunk.bias
         self.weights = torch.cat([trunk.weight.detach().double(), bias.detach().double()[:, None]], 1).cpu()
-        self.count = 0
+        self.vectors = 0
         self.known: dict[Functional | Point, tuple[int, Tensor]] = {}
         self.value_vector: list[Tensor] = []
         self.value_class: list[Tensor] = []
-        self.counts = {"values": 0, "rows": 0}
-        self.entries: list[tuple[Tensor, Tensor, Tensor]] = []  # row, value, coefficient
-        self.bounds: list[tuple[Tensor, Tensor]] = []
-        self.claims: list[Claim] = []
+        self.values = 0
 
     def vectors_of(self, functional: Functional, *, shared: Point | None = None) -> tuple[int, Tensor]:
         """Where a functional's vectors start, and the vectors [m, K + 1]; `shared` stands for equal functionals."""
@@ -194,60 +180,40 @@ class _Builder:
                 found[:, -1] = 0
             self.evaluated[key] = found
         if key not in self.known:
-            self.known[key] = self.count, self.evaluated[key]
-            self.count += len(self.evaluated[key])
+            self.known[key] = self.vectors, self.evaluated[key]
+            self.vectors += len(self.evaluated[key])
         return self.known[key]
 
-    def values_of(self, vector: Tensor, cls: Tensor) -> Tensor:
+    def new_values(self, vector: Tensor, cls: Tensor) -> Tensor:
         """Indices of new values."""
-        start = self.counts["values"]
+        start = self.values
         self.value_vector.append(vector)
         self.value_class.append(cls)
-        self.counts["values"] += len(vector)
+        self.values += len(vector)
         return torch.arange(start, start + len(vector))
 
-    def add(self, name: str, row: Tensor, value: Tensor, factor: Tensor, lower: Tensor, upper: Tensor) -> None:
-        """Adds rows 0..len(lower)-1 of a claim, given as entries."""
-        keep = factor != 0
-        start = self.counts["rows"]
-        self.entries.append((row[keep] + start, value[keep], factor[keep].double()))
-        self.bounds.append((lower.double(), upper.double()))
-        self.counts["rows"] += len(lower)
-        self.claims.append(Claim(name, start, start + len(lower)))
+    def values_of(self, functional: Functional) -> Tensor:
+        start, vectors = self.vectors_of(functional)
+        count = len(vectors)
+        return self.new_values(torch.arange(start, start + count), torch.full((count,), functional.of))
 
-    def expression(self, e: Expression) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Entries (row, value, factor) and the constant [m] of an expression."""
-        rows, values, factors, size = [], [], [], None
-        for term in e.terms:
-            if not 0 <= term.functional.of < self.classes:
-                raise InvalidInput(
-                    f"{e.name}: the edited layer has outputs 0..{self.classes - 1}, not {term.functional.of}."
-                )
-            start, vectors = self.vectors_of(term.functional)
-            count = len(vectors)
-            value = self.values_of(torch.arange(start, start + count), torch.full((count,), term.functional.of))
-            matrix = torch.eye(count, dtype=torch.float64) if term.matrix is None else term.matrix
-            if matrix.shape[1] != count or (size is not None and len(matrix) != size):
-                raise InvalidInput(
-                    f"{e.name}: its parts have different numbers of entries ({size}, {tuple(matrix.shape)})."
-                )
-            size = len(matrix)
-            row, column = matrix.nonzero(as_tuple=True)
-            rows.append(row)
-            values.append(value[column])
-            factors.append(matrix[row, column] * term.factor)
-        assert size is not None
-        if len(e.constant) not in (1, size):
-            raise InvalidInput(f"{e.name} has {size} entries, but a constant of {len(e.constant)} was added.")
-        return torch.cat(rows), torch.cat(values), torch.cat(factors), e.constant.expand(size)
+    def now(self, functional: Functional) -> Tensor:
+        return self.vectors_of(functional)[1] @ self.weights[functional.of]
 
-    def value(self, e: Expression) -> Tensor:
-        """The expression before the edit."""
-        total = e.constant.clone()
-        for term in e.terms:
-            values = self.vectors_of(term.functional)[1] @ self.weights[term.functional.of] * term.factor
-            total = total + (values if term.matrix is None else term.matrix @ values)
-        return total
+    def classified(self, c: Classified) -> None:
+        """y_label >= t + margin and y_k <= t for every other k, with one threshold t: rows of single classes."""
+        if self.classes < 2:
+            raise InvalidInput(f"{c.name}: the edited layer has one output, so there is nothing to exceed.")
+        start, h = self.vectors_of(Output(c.point, c.label), shared=c.point)
+        y = self.weights @ h[0]
+        rival = float(torch.cat([y[: c.label], y[c.label + 1 :]]).max())
+        # Room on both sides of the threshold where the point has it already, half the margin otherwise.
+        room = max(0.5 * (float(y[c.label]) - rival - c.margin), 0.5 * c.margin, 1e-6 * float(y.abs().max()))
+        threshold = rival + room
+        value = self.new_values(torch.full((len(y),), start), torch.arange(len(y)))
+        lower, upper = torch.full_like(y, -math.inf), torch.full_like(y, threshold)
+        lower[c.label], upper[c.label] = math.nextafter(threshold + c.margin, math.inf), math.inf
+        self.add(c.name, torch.arange(len(y)), value, torch.ones_like(y), lower, upper)
 
 
 def compile_program(
@@ -267,8 +233,6 @@ def compile_program(
     Raises:
         InvalidInput: a constraint does not fit the model.
     """
-    if not constraints:
-        raise InvalidInput("constraints: give at least one.")
     build = _Builder(trunk, {} if evaluated is None else evaluated)
     stated = [c for c in constraints if isinstance(c, Bounded | Normalised | TopMask)]
     edited = {t.functional.of for c in stated for t in c.expression.terms}
@@ -277,113 +241,18 @@ def compile_program(
         raise InvalidInput(
             f"constraints name outputs {sorted(edited)}; layer {trunk.layer!r} has 0..{build.classes - 1}."
         )
-    for i, constraint in enumerate(constraints):
-        match constraint:
-            case Bounded():
-                _bounded(build, constraint)
-            case Normalised():
-                _normalised(build, constraint, (extremes or {}).get(i) or constraint.extremes()[0])
-            case TopMask():
-                _top(build, constraint)
-            case Classified():
-                _classified(build, constraint)
-            case _:
-                raise InvalidInput(
-                    f"constraints[{i}] is a {type(constraint).__name__}; finish it with .within, .classified, ..."
-                )
-    row, value, factor = (torch.cat(parts) for parts in zip(*build.entries, strict=True))
-    order = torch.argsort(row, stable=True)
-    start = torch.zeros(build.counts["rows"] + 1, dtype=torch.long)
-    start[1:] = torch.bincount(row, minlength=build.counts["rows"]).cumsum(0)
-    lower, upper = (torch.cat(parts) for parts in zip(*build.bounds, strict=True))
+    build.state(constraints, extremes or {})
+    start, value, factor, lower, upper = build.table()
     return Program(
         vectors=torch.cat([v for _, v in build.known.values()]),
         value_vector=torch.cat(build.value_vector),
         value_class=torch.cat(build.value_class),
         row_start=start,
-        row_value=value[order],
-        row_coefficient=factor[order],
+        row_value=value,
+        row_coefficient=factor,
         lower=lower,
         upper=upper,
         claims=tuple(build.claims),
         weights=build.weights,
         edited=tuple(sorted(edited)),
     )
-
-
-def _bounded(build: _Builder, c: Bounded) -> None:
-    row, value, factor, constant = build.expression(c.expression)
-    if len(c.lower) not in (1, len(constant)) or len(c.upper) not in (1, len(constant)):
-        raise InvalidInput(f"{c.name}: {len(constant)} entries, but bounds of {len(c.lower)} and {len(c.upper)}.")
-    lower, upper = c.lower.expand(len(constant)), c.upper.expand(len(constant))
-    # Where a constant is moved across, the bound is rounded inwards.
-    up, down = torch.tensor(math.inf, dtype=torch.float64), torch.tensor(-math.inf, dtype=torch.float64)
-    moved = constant != 0
-    lower = torch.where(moved & lower.isfinite(), torch.nextafter(lower - constant, up), lower)
-    upper = torch.where(moved & upper.isfinite(), torch.nextafter(upper - constant, down), upper)
-    build.add(c.name, row, value, factor, lower, upper)
-
-
-def _normalised(build: _Builder, c: Normalised, extremes: tuple[int, int]) -> None:
-    """With p, q the places of the smallest and largest entry: a_j (L_q - L_p) <= L_j - L_p <= b_j (L_q - L_p)."""
-    base_row, base_value, base_factor, constant = build.expression(c.expression)
-    n, (p, q) = len(constant), extremes
-    if n != len(c.target):
-        raise InvalidInput(f"{c.name}: the map has {n} entries, its target {len(c.target)}.")
-    if bool((constant != 0).any()):
-        raise InvalidInput(f"{c.name}: a normalised map must not have a constant added.")
-    up, down = torch.tensor(2.0, dtype=torch.float64), torch.tensor(-1.0, dtype=torch.float64)
-    least = torch.ceil(torch.nextafter(c.target - c.eps, up).clamp(min=0) * GRID) / GRID
-    most = torch.floor(torch.nextafter(c.target + c.eps, down).clamp(max=1) * GRID) / GRID
-    others = [j for j in range(n) if j not in (p, q)]
-    matrix = torch.zeros(2 * len(others) + 1, n, dtype=torch.float64)
-    for k, j in enumerate(others):
-        for r, level in ((2 * k, float(least[j])), (2 * k + 1, float(most[j]))):
-            matrix[r, j] = 1.0
-            matrix[r, p] = level - 1.0
-            matrix[r, q] = -level
-    matrix[-1, q], matrix[-1, p] = 1.0, -1.0
-    before = build.value(c.expression)
-    spread = c.spread if c.spread is not None else 0.1 * float(before.max() - before.min())
-    if not spread > 0:
-        raise InvalidInput(f"{c.name}: the map is constant before the edit; give its least `spread` explicitly.")
-    infinite = torch.full((len(others), 2), math.inf, dtype=torch.float64)
-    lower, upper = -infinite, infinite.clone()
-    lower[:, 0], upper[:, 1] = 0.0, 0.0
-    end = torch.tensor([spread], dtype=torch.float64)
-    name = f"{c.name} within {c.eps:g} of its target (smallest entry {p}, largest {q}, range >= {spread:.3g})"
-    # The map's entries may themselves be combinations of values.
-    base = torch.zeros(n, len(base_row), dtype=torch.float64)
-    base[base_row, torch.arange(len(base_row))] = base_factor
-    combined = matrix @ base
-    row, column = combined.nonzero(as_tuple=True)
-    build.add(
-        name, row, base_value[column], combined[row, column],
-        torch.cat([lower.reshape(-1), end]), torch.cat([upper.reshape(-1), end * math.inf]),
-    )  # fmt: skip
-
-
-def _top(build: _Builder, c: TopMask) -> None:
-    n = len(c.mask)
-    inside, outside = c.mask.nonzero()[:, 0], (~c.mask).nonzero()[:, 0]
-    pairs = torch.cartesian_prod(inside, outside)
-    matrix = torch.zeros(len(pairs), n, dtype=torch.float64)
-    index = torch.arange(len(pairs))
-    matrix[index, pairs[:, 0]], matrix[index, pairs[:, 1]] = 1.0, -1.0
-    _bounded(build, c.expression.combined(matrix).at_least(c.margin, name=c.name))
-
-
-def _classified(build: _Builder, c: Classified) -> None:
-    """y_label >= t + margin and y_k <= t for every other k, with one threshold t: rows of single classes."""
-    if build.classes < 2:
-        raise InvalidInput(f"{c.name}: the edited layer has one output, so there is nothing to exceed.")
-    start, h = build.vectors_of(Output(c.point, c.label), shared=c.point)
-    y = build.weights @ h[0]
-    rival = float(torch.cat([y[: c.label], y[c.label + 1 :]]).max())
-    # Room on both sides of the threshold where the point has it already, half the margin otherwise.
-    room = max(0.5 * (float(y[c.label]) - rival - c.margin), 0.5 * c.margin, 1e-6 * float(y.abs().max()))
-    threshold = rival + room
-    value = build.values_of(torch.full((len(y),), start), torch.arange(len(y)))
-    lower, upper = torch.full_like(y, -math.inf), torch.full_like(y, threshold)
-    lower[c.label], upper[c.label] = math.nextafter(threshold + c.margin, math.inf), math.inf
-    build.add(c.name, torch.arange(len(y)), value, torch.ones_like(y), lower, upper)

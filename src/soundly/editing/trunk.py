@@ -55,6 +55,10 @@ class Trunk(Protocol):
         ...
 
 
+class NotLast(EditError):
+    """The layer is a layer, but not a last linear one: outputs are not affine in its weights."""
+
+
 class GraphTrunk:
     """The trunk of a captured network; directional derivatives come from differentiating its graph twice.
 
@@ -72,6 +76,8 @@ class GraphTrunk:
                 f"layer={layer!r} has no weight in {network.name}. Linear layers' weights: {', '.join(linear)}."
             )
         users = [n for n in network.nodes if weight in n.inputs]
+        if len(users) == 1 and not isinstance(users[0].op, Dense):
+            raise NotLast(f"layer {layer!r} is not a linear layer but {users[0].op}.")
         if len(users) != 1 or not isinstance(users[0].op, Dense) or users[0].inputs[1] is not weight:
             raise EditError(
                 f"layer {layer!r}: its weight must be used once, by a linear layer, not by {users or 'nothing'}. "
@@ -158,9 +164,7 @@ def _head_bias(network: Network, dense: Node, layer: str) -> Node | None:
         constants = [c for c in node.inputs if c not in varying]
         is_sum = isinstance(node.op, Combine) and node.op.coefficients == (1.0,) * len(node.inputs)
         if len(before) != 1 or not (isinstance(node.op, Reshape) or is_sum) or any(c not in fixed for c in constants):
-            raise EditError(
-                f"layer {layer!r} is not the last one: {node!r} follows it, so outputs are not affine in it."
-            )
+            raise NotLast(f"layer {layer!r} is not the last one: {node!r} follows it, so outputs are not affine in it.")
         for constant in constants:
             if named is None or bias is not None or not _repeats(network, constant, named):
                 raise EditError(
@@ -288,7 +292,10 @@ class ModuleTrunk:
                         f"what is before layer {self.layer!r} is random or uses its weights too. Untie (clone) them."
                     )
                 if not torch.equal(seen["logits"].double().reshape(-1), seen["out"].double().reshape(-1)):
-                    raise EditError(f"layer {self.layer!r} is not the last operation: the output differs from its own.")
+                    raise EditError(
+                        f"layer {self.layer!r} is not the last operation: the output differs from its own. Capture the "
+                        "model with soundly.load to edit layers before the last."
+                    )
         self.tried = x
 
     def features(self, x: Tensor) -> Tensor:

@@ -1,0 +1,175 @@
+"""Constraints as linear rows over values, whatever those values are made of.
+
+A bound, a normalised map, a kept top set: each is a few short rows `lower <= sum_k c_k value_k <= upper`. What a value
+is (a feature vector times a weight vector; an entry of a gradient at a point), and how one class is made to win, is
+decided by whoever compiles the rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from soundly.editing.constraints import Bounded, Classified, Constraint, Expression, Functional, Normalised, TopMask
+from soundly.errors import InvalidInput
+
+GRID = 2.0**40
+"""Interpolation factors of normalised maps are rounded inwards to this grid, so that 1 - factor is exact."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A constraint as the user named it, and its rows start..stop - 1."""
+
+    name: str
+    start: int
+    stop: int
+
+
+class Rows:
+    """Collects rows; a subclass says what a functional's values are."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.entries: list[tuple[Tensor, Tensor, Tensor]] = []  # row, value, coefficient
+        self.bounds: list[tuple[Tensor, Tensor]] = []
+        self.claims: list[Claim] = []
+
+    def values_of(self, functional: Functional) -> Tensor:
+        """Indices of the functional's values."""
+        raise NotImplementedError
+
+    def now(self, functional: Functional) -> Tensor:
+        """The functional's values before the edit, in float64."""
+        raise NotImplementedError
+
+    def classified(self, constraint: Classified) -> None:
+        """Rows under which one output exceeds all others."""
+        raise NotImplementedError
+
+    def state(self, constraints: Sequence[Constraint], extremes: Mapping[int, tuple[int, int]]) -> None:
+        """Adds the rows of every constraint; `extremes` as in `compile_program`."""
+        if not constraints:
+            raise InvalidInput("constraints: give at least one.")
+        for i, constraint in enumerate(constraints):
+            match constraint:
+                case Bounded():
+                    self._bounded(constraint)
+                case Normalised():
+                    self._normalised(constraint, extremes.get(i) or constraint.extremes()[0])
+                case TopMask():
+                    self._top(constraint)
+                case Classified():
+                    self.classified(constraint)
+                case _:
+                    raise InvalidInput(
+                        f"constraints[{i}] is a {type(constraint).__name__}; finish it with .within, .classified, ..."
+                    )
+
+    def add(self, name: str, row: Tensor, value: Tensor, factor: Tensor, lower: Tensor, upper: Tensor) -> None:
+        """Adds rows 0..len(lower)-1 of a claim, given as entries."""
+        keep = factor != 0
+        self.entries.append((row[keep] + self.count, value[keep], factor[keep].double()))
+        self.bounds.append((lower.double(), upper.double()))
+        self.claims.append(Claim(name, self.count, self.count + len(lower)))
+        self.count += len(lower)
+
+    def table(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """All rows: row_start [m + 1], row_value and row_coefficient [nnz] in order of rows, lower and upper [m]."""
+        row, value, factor = (torch.cat(parts) for parts in zip(*self.entries, strict=True))
+        order = torch.argsort(row, stable=True)
+        start = torch.zeros(self.count + 1, dtype=torch.long)
+        start[1:] = torch.bincount(row, minlength=self.count).cumsum(0)
+        lower, upper = (torch.cat(parts) for parts in zip(*self.bounds, strict=True))
+        return start, value[order], factor[order], lower, upper
+
+    def expression(self, e: Expression) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Entries (row, value, factor) and the constant [m] of an expression."""
+        rows, values, factors, size = [], [], [], None
+        for term in e.terms:
+            value = self.values_of(term.functional)
+            matrix = torch.eye(len(value), dtype=torch.float64) if term.matrix is None else term.matrix
+            if matrix.shape[1] != len(value) or (size is not None and len(matrix) != size):
+                raise InvalidInput(
+                    f"{e.name}: its parts have different numbers of entries ({size}, {tuple(matrix.shape)})."
+                )
+            size = len(matrix)
+            row, column = matrix.nonzero(as_tuple=True)
+            rows.append(row)
+            values.append(value[column])
+            factors.append(matrix[row, column] * term.factor)
+        assert size is not None
+        if len(e.constant) not in (1, size):
+            raise InvalidInput(f"{e.name} has {size} entries, but a constant of {len(e.constant)} was added.")
+        return torch.cat(rows), torch.cat(values), torch.cat(factors), e.constant.expand(size)
+
+    def value(self, e: Expression) -> Tensor:
+        """The expression before the edit."""
+        total = e.constant.clone()
+        for term in e.terms:
+            values = self.now(term.functional) * term.factor
+            total = total + (values if term.matrix is None else term.matrix @ values)
+        return total
+
+    def _bounded(self, c: Bounded) -> None:
+        row, value, factor, constant = self.expression(c.expression)
+        if len(c.lower) not in (1, len(constant)) or len(c.upper) not in (1, len(constant)):
+            raise InvalidInput(f"{c.name}: {len(constant)} entries, but bounds of {len(c.lower)} and {len(c.upper)}.")
+        lower, upper = c.lower.expand(len(constant)), c.upper.expand(len(constant))
+        # Where a constant is moved across, the bound is rounded inwards.
+        up, down = torch.tensor(math.inf, dtype=torch.float64), torch.tensor(-math.inf, dtype=torch.float64)
+        moved = constant != 0
+        lower = torch.where(moved & lower.isfinite(), torch.nextafter(lower - constant, up), lower)
+        upper = torch.where(moved & upper.isfinite(), torch.nextafter(upper - constant, down), upper)
+        self.add(c.name, row, value, factor, lower, upper)
+
+    def _normalised(self, c: Normalised, extremes: tuple[int, int]) -> None:
+        """With p, q the places of the smallest and largest entry: a_j (L_q - L_p) <= L_j - L_p <= b_j (L_q - L_p)."""
+        base_row, base_value, base_factor, constant = self.expression(c.expression)
+        n, (p, q) = len(constant), extremes
+        if n != len(c.target):
+            raise InvalidInput(f"{c.name}: the map has {n} entries, its target {len(c.target)}.")
+        if bool((constant != 0).any()):
+            raise InvalidInput(f"{c.name}: a normalised map must not have a constant added.")
+        up, down = torch.tensor(2.0, dtype=torch.float64), torch.tensor(-1.0, dtype=torch.float64)
+        least = torch.ceil(torch.nextafter(c.target - c.eps, up).clamp(min=0) * GRID) / GRID
+        most = torch.floor(torch.nextafter(c.target + c.eps, down).clamp(max=1) * GRID) / GRID
+        others = [j for j in range(n) if j not in (p, q)]
+        matrix = torch.zeros(2 * len(others) + 1, n, dtype=torch.float64)
+        for k, j in enumerate(others):
+            for r, level in ((2 * k, float(least[j])), (2 * k + 1, float(most[j]))):
+                matrix[r, j] = 1.0
+                matrix[r, p] = level - 1.0
+                matrix[r, q] = -level
+        matrix[-1, q], matrix[-1, p] = 1.0, -1.0
+        before = self.value(c.expression)
+        spread = c.spread if c.spread is not None else 0.1 * float(before.max() - before.min())
+        if not spread > 0:
+            raise InvalidInput(f"{c.name}: the map is constant before the edit; give its least `spread` explicitly.")
+        infinite = torch.full((len(others), 2), math.inf, dtype=torch.float64)
+        lower, upper = -infinite, infinite.clone()
+        lower[:, 0], upper[:, 1] = 0.0, 0.0
+        end = torch.tensor([spread], dtype=torch.float64)
+        name = f"{c.name} within {c.eps:g} of its target (smallest entry {p}, largest {q}, range >= {spread:.3g})"
+        # The map's entries may themselves be combinations of values.
+        base = torch.zeros(n, len(base_row), dtype=torch.float64)
+        base[base_row, torch.arange(len(base_row))] = base_factor
+        combined = matrix @ base
+        row, column = combined.nonzero(as_tuple=True)
+        self.add(
+            name, row, base_value[column], combined[row, column],
+            torch.cat([lower.reshape(-1), end]), torch.cat([upper.reshape(-1), end * math.inf]),
+        )  # fmt: skip
+
+    def _top(self, c: TopMask) -> None:
+        n = len(c.mask)
+        inside, outside = c.mask.nonzero()[:, 0], (~c.mask).nonzero()[:, 0]
+        pairs = torch.cartesian_prod(inside, outside)
+        matrix = torch.zeros(len(pairs), n, dtype=torch.float64)
+        index = torch.arange(len(pairs))
+        matrix[index, pairs[:, 0]], matrix[index, pairs[:, 1]] = 1.0, -1.0
+        self._bounded(c.expression.combined(matrix).at_least(c.margin, name=c.name))

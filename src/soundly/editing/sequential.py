@@ -1,0 +1,429 @@
+"""Weights under which constraints at points hold, whatever the layer: programs, each around the last one's answer.
+
+Around weights theta the constraints are linear rows, and so is the demand that no function behind the edited weights
+leaves the piece it is on. Where that makes the network affine (docs/editing.md says when) the first solution is exact.
+Elsewhere it is a Newton step, shortened until it helps, and rows are taken anew. Rows enter a program when they are
+violated: of the thousands of pieces few matter. Pieces that contradict the constraints are let go, and the next
+program starts from the pieces that this leads to. Nothing here is trusted: what comes out is a candidate, proved by
+others or not at all.
+
+References: Tao and Thakur, "Provable Gradient Editing of Deep Neural Networks", NeurIPS 2025, sections 3 and 4 (rows
+that hold the activation pattern); Nocedal and Wright, "Numerical Optimization", chapter 18 (sequential programming).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from soundly.editing.candidate import Failure, Norm
+from soundly.editing.constraints import Classified, Constraint, Functional, Outputs, Point
+from soundly.editing.evidence import Evidence, joined, key_of, quantity
+from soundly.editing.rows import Claim, Rows
+from soundly.editing.solve import least_change
+from soundly.errors import InvalidInput
+from soundly.graph.network import Network
+from soundly.graph.node import Node
+
+ROUNDS = 24
+"""Programs, each around the answer of the one before."""
+ENTER = 400
+"""The most rows that enter a program at a time."""
+
+
+@dataclass(frozen=True, eq=False)
+class Requirements:
+    """Rows lower <= sum_k coefficient_k * value_k <= upper over the values [P * V] of some evidence.
+
+    Attributes:
+        network: the quantities of one point, [V], as a function of the input.
+        points: in the order of the evidence; for an area one of its points.
+        row_start, row_value, row_coefficient, lower, upper, claims: as in `program.Program`.
+    """
+
+    network: Network
+    evidence: Evidence
+    points: tuple[Point, ...]
+    row_start: Tensor
+    row_value: Tensor
+    row_coefficient: Tensor
+    lower: Tensor
+    upper: Tensor
+    claims: tuple[Claim, ...]
+
+    @cached_property
+    def row_of_entry(self) -> Tensor:
+        """[nnz]: the row each entry belongs to."""
+        return torch.repeat_interleave(torch.arange(len(self.lower)), self.row_start.diff())
+
+    @property
+    def width(self) -> int:
+        """V, the number of values at a point."""
+        return math.prod(self.network.output.shape)
+
+    @cached_property
+    def owner(self) -> Tensor:
+        """[m]: the point that a row is about, -1 where it is about several."""
+        point = self.row_value // self.width
+        first = torch.full((len(self.lower),), len(self.points)).scatter_reduce(0, self.row_of_entry, point, "amin")
+        last = torch.full((len(self.lower),), -1).scatter_reduce(0, self.row_of_entry, point, "amax")
+        return torch.where(first == last, first, -1)
+
+    def values(self, values: Tensor) -> Tensor:
+        """The rows [m] for values [P, V]."""
+        terms = values.reshape(-1)[self.row_value] * self.row_coefficient
+        return torch.zeros_like(self.lower).index_add_(0, self.row_of_entry, terms)
+
+    def magnitude(self, values: Tensor) -> Tensor:
+        """The size of each row's terms [m] at values [P, V], with its bounds."""
+        terms = (values.reshape(-1)[self.row_value] * self.row_coefficient).abs()
+        total = torch.zeros_like(self.lower).index_add_(0, self.row_of_entry, terms)
+        ends = [torch.where(end.isfinite(), end.abs(), 0.0) for end in (self.lower, self.upper)]
+        return total + torch.maximum(*ends) + 1e-300
+
+    def excess(self, values: Tensor) -> Tensor:
+        """How far each row [m] lies beyond its bounds; not positive where it holds."""
+        rows = self.values(values)
+        return torch.maximum(self.lower - rows, rows - self.upper)
+
+    def at_point(self, point: int, values: Tensor) -> Tensor:
+        """`excess` with these values [V] at one point (those of the others are meaningless)."""
+        spread = values.new_zeros(len(self.points), self.width)
+        spread[point] = values
+        return self.excess(spread)
+
+    def tightened(self, share: float) -> Requirements:
+        """The same rows with bounds moved inwards by a share of their size, at most by a quarter of their distance."""
+        size = share * self.magnitude(self.evidence(self.evidence.theta)[0])
+        gap = torch.minimum(size, (self.upper - self.lower) / 4)
+        return replace(self, lower=self.lower + gap, upper=self.upper - gap)
+
+    def name_of(self, row: int) -> str:
+        """The claim of a row and the row's number inside it."""
+        claim = next(c for c in self.claims if c.start <= row < c.stop)
+        return claim.name if claim.stop - claim.start == 1 else f"{claim.name} [row {row - claim.start}]"
+
+
+class _Builder(Rows):
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.network = network
+        self.points: dict[Point, int] = {}
+        self.quantities: dict[object, tuple[Network, int]] = {}
+        self.wanted: list[tuple[int, object, Tensor]] = []  # where values go: the point, the quantity, their indices
+        self.size = 0
+        self.known: dict[Functional, Tensor] = {}
+        self.wide = network.to(torch.float64)
+
+    def quantity_of(self, functional: Functional) -> tuple[Network, int]:
+        key = key_of(functional)
+        if key not in self.quantities:
+            made = quantity(self.network, functional)
+            self.quantities[key] = made, made.output.shape[0]
+        self.points.setdefault(functional.point, len(self.points))
+        return self.quantities[key]
+
+    def values_of(self, functional: Functional) -> Tensor:
+        _, size = self.quantity_of(functional)
+        index = torch.arange(self.size, self.size + size)
+        self.size += size
+        self.wanted.append((self.points[functional.point], key_of(functional), index))
+        return index
+
+    def now(self, functional: Functional) -> Tensor:
+        made, _ = self.quantity_of(functional)
+        with torch.no_grad():
+            value: Tensor = made.to(torch.float64)(functional.point.x.detach().double().reshape(made.input.shape))
+        return value
+
+    def classified(self, c: Classified) -> None:
+        """y_label - y_k >= margin for every other k."""
+        classes = self.network.output.shape[-1]
+        if classes < 2 or not 0 <= c.label < classes:
+            raise InvalidInput(f"{c.name}: the network has outputs 0..{classes - 1}.")
+        index = self.values_of(Outputs(c.point))
+        others = torch.tensor([k for k in range(classes) if k != c.label])
+        row = torch.arange(len(others)).repeat_interleave(2)
+        value = torch.stack([index[c.label].expand(len(others)), index[others]], 1).reshape(-1)
+        factor = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(len(others))
+        lower = torch.full((len(others),), c.margin, dtype=torch.float64)
+        self.add(c.name, row, value, factor, lower, torch.full_like(lower, math.inf))
+
+
+def require(
+    network: Network,
+    constraints: Sequence[Constraint],
+    free: Sequence[Node],
+    *,
+    extremes: Mapping[int, tuple[int, int]] | None = None,
+) -> Requirements:
+    """Writes constraints as rows over quantities of a network with free leaves.
+
+    Raises:
+        InvalidInput: a constraint does not fit the network.
+    """
+    build = _Builder(network)
+    build.state(constraints, extremes or {})
+    start, value, factor, lower, upper = build.table()
+    offset, spans = 0, {}
+    for key, (_, size) in build.quantities.items():
+        spans[key] = slice(offset, offset + size)
+        offset += size
+    place = torch.empty(build.size, dtype=torch.long)
+    for point, key, index in build.wanted:
+        place[index] = torch.arange(spans[key].start, spans[key].stop) + point * offset
+    points = tuple(build.points)
+    whole = joined(network, [made for made, _ in build.quantities.values()])
+    evidence = Evidence.of(whole, [p.x for p in points], free)
+    return Requirements(whole, evidence, points, start, place[value], factor, lower, upper, tuple(build.claims))
+
+
+@dataclass(frozen=True, eq=False)
+class Move:
+    """Weights at which all rows hold with their margins, in float64.
+
+    Attributes:
+        theta: [n].
+        programs: how many were solved.
+        let_go: how many pieces had to be left.
+        smallest: whether no smaller change satisfies the last program.
+    """
+
+    theta: Tensor
+    programs: int
+    let_go: int
+    smallest: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Goals:
+    """Values that rows should come near: weight * mean((rows - target)^2) is added to the squared change.
+
+    Attributes:
+        rows: as requirements whose lower and upper ends are the targets.
+        weight: how much the mean counts.
+    """
+
+    rows: Requirements
+    weight: float
+
+
+@dataclass(frozen=True, eq=False)
+class Mover:
+    """What the change should be like, and until when to look for it.
+
+    Attributes:
+        requirements: what must hold.
+        dtype: the type that the weights are stored in.
+        norm, bound: what is minimised, and how far a weight may move.
+        deadline: value of `time.perf_counter()`.
+        goals: what should hold as well as it can (norm "l2" only).
+    """
+
+    requirements: Requirements
+    dtype: torch.dtype
+    norm: Norm = "l2"
+    bound: float | None = None
+    deadline: float = math.inf
+    goals: Goals | None = None
+
+    def __call__(self, start: Tensor, caution: float) -> Move | Failure:
+        """Programs around `start` [n], then around what they lead to, with margins that grow with `caution`."""
+        origin, theta, let_go = self.requirements.evidence.theta, start, 0
+        for programs in range(1, ROUNDS + 1):
+            program = Program(self, theta, caution)
+            deficit = program.deficit(theta)
+            if programs > 1 and deficit == 0:
+                return Move(theta, programs - 1, let_go, programs == 2 and let_go == 0)
+            solved = program.solve(origin)
+            if isinstance(solved, Failure):
+                return solved
+            let_go += program.let_go
+            length = 1.0
+            while deficit > 0 and not program.let_go and program.deficit(theta + length * (solved - theta)) >= deficit:
+                length /= 2
+                if length < 1e-3:
+                    return self._stuck(theta)
+            theta = theta + length * (solved - theta)
+        return self._stuck(theta)
+
+    def _stuck(self, theta: Tensor) -> Failure:
+        requirements = self.requirements
+        excess = requirements.excess(requirements.evidence(theta)[0])
+        worst = [int(r) for r in excess.argsort(descending=True)[:6] if excess[r] > 0]
+        names = "; ".join(f"{requirements.name_of(r)} (by {float(excess[r]):.3g})" for r in worst)
+        why = "the time limit was reached" if time.perf_counter() > self.deadline else "no step helps any more"
+        return Failure("limit", f"{why}; still violated: {names or 'the margins that a proof needs'}", tuple(worst))
+
+
+class Program:
+    """The linear rows around some weights: those of the requirements, then one for each hinge.
+
+    Attributes:
+        let_go: how many demands were given up: pieces that contradict the constraints, or full steps.
+    """
+
+    def __init__(self, mover: Mover, theta: Tensor, caution: float) -> None:
+        self.mover, self.theta = mover, theta
+        self.requirements, self.evidence = mover.requirements, mover.requirements.evidence
+        self.values, self.hinges = self.evidence(theta)
+        self.let_go, self.share = 0, 1.0
+        r, (lowest, highest) = self.requirements, self.evidence.pieces(self.hinges)
+        self.now = torch.cat([r.values(self.values), self.hinges.reshape(-1)])
+        self.size = torch.cat([r.magnitude(self.values), 1 + self.hinges.abs().reshape(-1)])
+        self.margin = 4 * caution * self._rounding() + 1e-9 * self.size
+        self.lower = torch.cat([r.lower, lowest.reshape(-1)]) + self.margin - self.now
+        self.upper = torch.cat([r.upper, highest.reshape(-1)]) - self.margin - self.now
+
+    def _rounding(self) -> Tensor:
+        """What rounding the weights to their type may change, estimated along random directions."""
+        unit = torch.finfo(self.mover.dtype).eps / 2
+        draw = torch.Generator().manual_seed(0)
+        size, most = self.theta.abs() + self.theta.abs().mean(), torch.zeros_like(self.now)
+        for _ in range(4):
+            signs = torch.randint(0, 2, self.theta.shape, generator=draw).double() * 2 - 1
+            most = torch.maximum(most, self._moved(unit * size * signs.to(size)).abs())
+        return most
+
+    def deficit(self, theta: Tensor) -> float:
+        """The sum of what rows at theta lack, half their margins included; 0 where all hold, infinite if not finite."""
+        excess = self.requirements.excess(self.evidence(theta)[0])
+        total = float((excess + self.margin[: len(excess)] / 2).clamp(min=0).sum())
+        return total if math.isfinite(total) else math.inf
+
+    def solve(self, origin: Tensor) -> Tensor | Failure:
+        """The weights nearest to `origin` at which all linear rows hold."""
+        m, so_far = len(self.requirements.lower), self.theta - origin
+        entered = torch.zeros(0, dtype=torch.long)
+        matrix = torch.zeros(0, len(self.theta), dtype=torch.float64)
+        idle = torch.zeros_like(self.now, dtype=torch.bool)  # rows that entered, or that need not hold
+        step = self._least(matrix, entered, so_far)
+        while True:
+            assert isinstance(step, Tensor)
+            moved = self._moved(step)
+            lower, upper = self._ends()
+            missing = (torch.maximum(lower - moved, moved - upper) - self.margin / 4) / self.size
+            missing[idle] = 0
+            new = missing.argsort(descending=True)[:ENTER]
+            new = new[missing[new] > 0]
+            if len(new) == 0:
+                return self.theta + step
+            rows = self._rows(new)
+            moving = rows.abs().amax(1) > 0
+            dead = new[~moving & (new < m)].tolist()
+            if dead:
+                why = f"{self.requirements.name_of(dead[0])} does not depend on the edited weights"
+                return Failure("infeasible", why, tuple(dead))
+            idle[new] = True
+            entered, matrix = torch.cat([entered, new[moving]]), torch.cat([matrix, rows[moving]])
+            while not isinstance(found := self._least(matrix, entered, so_far), Tensor):
+                if isinstance(found, Failure):
+                    return found
+                pieces = found.rows[found.rows >= m]
+                if len(pieces):  # the pieces that stand against the constraints
+                    self.let_go += len(pieces)
+                    keep = ~torch.isin(entered, pieces)
+                    entered, matrix = entered[keep], matrix[keep]
+                elif self.share < 0.1 or found.bound:
+                    return self._contradiction(found)
+                else:  # a part of the way may lead to where rows no longer contradict each other
+                    self.share /= 2
+                    self.let_go += 1
+            step = found
+
+    def _ends(self) -> tuple[Tensor, Tensor]:
+        """The bounds on what rows change; of what is violated only a share is asked for."""
+        lower = torch.where(self.lower > 0, self.share * self.lower, self.lower)
+        return lower, torch.where(self.upper < 0, self.share * self.upper, self.upper)
+
+    def _least(self, matrix: Tensor, entered: Tensor, so_far: Tensor) -> Tensor | _Conflict | Failure:
+        """The step to the weights nearest to the origin at which the entered rows hold."""
+        left = self.mover.deadline - time.perf_counter()
+        if left <= 0:
+            return Failure("limit", "the time limit was reached before the program was solved")
+        base = matrix @ so_far
+        lower, upper = (end[entered] + base for end in self._ends())
+        limit = None if math.isinf(left) else left
+        norm, bound, goals = self.mover.norm, self.mover.bound, self.mover.goals
+        if goals is None:
+            if not len(entered):
+                return -so_far
+            solution = least_change(matrix, lower, upper, norm=norm, bound=bound, time_limit=limit)
+            centre = torch.zeros_like(so_far)
+        else:
+            towards, wanted = self._goal_rows
+            centre = _ridge(towards, wanted + towards @ so_far, goals.weight)
+            shift = matrix @ centre
+            solution = least_change(
+                matrix, lower - shift, upper - shift, retain=towards, retain_weight=goals.weight, time_limit=limit
+            )
+        if solution.delta is not None:
+            return centre + solution.delta - so_far
+        return _Conflict(entered[list(solution.conflict)], solution.bound_in_conflict)
+
+    @cached_property
+    def _goal_rows(self) -> tuple[Tensor, Tensor]:
+        """Gradients of the goals' rows [g, n], and how far these are from their targets [g]."""
+        assert self.mover.goals is not None
+        goals = self.mover.goals.rows
+        values = goals.evidence(self.theta)[0]
+        rows = row_gradients(goals, self.theta, torch.arange(len(goals.lower)), values.shape[1], 0)
+        return rows, goals.lower - goals.values(values)
+
+    def _moved(self, step: Tensor) -> Tensor:
+        values, hinges = self.evidence.moved(self.theta, step)
+        return torch.cat([self.requirements.values(values), hinges.reshape(-1)])
+
+    def _rows(self, index: Tensor) -> Tensor:
+        return row_gradients(self.requirements, self.theta, index, self.values.shape[1], self.hinges.shape[1])
+
+    def _contradiction(self, found: _Conflict) -> Failure:
+        rows = tuple(int(r) for r in found.rows)
+        names = list(dict.fromkeys(self.requirements.name_of(r) for r in rows))
+        shown = "; ".join(names[:6]) + (f"; and {len(names) - 6} more" if len(names) > 6 else "")
+        text = f"{len(rows)} rows contradict each other"
+        if found.bound:
+            text += f" as long as no weight may change by more than {self.mover.bound:g}"
+        return Failure("infeasible", f"{text}, with the margins that a proof needs: {shown}", rows)
+
+
+@dataclass(frozen=True, eq=False)
+class _Conflict:
+    """Rows that cannot hold together, perhaps only because of the bound on changes."""
+
+    rows: Tensor
+    bound: bool
+
+
+def row_gradients(r: Requirements, theta: Tensor, index: Tensor, width: int, hinges: int) -> Tensor:
+    """Gradients [k, n] towards theta of rows (index < m) and, beyond them, of single hinges."""
+    m = len(r.lower)
+    place = torch.full((m,), -1)
+    mine, far = (index < m).nonzero()[:, 0], (index >= m).nonzero()[:, 0]
+    place[index[mine]] = mine
+    entry = place[r.row_of_entry] >= 0
+    owner, value, factor = place[r.row_of_entry][entry], r.row_value[entry], r.row_coefficient[entry]
+    pairs, which = torch.unique(torch.stack([owner, value // width]), dim=1, return_inverse=True)  # a row at a point
+    v = torch.zeros(pairs.shape[1] + len(far), width, dtype=torch.float64)
+    v.index_put_((which, value % width), factor, accumulate=True)
+    h = torch.zeros(len(v), hinges, dtype=torch.float64)
+    if len(far):
+        h[torch.arange(pairs.shape[1], len(v)), (index[far] - m) % hinges] = 1.0
+    point = torch.cat([pairs[1], (index[far] - m) // max(1, hinges)])
+    found = r.evidence.rows(theta, point, v, h)
+    return found.new_zeros(len(index), len(theta)).index_add_(0, torch.cat([pairs[0], far]), found)
+
+
+def _ridge(rows: Tensor, target: Tensor, weight: float) -> Tensor:
+    """The d that minimises |d|^2 + weight * mean((rows d - target)^2)."""
+    scale = math.sqrt(weight / len(rows))
+    n = rows.shape[1]
+    stacked = torch.cat([scale * rows, torch.eye(n, dtype=rows.dtype)])
+    wanted = torch.cat([scale * target, target.new_zeros(n)])
+    return torch.linalg.lstsq(stacked, wanted[:, None], driver="gelsd").solution[:, 0]
