@@ -37,6 +37,7 @@ class Replay:
     pair_start: where the clauses of each case begin.
     failed: (tree, position in the tree) of leaves where a clause stays open.
     problems: why nothing was replayed.
+    remaining: of the failed leaves what is left: the box's ends, and which of the tree's clauses are open.
     """
 
     proven: Array
@@ -44,6 +45,7 @@ class Replay:
     pair_start: Array
     failed: list[tuple[int, int]]
     problems: tuple[str, ...] = ()
+    remaining: dict[tuple[int, int], tuple[Array, Array, Array]] = field(default_factory=dict)
 
 
 def replay(certificate: Certificate, *, deadline: float | None = None) -> Replay:
@@ -92,7 +94,7 @@ class _Replayer:
 
     def run(self) -> Replay:
         proof, pairs = self.proof, int(self.proof.pair_start[-1])
-        self.failed: list[tuple[int, int]] = []
+        self.failed: dict[tuple[int, int], tuple[Array, Array, Array]] = {}
         self.margin = np.full(pairs, np.inf)
         self.left_open = [np.zeros(last - first, bool) for first, last in proof.tree_clause.tolist()]
         self.narrow = max(1, FRAME // int(proof.program.offsets[-1]))
@@ -137,7 +139,7 @@ class _Replayer:
         ):
             base = proof.pair_start[case]
             proven[base + first : base + last] |= ~left
-        return Replay(proven, self.margin, proof.pair_start, sorted(self.failed))
+        return Replay(proven, self.margin, proof.pair_start, sorted(self.failed), remaining=self.failed)
 
     def _followed(self, case: Array, flags: Array) -> Array:
         """What is followed besides intervals: 0 for nothing, 1 for affine forms, 2 for those of factors as well."""
@@ -411,7 +413,8 @@ class _Replayer:
             return
         if proof.kind[place] == LEAF:
             self.left_open[node.tree] |= node.open
-            self.failed.append((node.tree, place - int(proof.tree_start[node.tree])))
+            position = place - int(proof.tree_start[node.tree])
+            self.failed[node.tree, position] = node.lower, node.upper, node.open
             return
         what, at = int(proof.what[place]), float(proof.at[place])
         step = int(np.searchsorted(proof.program.offsets, what, side="right")) - 1

@@ -161,13 +161,21 @@ class InputSplit:
         """Some trees, for a certificate."""
         return Grown(self.forest, trees, np.empty(0, np.int64), np.empty((0, 0), np.float32), {}, {}, {})
 
-    def reopen(self, nodes: Sequence[int]) -> None:
-        """Splits leaves that were proved but whose proof was not accepted."""
+    def reopen(self, left: Mapping[int, tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]]) -> None:
+        """Splits leaves that were proved but whose proof was not accepted.
+
+        Args:
+            left: by node, the box and the clauses that the checker is left with: it clips a little differently.
+        """
         leaves = Parts.join(self.proved)
-        again = torch.isin(leaves.node, torch.tensor(nodes))
+        again = torch.isin(leaves.node, torch.tensor(list(left)))
         self.proved = [leaves.pick(~again)]
         leaves = leaves.pick(again)
-        self.forest.flags[leaves.node.numpy()] = 0
+        lower, upper, still = (
+            torch.stack([torch.from_numpy(left[n][k]) for n in leaves.node.tolist()]) for k in range(3)
+        )
+        rest = torch.zeros(len(leaves), leaves.open.shape[1] - still.shape[1], dtype=torch.bool)
+        leaves = replace(leaves, lower=lower, upper=upper, open=torch.cat([still, rest], 1))
         children = self._split(leaves, torch.ones_like(leaves.lower))
         self.stack.append(children)
 

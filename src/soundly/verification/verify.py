@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -385,12 +385,12 @@ class _Run:
                     raise _Stop("the certificate was not accepted: it does not cover the claim")
                 break
             for search in dict.fromkeys(search for search, _ in owners):
-                mine: dict[int, list[int]] = {}
-                for t, position in result.failed:
-                    if owners[t][0] is search:
-                        mine.setdefault(owners[t][1], []).append(position)
+                mine = dict[int, tuple[Any, Any, Any]]()
+                for t in {t for t, _ in result.failed if owners[t][0] is search}:
+                    order = search.forest.order(owners[t][1])
+                    mine |= {int(order[i]): left for (tree, i), left in result.remaining.items() if tree == t}
                 if mine:
-                    search.reopen([int(n) for t, places in mine.items() for n in search.forest.order(t)[places]])
+                    search.reopen(mine)
                     if isinstance(search, InputSplit):
                         search.bounder = Bounder(problem.program, together=True, deadline=self.deadline)
                         search.margin = 0.0
