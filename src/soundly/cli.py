@@ -1,7 +1,7 @@
 """The command line: each verb is one function that adds its parser and one that runs; `VERBS` lists them.
 
-Exit codes are the same for every verb: 0 accepted or proved (or nothing was claimed), 1 refused or refuted, 2 an error
-(a bad file, a wrong argument, a fault of soundly's own), 3 unknown. A verb imports what it needs itself, so
+Exit codes are the same for every verb: 0 accepted or proved (or nothing was claimed), 1 refused, refuted or infeasible,
+2 an error (a bad file, a wrong argument, a fault of soundly's own), 3 unknown. A verb imports what it needs itself, so
 `soundly --help` is quick and `soundly check` runs where there is no torch.
 """
 
@@ -21,6 +21,7 @@ from soundly.errors import InvalidInput, SoundlyError
 
 if TYPE_CHECKING:
     from soundly.certificate import CheckResult
+    from soundly.editing.edit import Edit
     from soundly.verification.bench import Outcome
     from soundly.verification.verdict import Progress, Verdict
 
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="soundly",
         description="Guarantees about neural networks.",
-        epilog="exit codes: 0 accepted or proved, 1 refused or refuted, 2 error, 3 unknown",
+        epilog="exit codes: 0 accepted or proved, 1 refused, refuted or infeasible, 2 error, 3 unknown",
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -88,10 +89,12 @@ def _add_check(verbs: "Verbs") -> None:
     )
     parser.add_argument("file", metavar="FILE", help="a certificate")
     parser.add_argument(
-        "--model", metavar="M", help="also compare this model's weights, bit by bit: an edit's .safetensors, or a "
-        "verification's .onnx together with --spec",
+        "--model", metavar="M", help="also compare this model's weights, bit by bit: a .safetensors file, or an .onnx "
+        "file together with --spec or --constraints",
     )  # fmt: skip
-    parser.add_argument("--spec", metavar="S.vnnlib", help="also compare the specification that was verified")
+    stated = parser.add_mutually_exclusive_group()
+    stated.add_argument("--spec", metavar="S.vnnlib", help="also compare the specification that was verified")
+    stated.add_argument("--constraints", metavar="C.json", help="also compare the constraints of the edit")
     parser.add_argument("--format", choices=("text", "json"), default="text", help="default: text")
     parser.set_defaults(run=_check)
 
@@ -99,8 +102,9 @@ def _add_check(verbs: "Verbs") -> None:
 def _check(arguments: argparse.Namespace) -> int:
     from soundly.certificate import check
 
-    if arguments.spec is not None or (arguments.model or "").endswith((".onnx", ".onnx.gz")):
-        result = _compared(arguments.file, arguments.model, arguments.spec)
+    stated = arguments.spec or arguments.constraints
+    if stated is not None or (arguments.model or "").endswith((".onnx", ".onnx.gz")):
+        result = _compared(arguments.file, arguments.model, stated, arguments.constraints is not None)
     else:
         result = check(arguments.file, model=arguments.model)
     if arguments.format == "json":
@@ -112,25 +116,33 @@ def _check(arguments: argparse.Namespace) -> int:
     return YES if result.accepted else NO
 
 
-def _compared(file: str, model: str | None, spec: str | None) -> "CheckResult":
-    """Checks a verification's certificate, and that it is about this model and this specification."""
-    if model is None or spec is None:
-        raise InvalidInput("check: --model M.onnx and --spec S.vnnlib belong together: give both, or neither.")
+def _compared(file: str, model: str | None, stated: str | None, edited: bool) -> "CheckResult":
+    """Checks a certificate, and that it is about this model and this specification, or these constraints of an edit."""
+    if model is None or stated is None:
+        raise InvalidInput("check: --model M.onnx goes with --spec S.vnnlib or --constraints C.json: give both.")
     from dataclasses import replace
 
     from soundly.certificate import Certificate, check
     from soundly.graph.load import load
-    from soundly.spec.vnnlib import read_vnnlib
-    from soundly.verification.problem import problem_of
-    from soundly.verification.proof import differences
 
     certificate = Certificate.load(file)
-    result = check(certificate)
-    network = load(model)
-    problem = problem_of(read_vnnlib(spec, network))
-    found = [f"this is not the claim of {spec} about {model}: {text}" for text in differences(certificate, problem)[:3]]
+    result, network = check(certificate), load(model)
+    if edited:
+        from soundly.editing.confirm import confirm
+        from soundly.editing.statement import read_statement
+
+        constraints = read_statement(stated, network).constraints
+        different = confirm(certificate, network, constraints) if not result.problems else []
+    else:
+        from soundly.spec.vnnlib import read_vnnlib
+        from soundly.verification.problem import problem_of
+        from soundly.verification.proof import differences
+
+        different = differences(certificate, problem_of(read_vnnlib(stated, network)))
+    found = [f"this is not the claim of {stated} about {model}: {text}" for text in different[:3]]
+    matches = not different and not result.problems
     return replace(
-        result, accepted=result.accepted and not found, problems=(*result.problems, *found), model_matches=not found
+        result, accepted=result.accepted and matches, problems=(*result.problems, *found), model_matches=matches
     )
 
 
@@ -175,8 +187,7 @@ def _add_verify(verbs: "Verbs") -> None:
 
 def _verify(arguments: argparse.Namespace) -> int:
     started = time.monotonic()
-    if arguments.certificate and not (folder := Path(arguments.certificate).absolute().parent).is_dir():
-        raise InvalidInput(f"--certificate: {folder} is no folder; make it first.")
+    _require_targets({"--certificate": arguments.certificate}, MODEL=arguments.model, SPEC=arguments.spec)
     from soundly.graph.load import load
     from soundly.spec.vnnlib import read_vnnlib
     from soundly.verification.verdict import Proved
@@ -273,6 +284,173 @@ def _positive(text: str) -> float:
     return value
 
 
+def _add_edit(verbs: "Verbs") -> None:
+    parser = verbs.add_parser(
+        "edit",
+        help="change weights so that constraints hold, with proof",
+        description="Change a network's weights as little as possible so that constraints hold, with proof.",
+        epilog="exit codes: 0 edited and proved, 1 infeasible, 2 error, 3 not proved or out of time; "
+        "example: soundly edit net.onnx constraints.json -o edited.onnx --layer fc --certificate edit.cert",
+    )
+    parser.add_argument("model", metavar="MODEL", help="a network, .onnx or .onnx.gz")
+    parser.add_argument("constraints", metavar="CONSTRAINTS", help="what must hold, .json (docs/editing.md)")
+    parser.add_argument(
+        "-o", "--output", type=_onnx, required=True, metavar="EDITED", help="where the edited network is written"
+    )
+    parser.add_argument("--layer", action="append", metavar="L", help="a layer to change; may be repeated")
+    parser.add_argument("--norm", choices=("l2", "l1", "linf"), help="what 'little' means; default: l2")
+    parser.add_argument("--bound", type=_positive, metavar="B", help="no weight changes by more than this")
+    parser.add_argument("--certificate", metavar="F", help="where the proof is written, for `soundly check`")
+    parser.add_argument("--delta", metavar="F", help="where the changed entries are written, for `soundly undo`")
+    parser.add_argument("--timeout", type=_positive, metavar="S", help="seconds, reading the files included")
+    parser.add_argument("--format", choices=("text", "json"), default="text", help="default: text")
+    parser.add_argument("--quiet", action="store_true", help="no progress on the terminal")
+    parser.set_defaults(run=_edit)
+
+
+def _edit(arguments: argparse.Namespace) -> int:
+    started = time.monotonic()
+    files = {"-o": arguments.output, "--certificate": arguments.certificate, "--delta": arguments.delta}
+    _require_targets(files, MODEL=arguments.model, CONSTRAINTS=arguments.constraints)
+    from soundly.editing.deliver import deliver
+    from soundly.editing.edit import edit
+    from soundly.editing.statement import read_statement
+    from soundly.graph.load import load
+    from soundly.graph.onnx_file import read_file
+
+    network = load(arguments.model)
+    original = read_file(arguments.model).data
+    assert original is not None
+    stated = read_statement(arguments.constraints, network)
+    layers = tuple(arguments.layer or stated.layer or ())
+    if not layers:
+        known = dict.fromkeys(name.removesuffix(".weight").removesuffix(".bias") for name in network.parameters)
+        raise InvalidInput(f"--layer: say which layer to change, here or in the file; there are {', '.join(known)}.")
+    shown = not arguments.quiet and sys.stderr.isatty()
+    outcome = edit(
+        network,
+        stated.constraints,
+        layer=layers[0] if len(layers) == 1 else layers,
+        norm=arguments.norm or stated.norm or "l2",
+        bound=arguments.bound or stated.bound,
+        goals=stated.goals,
+        time_limit=None if arguments.timeout is None else max(arguments.timeout - (time.monotonic() - started), 1e-3),
+        progress=_status if shown else None,
+        **stated.options,
+    )
+    if shown:
+        _status("")
+    facts = {"model": arguments.model, "constraints": arguments.constraints, **_outcome(outcome)}
+    facts |= {"output": None, "certificate": None, "delta": None, "changes": {}}
+    if outcome.status == "proved":
+        targets = {"certificate": arguments.certificate, "delta": arguments.delta}
+        changes = deliver(original, network, outcome, arguments.output, **targets)
+        facts |= {"output": arguments.output, "changes": {name: asdict(m) for name, m in changes.items()}, **targets}
+    if arguments.format == "json":
+        print(json.dumps(_finite(facts), indent=2, sort_keys=True))
+    else:
+        for line in _edit_text(facts):
+            print(_plain(line))
+    return {"proved": YES, "infeasible": NO, "unproven": UNKNOWN, "limit": UNKNOWN}[outcome.status]
+
+
+def _require_targets(targets: dict[str, str | None], **sources: str) -> None:
+    """Every file can be written, and none of them over another one."""
+    taken = {Path(path).absolute(): name for name, path in sources.items()}
+    for name, path in targets.items():
+        if path is None:
+            continue
+        target = Path(path).absolute()
+        if not target.parent.is_dir():
+            raise InvalidInput(f"{name}: {target.parent} is no folder; make it first.")
+        same = [other for known, other in taken.items() if known == target or _is_same(known, target)]
+        if same:
+            raise InvalidInput(f"{name}: {path} is {same[0]} too; give each its own file.")
+        taken[target] = name
+
+
+def _is_same(a: Path, b: Path) -> bool:
+    return a.exists() and b.exists() and a.samefile(b)
+
+
+def _outcome(outcome: "Edit") -> dict[str, Any]:
+    """An edit as plain values."""
+    return {
+        "status": outcome.status, "reason": outcome.reason, "conflict": list(outcome.conflict),
+        "rows": outcome.rows, "rows_before": outcome.rows_before, "proven": outcome.proven,
+        "smallest": outcome.smallest, "seconds": dict(outcome.seconds),
+        "arithmetic": None if outcome.check is None else outcome.check.arithmetic,
+        "claims": [{"name": name, "held_before": held}
+                   for name, held in zip(outcome.claims, outcome.held_before, strict=True)],
+    }  # fmt: skip
+
+
+def _edit_text(facts: dict[str, Any]) -> Iterator[str]:
+    """The status, then what it rests on."""
+    rows = f"{facts['rows']} row{'s' * (facts['rows'] != 1)}, {facts['rows_before']} held before"
+    if facts["status"] == "proved":
+        yield f"proved        {rows}, all hold now, {facts['arithmetic']}"
+        width = max((min(len(name), 48) for name in facts["changes"]), default=0)
+        for name, change in facts["changes"].items():
+            share = f"{change['relative']:.3g} of their norm" if math.isfinite(change["relative"]) else "all were 0"
+            count = f"{change['changed']} of {change['of']} weights"
+            yield f"  changed     {name:<{width}.48}  {count}, {share}, at most {change['largest']:.3g}"
+        if not facts["changes"]:
+            yield "  changed     nothing: every constraint held before"
+        elif not facts["smallest"]:
+            yield "  note        a smaller change may exist"
+    else:
+        yield f"{facts['status']:<12}  {facts['reason']}"
+        for row in facts["conflict"][:SHOWN]:
+            yield f"  conflict    {row}"
+        if hidden := facts["conflict"][SHOWN:]:
+            yield f"  and {len(hidden)} more rows"
+        yield f"  rows        {rows}"
+    parts = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in facts["seconds"].items() if seconds)
+    yield f"  effort      {parts}"
+    for name in ("output", "certificate", "delta"):
+        if facts[name]:
+            yield f"  {name:<11} {facts[name]}"
+
+
+def _add_undo(verbs: "Verbs") -> None:
+    parser = verbs.add_parser(
+        "undo",
+        help="take an edit back, bit for bit",
+        description="Write the network as it was before an edit, from the edited one and the delta file of the edit.",
+        epilog="example: soundly undo edited.onnx edit.delta -o net.onnx",
+    )
+    parser.add_argument("model", metavar="EDITED", help="the edited network, .onnx or .onnx.gz")
+    parser.add_argument("delta", metavar="DELTA", help="what `soundly edit --delta` wrote")
+    parser.add_argument(
+        "-o", "--output", type=_onnx, required=True, metavar="ORIGINAL", help="where the network is written"
+    )
+    parser.set_defaults(run=_undo)
+
+
+def _undo(arguments: argparse.Namespace) -> int:
+    _require_targets({"-o": arguments.output}, EDITED=arguments.model, DELTA=arguments.delta)
+    from soundly.editing.delta import Delta
+    from soundly.graph.onnx_file import read_file
+    from soundly.graph.onnx_weights import write
+
+    delta = Delta.load(arguments.delta)
+    edited = read_file(arguments.model).data
+    assert edited is not None
+    original = delta.undone(edited)
+    write(original, arguments.output)
+    count = sum(len(change.index) for change in delta.changes.values())
+    print(_plain(f"undone        {count} weights as before, SHA-256 {delta.before}"))
+    print(_plain(f"  output      {arguments.output}"))
+    return YES
+
+
+def _onnx(text: str) -> str:
+    if not text.endswith((".onnx", ".onnx.gz")):
+        raise argparse.ArgumentTypeError(f"{text} must end in .onnx or .onnx.gz, the format that is written")
+    return text
+
+
 def _add_bench(verbs: "Verbs") -> None:
     parser = verbs.add_parser(
         "bench",
@@ -348,4 +526,4 @@ def _finite(value: Any) -> Any:
     return value
 
 
-VERBS: tuple[Callable[["Verbs"], None], ...] = (_add_verify, _add_check, _add_bench)
+VERBS: tuple[Callable[["Verbs"], None], ...] = (_add_verify, _add_edit, _add_undo, _add_check, _add_bench)

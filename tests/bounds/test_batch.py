@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.bounds.test_lower import NETWORKS, made
+from tests.bounds.samples import NETWORKS, made
 from torch import Tensor, nn
 
 from soundly.bounds import batch as module

@@ -64,7 +64,7 @@ def networks(draw) -> Network:
     return Network((x,), (nodes[-1],), values)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(networks(), st.sampled_from([0.0, 1e-6, 0.01, 0.3, 3.0]), st.booleans(), st.integers(0, 100))
 def test_no_value_escapes_in_outputs_and_gradients(network, eps, weights_range, seed):
     """At every node of the network and of two of its gradients, inputs, weights or both ranging."""
@@ -169,7 +169,7 @@ INFINITE = [(-math.inf, math.inf), (0.0, math.inf), (-math.inf, 0.0), (1e38, 3e3
 
 
 @pytest.mark.parametrize("low, high", INFINITE)
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15, derandomize=True)
 @given(network=networks())
 def test_unbounded_inputs_never_yield_wrong_bounds(low, high, network):
     """Values of float64 stay inside the bounds even where float32 overflows; nothing is NaN."""

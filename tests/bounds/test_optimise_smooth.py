@@ -140,7 +140,7 @@ def test_wrong_gradients_are_caught(monkeypatch, wrong):
         return right(self, key, found, values)
 
     monkeypatch.setattr(module._Freedom, "gradient", faulty)
-    assert max(disagreement(monkeypatch, name)[0] for name in ("smooth", "lstm")) > 1e-2
+    assert any(disagreement(monkeypatch, name)[0] > 1e-2 for name in ("smooth", "lstm"))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -314,7 +314,7 @@ def test_rows_with_slack_are_proven(seed):
 finite = st.floats(allow_nan=False, allow_infinity=False)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(x=st.lists(finite, min_size=4, max_size=4), w=st.lists(finite, min_size=2, max_size=2),
        c=st.lists(finite, min_size=2, max_size=2), steps=st.integers(-3, 3), below=st.booleans())  # fmt: skip
 def test_no_row_is_proven_beyond_its_exact_value(x, w, c, steps, below):

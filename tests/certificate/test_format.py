@@ -351,7 +351,7 @@ wild = st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_edited_headers_raise_only_certificate_errors(tmp_path_factory, data):
     """Any value of the header, however deep, exchanged for any other, with lengths and digest made to fit."""
@@ -374,7 +374,7 @@ def test_edited_headers_raise_only_certificate_errors(tmp_path_factory, data):
         assert str(path) in str(error)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.binary(max_size=300), st.booleans())
 def test_random_bytes_raise_only_certificate_errors(tmp_path_factory, noise, framed):
     path = tmp_path_factory.getbasetemp() / "noise.cert"

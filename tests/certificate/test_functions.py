@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from decimal import Decimal, localcontext
 from fractions import Fraction
 
 import numpy as np
@@ -273,3 +274,32 @@ def test_whose_value_a_function_has_at_a_break():
     assert at(0.0, (-1,)) == {-1} and at(1.0, (-1,)) == {1} and at(0.5, (-1,)) == set()
     assert at(math.nan, (-1,), [[(0, 0)], [(1, 1)]]) == {-1, 1} == at(0.0, (1,), [[(0, 0)], [(1, 1)]])
     assert function("polynomial", constant, (0.0,)).sides(0.5) == {-1, 1}
+
+
+def decimal_softplus(x: Decimal) -> Decimal:
+    return (1 + x.exp()).ln()
+
+
+BASES: dict[str, tuple[float | None, tuple[Callable[[Decimal], Decimal], ...], float]] = {  # rate, base functions, from
+    "exp": (None, (Decimal.exp,), -30),
+    "exp(rate x)": (-3.0, (lambda x: (-3 * x).exp(),), -10),
+    "tanh": (None, (lambda x: 1 - 2 / ((2 * x).exp() + 1),), -15),
+    "sigmoid": (None, (lambda x: 1 / (1 + (-x).exp()),), -30),
+    "softplus": (None, (decimal_softplus, lambda x: 1 / (1 + (-x).exp())), -30),
+    "tanh(softplus)": (None, (lambda x: 1 - 2 / ((2 * decimal_softplus(x)).exp() + 1),), -20),
+    "log, 1/x": (None, (Decimal.ln, lambda x: 1 / x), 1e-6),
+    "sqrt, 1/sqrt": (None, (Decimal.sqrt, lambda x: 1 / x.sqrt()), 1e-6),
+    "x^p, 1/x": (1.75, (lambda x: (Decimal("1.75") * x.ln()).exp(),), 1e-3),
+}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_base_functions_hold_their_exact_values(name):
+    """At points, to fifty digits: what the library's functions err is paid."""
+    rate, exact, first = BASES[name]
+    x = first + (20 - first) * np.random.default_rng(8).random(300)
+    with localcontext() as context:
+        context.prec = 50
+        for base, f in zip(ring(name, rate).bases, exact, strict=False):
+            for at, low, high in zip(x.tolist(), *(end.tolist() for end in base.at(x)), strict=True):
+                assert Decimal(low) <= f(Decimal(at)) <= Decimal(high), at

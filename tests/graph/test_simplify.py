@@ -79,7 +79,7 @@ def equal(got: Tensor, want: Tensor, tolerance: float = 1e-10) -> None:
     assert bool(((got - want).abs() <= tolerance * (1 + want.abs())).all())
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150, derandomize=True)
 @given(networks(), st.integers(0, 10))
 def test_random_networks_compute_the_same_from_no_more_nodes(network, seed):
     smaller = simplify(network)
@@ -92,7 +92,7 @@ def test_random_networks_compute_the_same_from_no_more_nodes(network, seed):
             equal(got, want)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150, derandomize=True)
 @given(networks(), st.integers(0, 10))
 def test_random_places_keep_their_value_and_their_gradient(network, seed):
     smaller, x = simplify(network), inputs(seed)

@@ -280,8 +280,8 @@ def assert_enclosed(
     """No node's value at a random point, a random corner or an end of the region escapes its interval: not in the
     network's own floating type, and not in float64, which stands for the reals. There is no tolerance."""
     bounds = interval_bounds(network, region, nodes)
-    wide = network.to(torch.float64)
-    source = generator(seed)
+    wide, plan, source = network.to(torch.float64), Plan(nodes), generator(seed)
+    kinds, found = [], []
     for kind in ("random", "random", "random", "corner", "corner", "corner", "lower", "upper"):
         point = {}
         for node, (lower, upper) in region.items():
@@ -294,18 +294,19 @@ def assert_enclosed(
                 point[node] = torch.maximum(torch.minimum(value, upper), lower)
         for net in (network, wide):
             given = {**net.values, **{n: v.to(net.dtype) for n, v in point.items()}}
-            values = Plan(nodes)(given, dtype=net.dtype, device=torch.device("cpu"))
-            for node, value in zip(nodes, values, strict=True):
-                lower, upper = (b.double() for b in bounds[node])
-                assert not bool(torch.isnan(lower).any() | torch.isnan(upper).any()), f"NaN in the bounds of {node}"
-                escaped = ~contains((lower, upper), value.double())
-                if bool(escaped.any()):
-                    first = escaped.nonzero()[0]
-                    at = tuple(first.tolist())
-                    raise AssertionError(
-                        f"{node} is {float(value[at])!r} in {net.dtype} at a {kind} point, "
-                        f"outside of [{float(lower[at])!r}, {float(upper[at])!r}]"
-                    )
+            found.append([v.double() for v in plan(given, dtype=net.dtype, device=torch.device("cpu"))])
+            kinds.append(f"in {net.dtype} at a {kind} point")
+    for node, values in zip(nodes, map(torch.stack, zip(*found, strict=True)), strict=True):
+        lower, upper = (b.double() for b in bounds[node])
+        assert not bool(torch.isnan(lower).any() | torch.isnan(upper).any()), f"NaN in the bounds of {node}"
+        escaped = ~contains((lower, upper), values)
+        if bool(escaped.any()):
+            which, *rest = escaped.nonzero()[0].tolist()
+            at = tuple(rest)
+            raise AssertionError(
+                f"{node} is {float(values[which][at])!r} {kinds[which]}, "
+                f"outside of [{float(lower[at])!r}, {float(upper[at])!r}]"
+            )
 
 
 BOXES = ("point", "hair", "thin", "wide", "kink above", "kink below", "large", "small")

@@ -137,7 +137,7 @@ def test_text_that_vouches_for_itself_would_be_caught(monkeypatch: pytest.Monkey
 real = jinja2.Environment
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.text(st.characters(exclude_categories=["Cc", "Cs"], exclude_characters=[*"\u202a\u202b\u202c\u202d\u202e"])))
 def test_what_goes_in_comes_out(text: str) -> None:
     isolates = re.sub("[\u2066-\u2069]", "\ufffd", text)

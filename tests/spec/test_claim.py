@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable
+from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
@@ -141,6 +142,18 @@ def test_decimal_coefficients_become_exact_integers() -> None:
     digits = {0: Fraction("0.12345678901234567891"), 1: Fraction(1)}
     long = Property.of([[Row(digits, {}, Fraction(0))]], outputs=2, inputs=0)
     assert long.inexact is not None and long.slack(f64([1.0, 1.0]), f64([]))[0] > 0
+
+
+@given(st.lists(st.decimals(-100, 100, places=3), min_size=1, max_size=3), st.decimals(-100, 100, places=9))
+def test_constants_are_the_greatest_numbers_that_are_not_above(weights: list[Decimal], constant: Decimal) -> None:
+    """A proof of the float64 row is one of the exact row only if its constant was rounded down."""
+    row = Row({j: Fraction(w) for j, w in enumerate(weights) if w}, {}, Fraction(constant))
+    y, _, b, exact = row.scaled()
+    scales = {Fraction(y[j]) / w for j, w in row.y.items()} or {Fraction(1)}
+    assert exact and len(scales) == 1 and min(scales) > 0
+    wanted = row.b * scales.pop()
+    assert Fraction(b) <= wanted < Fraction(math.nextafter(b, math.inf))
+    assert Property.of([[row]], outputs=3, inputs=0).b.tolist() == [b]
 
 
 def test_the_network_is_evaluated_in_the_points_own_type(network: Network) -> None:

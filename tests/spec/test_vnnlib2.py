@@ -68,7 +68,7 @@ def formulas(draw: st.DrawFn, depth: int = 2) -> str:
     return f"({'and' if kind == 3 else 'or'} {' '.join(parts)})"
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(formulas(), max_size=3), st.integers(0, 10**6))
 def test_a_claim_says_what_its_text_says(asserted: list[str], seed: int) -> None:
     text = spec(*asserted)

@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from soundly.spec.claim import Claim, Property, Row, pairwise, robust
 from soundly.spec.region import Box, Union
 from soundly.verification import problem as making
 from soundly.verification.problem import Problem, problem_of
+from soundly.verification.proof import identity
 
 F64 = torch.float64
 
@@ -145,6 +147,18 @@ def test_slack_covers_what_rounded_coefficients_change():
     assert not bool(problem_of(claimed(network, [row({0: 0.1})])).slack.any())
 
 
+def test_a_certificate_names_every_row_with_its_slack():
+    third = Row({0: Fraction(1, 3), 1: Fraction(1, 7**30)}, {2: Fraction(-1, 3)}, Fraction(1, 4))
+    problem = problem_of(claimed(scorer(1, 4), [row({0: 1}), third], [row({1: -1, 2: 1}), third]))
+    arrays = identity(problem)
+    assert arrays["row_slack"].tolist() == problem.slack.tolist() and (arrays["row_slack"] > 0).sum() == 2
+    assert arrays["row_constant"].tolist() == problem.rows.constant.tolist()
+    assert arrays["row_clause"].tolist() == [0, 0, 1, 1] and arrays["row_start"].tolist() == [0, 1, 4, 6, 9]
+    both = torch.cat([problem.rows.y, problem.rows.x], 1).numpy()
+    which = np.repeat(np.arange(4), np.diff(arrays["row_start"]))
+    assert np.array_equal(both[which, arrays["row_column"]], arrays["row_value"])
+
+
 def test_slack_without_known_bounds_is_infinite():
     inner = scorer(1, 4)
     network = replace(inner, outputs=(ew.RECIPROCAL(inner.outputs[0]),))
@@ -154,6 +168,18 @@ def test_slack_without_known_bounds_is_infinite():
 
 
 # -- regions
+
+
+def test_boxes_keep_their_clauses_where_others_are_empty():
+    ends = [(1.0, -1.0), (-1.0, 0.0), (1.0, 0.5), (0.5, 2.0)]
+    lower, upper = (torch.tensor([e[k] for e in ends], dtype=F64)[:, None, None].repeat(1, 1, 3) for k in (0, 1))
+    clauses = [[row({0: 1}, b=float(k))] for k in range(5)]
+    spans = torch.tensor([[0, 1], [1, 2], [2, 3], [3, 5]])
+    claim = Claim(scorer(1, 4), Union(lower, upper), Property.of(clauses, outputs=4, inputs=3), spans=spans)
+    problem = problem_of(claim)
+    assert problem.lower[:, 0].tolist() == [-1.0, 0.5] and problem.spans.tolist() == [[1, 2], [3, 5]]
+    constants = [[problem.rows.constant[r].item() for r in rows if r >= 0] for rows in problem.table[0].tolist()]
+    assert constants == [[1.0], [3.0, 4.0]]
 
 
 def test_roundings_are_lowered_over_the_hull_of_all_boxes():

@@ -143,6 +143,14 @@ def test_points_are_moved_into_the_region():
     assert float(found.x.norm()) <= 0.5
 
 
+def test_points_beside_the_region_are_no_witnesses_however_deep_they_fail():
+    claim = within(linear(), box((-1, 1), (-1, 1)), None, -100)
+    judge = module._judge(claim, None)
+    assert judge(f64(1.0, 0.5))[0] is not None
+    for outside in (1e-6, 1e-4, 1e-2):
+        assert judge(f64(1.0 + outside, 0.5)) == (None, -math.inf)
+
+
 def test_empty_regions_and_points_that_are_not_finite():
     claim = within(linear(), box((-1, 1), (-1, 1)), None, 2.0)
     assert replay(claim, f64(math.nan, 0.0)) is None

@@ -1,5 +1,6 @@
 """The searches: parts cover the region, what is called proved is true, and no counterexample is ever clipped away."""
 
+import itertools
 import math
 from dataclasses import replace
 from fractions import Fraction
@@ -7,10 +8,15 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from tests.bounds.test_lower import made, mlp
+from tests.bounds.samples import made, mlp
 from torch import Tensor, nn
 
 from soundly.bounds.batch import Bounder
+from soundly.certificate.verification import replay
+from soundly.graph import elementwise as ew
+from soundly.graph.linear import Combine
+from soundly.graph.network import Network
+from soundly.graph.node import Input
 from soundly.spec.claim import Claim, Property, Row, within
 from soundly.spec.region import Box, Union
 from soundly.verification import neuron_split
@@ -18,6 +24,7 @@ from soundly.verification.forest import BOUND, INPUT, LEAF, NEURON, Forest
 from soundly.verification.input_split import InputSplit, Parts
 from soundly.verification.neuron_split import NeuronSplit
 from soundly.verification.problem import Problem, problem_of
+from soundly.verification.proof import certificate
 
 F64 = torch.float64
 
@@ -285,7 +292,10 @@ def untrue(search: NeuronSplit, x: Tensor) -> tuple[float, int]:
         for k in range(len(parts)):
             chosen = parts.neuron[k] >= 0
             at, sign = parts.at[k][chosen].double(), parts.sign[k][chosen].double()
-            inside = (sign * (neurons[:, parts.neuron[k][chosen]] - at) >= 0).all(-1)
+            beyond = sign * (neurons[:, parts.neuron[k][chosen]] - at)
+            inside = ((beyond > 0) | ((beyond == 0) & (sign < 0))).all(
+                -1
+            )  # steps take their left value where they jump
             tree = int(parts.tree[k])
             held[inside, tree] = True
             bound = float(parts.bound[k])
@@ -345,6 +355,38 @@ def test_a_search_for_a_true_claim_ends(seed):
         proved = set(torch.cat([p.node for p in search.proved]).tolist())
         assert set(leaves.tolist()) <= proved and all(search.forest.flags[n] & BOUND for n in leaves)
         assert (search.forest.first[tree], search.forest.last[tree]) == (tree, tree + 1) or clause != tree
+
+
+@pytest.mark.parametrize("batches", [(32,), (1,), (3, 1, 2, 5)], ids=str)
+def test_the_checker_accepts_what_a_search_proved_in_any_order(batches):
+    """Batches smaller than what waits mix parts of all depths; a fast machine seldom makes such."""
+    network, region = net(1, inputs=3), square(3)
+    least = torch.cat([network(x.reshape(1, -1)) for x in grid(region, 15).float()]).amin(0)
+    search = begun(within(network, region, least - 0.02, None))
+    for batch in itertools.islice(itertools.cycle(batches), 1000):
+        if len(search.waiting):
+            search.step(batch, 5)
+    assert not len(search.waiting) and not search.stuck
+    proof = certificate(search.problem, [search.grown(range(len(search.forest.root)))], claim="", model={})
+    result = replay(proof)
+    assert result.problems == () and result.failed == [] and result.proven.all()
+    depths = {int(n) for p in search.proved for n in (p.neuron >= 0).sum(1)}
+    assert len(depths) > 3
+
+
+def test_a_jump_at_the_end_of_an_interval_keeps_both_sides_until_it_is_split():
+    """step(2 a) + step(2 b) > 1/2 fails at a = 0, b <= 0, where a's interval begins; to split b tells nothing of a."""
+    x = Input("x", (1, 2))()
+    network = Network((x,), (ew.STEP(Combine((2.0,))(x)),), {}, like=torch.empty(0, dtype=F64))
+    region = Box(torch.tensor([[0.0, -1.0]]), torch.tensor([[1.0, 1.0]]))
+    row = Row({0: Fraction(1), 1: Fraction(1)}, {}, Fraction(-1, 2))
+    search = begun(Claim(network, region, Property.of([[row]], outputs=2, inputs=2)))
+    for _ in range(4):
+        worst, uncovered = untrue(search, grid(region, 21))
+        assert worst <= 1e-9 and uncovered == 0
+        if len(search.waiting):
+            search.step(4, 5)
+    assert search.subproblems > 1
 
 
 class WrongSign(NeuronSplit):

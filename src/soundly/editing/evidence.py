@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import jvp, vjp
+from torch.autograd import forward_ad
+from torch.func import vjp
 
 from soundly.editing.constraints import (
     Coordinates,
@@ -199,26 +200,26 @@ class Evidence:
         parts = theta.split([math.prod(n.shape) for n in self.unknowns])
         return {n: part.reshape(n.shape) for n, part in zip(self.unknowns, parts, strict=True)}
 
-    def _at(self, theta: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def at(self, theta: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Values [V] and hinges [H] at one point; differentiable."""
         values, *hinges = self.network.evaluate(self.network.outputs, x, given=self.split(theta))
         return values, torch.cat([h.reshape(-1) for h in hinges]) if hinges else values.new_zeros(0)
 
     def __call__(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """Values [P, V] and hinges [P, H]."""
         with torch.no_grad():
-            found: tuple[Tensor, Tensor] = torch.vmap(lambda x: self._at(theta, x), chunk_size=self._chunk)(self.points)
+            found: tuple[Tensor, Tensor] = torch.vmap(lambda x: self.at(theta, x), chunk_size=self.chunk)(self.points)
         return found
 
     def moved(self, theta: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
         """The derivatives of values and hinges along a direction [n]."""
 
-        def along(x: Tensor) -> tuple[Tensor, Tensor]:
-            _, tangents = jvp(lambda t: self._at(t, x), (theta,), (direction,))  # type: ignore[misc]
-            return tangents
-
-        with torch.no_grad():
-            found: tuple[Tensor, Tensor] = torch.vmap(along, chunk_size=self._chunk)(self.points)
-        return found
+        with torch.no_grad(), forward_ad.dual_level():
+            dual = forward_ad.make_dual(theta, direction)
+            found = torch.vmap(lambda x: self.at(dual, x), chunk_size=self.chunk)(self.points)
+            tangents = [forward_ad.unpack_dual(part).tangent for part in found]
+        values, hinges = (torch.zeros_like(part) if t is None else t for part, t in zip(found, tangents, strict=True))
+        return values, hinges
 
     def rows(self, theta: Tensor, point: Tensor, values: Tensor, hinges: Tensor) -> Tensor:
         """Gradients towards theta of combinations at single points.
@@ -233,16 +234,17 @@ class Evidence:
         """
 
         def pulled(x: Tensor, v: Tensor, h: Tensor) -> Tensor:
-            _, pull = vjp(lambda t: self._at(t, x), theta)  # type: ignore[misc]
+            _, pull = vjp(lambda t: self.at(t, x), theta)  # type: ignore[misc]
             return pull((v, h))[0]
 
-        size = max(1, min(self._chunk, CHUNK // max(1, len(theta))))
+        size = max(1, min(self.chunk, CHUNK // max(1, len(theta))))
         with torch.no_grad():
             found: Tensor = torch.vmap(pulled, chunk_size=size)(self.points[point], values, hinges)
         return found
 
     @property
-    def _chunk(self) -> int:
+    def chunk(self) -> int:
+        """How many points are evaluated at a time."""
         widest = max(math.prod(n.shape) for n in self.network.nodes)
         return max(1, CHUNK // max(1, widest))
 

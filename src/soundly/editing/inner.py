@@ -36,7 +36,7 @@ FIRST, SAMPLES, WORST = 24, 2000, 12
 """Points of a region at the start; how many are looked at in a proposal; how many of the wrong ones join."""
 CAUTION = (1.0, 4.0, 16.0, 256.0)
 TIGHTEN = 1e-4
-"""The share of its size by which a row is tightened first when a region can be neither proved nor refuted."""
+"""The share of its size by which a row is tightened first when a region is not proved."""
 
 
 Status = Literal["proved", "infeasible", "unproven", "limit"]
@@ -96,6 +96,9 @@ def edit_inside(
     wide = [c for c in constraints if _areas(c)]
     samples = {area: _first(area) for c in wide for area in _areas(c)}
     origin = whole.evidence.theta
+    if bound is not None:  # rounding to the storage type adds to a change
+        unit = torch.finfo(network.dtype).eps / 2
+        bound = max(bound - unit * float(origin.abs().max() + bound), 1e-300)
     theta = origin if start is None else _flat(free, start, network)
     caution, tight, patience = 0, 0.0, 10.0
     while True:
@@ -130,9 +133,9 @@ def edit_inside(
             if not joined and not wide and caution + 1 == len(CAUTION):
                 reason = getattr(verdict, "reason", f"the rounded weights violate it: {verdict}")
                 return Inner("unproven", whole, f"weights exist, but the proof failed: {reason}", seconds=seconds)
+            tight = 2 * tight or TIGHTEN
             if not joined:
                 caution = min(caution + 1, len(CAUTION) - 1)
-                tight = 2 * tight or TIGHTEN
                 patience *= 2
         else:
             seconds["check"] += time.perf_counter() - clock
@@ -197,9 +200,11 @@ def _violations(whole: Requirements, claim: Claim, samples: dict[Area, list[Tens
         with torch.no_grad():
             values = torch.vmap(network, chunk_size=256)(xs.reshape(-1, *network.input.shape))
         mine = whole.owner == i
-        excess = torch.stack([whole.at_point(i, v)[mine].max() for v in values])
+        excess = whole.at_points(i, values)[:, mine].amax(1)
         wrong = (excess > 0).nonzero()[:, 0]
-        for k in wrong[excess[wrong].argsort(descending=True)[:WORST]].tolist():
+        wrong = wrong[excess[wrong].argsort(descending=True)]
+        spread = wrong[WORST :: max(1, len(wrong) // WORST)]  # the worst often lie together
+        for k in [*wrong[:WORST].tolist(), *spread.tolist()]:
             samples[area].append(xs[k])
             count += 1
     return count

@@ -25,6 +25,7 @@ DEPENDENT = 1e-13  # a row this close to the span of others, in units of its coe
 EMPTY_RADIUS = 1e6  # "infeasible" excludes all points up to this many times the distance of the farthest single row
 PATIENCE = 8  # rounds of whole-set exchange without fewer wrong rows before it is given up
 STALLED = 50  # single exchanges without progress above rounding before giving up
+POOL = 256  # of the violated rows, those from which the next ones to enter are chosen until none of them is violated
 
 
 @dataclass(frozen=True)
@@ -87,25 +88,38 @@ def nearest_point(
     active.restart()
     skip = np.zeros(m, dtype=bool)  # dependent rows that are missed by too little to prove anything
     best, stalled, fresh = -1.0, 0, True
+    pool, packed = np.zeros(0, dtype=np.int64), a[:0]
+
+    def missing(index: Array | slice, part: Array) -> Array:
+        """By how much the point misses rows; 0 for those that are active or to be skipped."""
+        value = part @ point
+        excess = np.maximum(low[index] - value, value - high[index])
+        excess[(active.side[index] != 0) | skip[index]] = 0.0
+        return excess
 
     for step in range(rounds + 1, rounds + 20 * (m + n) + 100):
         point, multipliers = active.solve()
         length = float(np.linalg.norm(point))
-        value = a @ point
-        excess = np.maximum(low - value, value - high)
-        excess[active.index] = 0.0
-        worst = int(np.argmax(np.where(skip, 0.0, excess))) if m else 0
+        excess = missing(pool, packed)
+        if not float(np.max(excess, initial=0.0)) > FEASIBLE * max(length, unit):
+            excess = missing(slice(None), a)
+            pool = np.argsort(-excess)[:POOL]
+            pool = pool[excess[pool] > 0]
+            packed, excess = a[pool], excess[pool]
         late = time.monotonic() > deadline or stalled > STALLED
-        if m == 0 or late or not excess[worst] > FEASIBLE * max(length, unit) or skip[worst]:
+        if late or not float(np.max(excess, initial=0.0)) > FEASIBLE * max(length, unit):
             if not fresh and not late:
                 active.restart()  # fresh factors: the answer must not carry the rounding of a long run of updates
-                fresh = True
+                pool, packed, fresh = pool[:0], a[:0], True
                 continue
+            value = a @ point
             missed = float(np.max(np.maximum(low - value, value - high), initial=0.0))
             finished = missed <= ACCEPTED * max(length, unit)
             return Nearest(point, active.side, active.spread(multipliers), None, finished, step)
         stalled, best = (0, length) if length > best * (1 + 1e-14) else (stalled + 1, best)
-        certificate = active.enter(worst, 1 if low[worst] > value[worst] else -1, excess[worst], multipliers, free)
+        worst, most = int(pool[np.argmax(excess)]), float(np.max(excess))
+        sign = 1 if float(a[worst] @ point) < low[worst] else -1
+        certificate = active.enter(worst, sign, most, multipliers, free)
         fresh = False
         if certificate is None:
             continue
@@ -121,6 +135,7 @@ class _Active:
 
     def __init__(self, a: Array, low: Array, high: Array, side: Array, noise: Array) -> None:
         self.a, self.low, self.high, self.side, self.noise = a, low, high, side.astype(np.int64), noise
+        self.buffer = np.empty((0, a.shape[1]))
 
     def restart(self) -> None:
         """Factorise afresh; drop rows until the rest is independent and every multiplier has the sign of its side."""
@@ -137,6 +152,15 @@ class _Active:
                 break
             self.index = self.index[keep]
         self.side[np.setdiff1d(np.flatnonzero(self.side), self.index)] = 0
+
+    def append(self, direction: Array) -> None:
+        """One more column of q, in a buffer that has room for more."""
+        rank = self.q.shape[1]
+        if self.buffer.shape[0] <= rank or not np.may_share_memory(self.q, self.buffer):
+            self.buffer = np.empty((rank + rank // 4 + 16, len(direction)))
+            self.buffer[:rank] = self.q.T
+        self.buffer[rank] = direction
+        self.q = self.buffer[: rank + 1].T
 
     def solve(self) -> tuple[Array, Array]:
         """The nearest point at which all active rows hold with equality, and its multipliers."""
@@ -179,7 +203,7 @@ class _Active:
             certificate[row] = sign
             certificate[self.index] = np.where(np.abs(rate) > 1e-12 * np.max(np.abs(rate), initial=0.0), -rate, 0.0)
             return certificate
-        self.q = np.concatenate([self.q.T, outside[None] / distance]).T
+        self.append(outside / distance)
         grown = np.zeros((len(rate) + 1, len(rate) + 1), order="F")
         grown[:-1, :-1], grown[:-1, -1], grown[-1, -1] = self.r, sign * inside, sign * distance
         self.r, self.index, self.side[row] = grown, np.append(self.index, row), sign

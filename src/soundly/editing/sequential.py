@@ -35,6 +35,10 @@ ROUNDS = 24
 """Programs, each around the answer of the one before."""
 ENTER = 400
 """The most rows that enter a program at a time."""
+CONFLICTS = 50
+"""Contradictions that are resolved in one program before it is given up."""
+DESCENT, STRIDE = 300, 0.03
+"""Steps of descent before a second attempt, and their length in mean weights."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,11 +96,13 @@ class Requirements:
         rows = self.values(values)
         return torch.maximum(self.lower - rows, rows - self.upper)
 
-    def at_point(self, point: int, values: Tensor) -> Tensor:
-        """`excess` with these values [V] at one point (those of the others are meaningless)."""
-        spread = values.new_zeros(len(self.points), self.width)
-        spread[point] = values
-        return self.excess(spread)
+    def at_points(self, point: int, values: Tensor) -> Tensor:
+        """`excess` [k, m] with each of these values [k, V] at one point (rows about others are meaningless)."""
+        whole = values.new_zeros(len(values), len(self.points), self.width)
+        whole[:, point] = values
+        terms = whole.reshape(len(values), -1)[:, self.row_value] * self.row_coefficient
+        rows = values.new_zeros(len(values), len(self.lower)).index_add_(1, self.row_of_entry, terms)
+        return torch.maximum(self.lower - rows, rows - self.upper)
 
     def tightened(self, share: float) -> Requirements:
         """The same rows with bounds moved inwards by a share of their size, at most by a quarter of their distance."""
@@ -234,24 +240,109 @@ class Mover:
     goals: Goals | None = None
 
     def __call__(self, start: Tensor, caution: float) -> Move | Failure:
-        """Programs around `start` [n], then around what they lead to, with margins that grow with `caution`."""
+        """Programs around `start` [n], then around what they lead to, with margins that grow with `caution`.
+
+        If rows contradict each other on the pieces that the start is on, once more from where descent leads.
+        """
+        found = self._from(start, caution)
+        if isinstance(found, Failure) and found.status == "infeasible" and len(self.requirements.evidence.breaks):
+            again = self._from(self.descended(start), caution)
+            found = again if isinstance(again, Move) else found
+        return found
+
+    def descended(self, theta: Tensor) -> Tensor:
+        """Weights that violate the rows less, by ordinary descent: across breaks, where programs do not look."""
+        requirements, evidence = self.requirements, self.requirements.evidence
+        scale = requirements.magnitude(evidence(theta)[0])
+        moving = theta.clone().requires_grad_()
+        descent = torch.optim.Adam([moving], lr=float(STRIDE * theta.abs().mean()))
+        best, least = theta, math.inf
+        with torch.enable_grad():
+            for _ in range(DESCENT):
+                values = torch.vmap(lambda x: evidence.at(moving, x)[0], chunk_size=evidence.chunk)(evidence.points)
+                loss = (requirements.excess(values) / scale).clamp(min=-1e-3).add(1e-3).square().sum()
+                value = float(loss.detach())
+                if time.perf_counter() > self.deadline or not value < math.inf:
+                    break
+                if value < least:
+                    best, least = moving.detach().clone(), value
+                descent.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                descent.step()
+        return best
+
+    def _from(self, start: Tensor, caution: float) -> Move | Failure:
         origin, theta, let_go = self.requirements.evidence.theta, start, 0
         for programs in range(1, ROUNDS + 1):
             program = Program(self, theta, caution)
             deficit = program.deficit(theta)
             if programs > 1 and deficit == 0:
-                return Move(theta, programs - 1, let_go, programs == 2 and let_go == 0)
+                return self._polished(program, Move(theta, programs - 1, let_go, False), caution)
             solved = program.solve(origin)
             if isinstance(solved, Failure):
                 return solved
             let_go += program.let_go
-            length = 1.0
-            while deficit > 0 and not program.let_go and program.deficit(theta + length * (solved - theta)) >= deficit:
-                length /= 2
-                if length < 1e-3:
-                    return self._stuck(theta)
-            theta = theta + length * (solved - theta)
+            after = program.deficit(solved)
+            if after == 0 and program.let_go == 0 and program.exact(solved):
+                return self._bounded(Move(solved, programs, let_go, let_go == 0))
+            if not program.let_go and after > deficit / 2 > 0:
+                # Curvature undoes what the step to the nearest weights gains: the shortest step first of all repairs.
+                solved = self._shortened(program, theta, deficit)
+                if isinstance(solved, Failure):
+                    return solved
+            theta = solved
         return self._stuck(theta)
+
+    def _polished(self, program: Program, found: Move, caution: float) -> Move | Failure:
+        """A smaller change, nearer to the goals: steps to the nearest weights, repaired, as long as that pays."""
+        theta, least = found.theta, self.objective(found.theta)
+        for length in (1.0, 0.3) if self.goals is None else (1.0, 0.5, 0.25, 0.125) * 2:
+            nearest = program.solve(self.requirements.evidence.theta)
+            if isinstance(nearest, Failure):
+                break
+            moved = theta + length * (nearest - theta)
+            for _ in range(4):
+                there = Program(self, moved, caution)
+                if there.deficit(moved) == 0:
+                    break
+                repaired = there.solve(None)
+                if isinstance(repaired, Failure):
+                    break
+                moved = repaired
+            value = self.objective(moved)
+            if there.theta is not moved or there.deficit(moved) > 0 or not value < (1 - 1e-3) * least:
+                continue
+            theta, least, program = moved, value, there
+        return self._bounded(replace(found, theta=theta))
+
+    def objective(self, theta: Tensor) -> float:
+        """What is minimised, up to the monotone function that a norm may be under."""
+        change = theta - self.requirements.evidence.theta
+        size = {"l2": lambda: change @ change, "l1": lambda: change.abs().sum(), "linf": lambda: change.abs().max()}
+        total = float(size[self.norm]())
+        if self.goals is not None:
+            rows = self.goals.rows
+            miss = rows.values(rows.evidence(theta)[0]) - rows.lower
+            total += self.goals.weight * float(miss.square().mean())
+        return total
+
+    def _bounded(self, found: Move) -> Move | Failure:
+        change = (found.theta - self.requirements.evidence.theta).abs()
+        if self.bound is not None and not bool((change <= self.bound * (1 + 1e-12)).all()):
+            return Failure("limit", f"only changes beyond the bound {self.bound:g} were found")
+        return found
+
+    def _shortened(self, program: Program, theta: Tensor, deficit: float) -> Tensor | Failure:
+        """The shortest step to where the linear rows hold, halved until it helps."""
+        repaired = program.solve(None)
+        if isinstance(repaired, Failure):
+            return repaired
+        length = 1.0
+        while program.deficit(theta + length * (repaired - theta)) >= deficit:
+            length /= 2
+            if length < 1e-3:
+                return self._stuck(theta)
+        return theta + length * (repaired - theta)
 
     def _stuck(self, theta: Tensor) -> Failure:
         requirements = self.requirements
@@ -297,15 +388,27 @@ class Program:
         total = float((excess + self.margin[: len(excess)] / 2).clamp(min=0).sum())
         return total if math.isfinite(total) else math.inf
 
-    def solve(self, origin: Tensor) -> Tensor | Failure:
-        """The weights nearest to `origin` at which all linear rows hold."""
-        m, so_far = len(self.requirements.lower), self.theta - origin
+    def exact(self, theta: Tensor) -> bool:
+        """Whether the linear rows say of theta what evaluation says."""
+        predicted = self.now + self._moved(theta - self.theta)
+        values, hinges = self.evidence(theta)
+        found = torch.cat([self.requirements.values(values), hinges.reshape(-1)])
+        return bool(((found - predicted).abs() <= 1e-9 * self.size).all())
+
+    def solve(self, origin: Tensor | None) -> Tensor | Failure:
+        """The weights nearest to `origin` at which all linear rows hold; None for the shortest step, whatever the goals
+        and the bound."""
+        self.repairing = origin is None
+        m, so_far = len(self.requirements.lower), self.theta - (self.theta if origin is None else origin)
         entered = torch.zeros(0, dtype=torch.long)
         matrix = torch.zeros(0, len(self.theta), dtype=torch.float64)
         idle = torch.zeros_like(self.now, dtype=torch.bool)  # rows that entered, or that need not hold
+        self.side, conflicts = torch.zeros(0, dtype=torch.int8), 0
         step = self._least(matrix, entered, so_far)
         while True:
-            assert isinstance(step, Tensor)
+            if isinstance(step, Failure):
+                return step
+            assert isinstance(step, Tensor)  # no row has entered that others could contradict
             moved = self._moved(step)
             lower, upper = self._ends()
             missing = (torch.maximum(lower - moved, moved - upper) - self.margin / 4) / self.size
@@ -322,14 +425,18 @@ class Program:
                 return Failure("infeasible", why, tuple(dead))
             idle[new] = True
             entered, matrix = torch.cat([entered, new[moving]]), torch.cat([matrix, rows[moving]])
+            self.side = torch.cat([self.side, self.side.new_zeros(int(moving.sum()))])
             while not isinstance(found := self._least(matrix, entered, so_far), Tensor):
                 if isinstance(found, Failure):
                     return found
                 pieces = found.rows[found.rows >= m]
+                conflicts += 1
+                if conflicts > CONFLICTS:
+                    return self._contradiction(found)
                 if len(pieces):  # the pieces that stand against the constraints
                     self.let_go += len(pieces)
                     keep = ~torch.isin(entered, pieces)
-                    entered, matrix = entered[keep], matrix[keep]
+                    entered, matrix, self.side = entered[keep], matrix[keep], self.side[keep]
                 elif self.share < 0.1 or found.bound:
                     return self._contradiction(found)
                 else:  # a part of the way may lead to where rows no longer contradict each other
@@ -351,20 +458,31 @@ class Program:
         lower, upper = (end[entered] + base for end in self._ends())
         limit = None if math.isinf(left) else left
         norm, bound, goals = self.mover.norm, self.mover.bound, self.mover.goals
+        if self.repairing:
+            bound = goals = None
         if goals is None:
             if not len(entered):
                 return -so_far
-            solution = least_change(matrix, lower, upper, norm=norm, bound=bound, time_limit=limit)
+            solution = least_change(matrix, lower, upper, norm=norm, bound=bound, side=self.side, time_limit=limit)
             centre = torch.zeros_like(so_far)
         else:
             towards, wanted = self._goal_rows
             centre = _ridge(towards, wanted + towards @ so_far, goals.weight)
             shift = matrix @ centre
             solution = least_change(
-                matrix, lower - shift, upper - shift, retain=towards, retain_weight=goals.weight, time_limit=limit
+                matrix,
+                lower - shift,
+                upper - shift,
+                retain=towards,
+                retain_weight=goals.weight,
+                side=self.side,
+                time_limit=limit,
             )
         if solution.delta is not None:
+            self.side = solution.side
             return centre + solution.delta - so_far
+        if solution.status == "limit":
+            return Failure("limit", "the time limit was reached before the program was solved")
         return _Conflict(entered[list(solution.conflict)], solution.bound_in_conflict)
 
     @cached_property

@@ -32,6 +32,7 @@ class Solution:
         status: "optimal": every row holds up to 1e-9 |row| |delta|, and no smaller change does; "infeasible": the rows
             of `conflict` contradict each other; "limit": neither was established, for want of time or accuracy.
         active: indices of the rows that hold with equality and determine delta.
+        side: per row [m], 1 where its lower end determines delta, -1 where its upper end does, 0 elsewhere.
         conflict: if infeasible, indices of rows that cannot hold together. None of them can be left out, unless
             bounds |delta_j| <= bound on other entries take its place.
         bound_in_conflict: whether the contradiction needs the bound on |delta_j| besides the rows of `conflict`.
@@ -50,6 +51,7 @@ class Solution:
     lower_bound: float
     iterations: int
     residual: float
+    side: Tensor
 
 
 def least_change(
@@ -61,6 +63,7 @@ def least_change(
     bound: float | None = None,
     retain: Tensor | None = None,
     retain_weight: float = 1.0,
+    side: Tensor | None = None,
     time_limit: float | None = None,
 ) -> Solution:
     """Find the smallest d [n] with lower <= rows @ d <= upper and |d_j| <= bound, or rows that contradict each other.
@@ -72,6 +75,7 @@ def least_change(
         bound: largest |d_j| allowed; kept exactly.
         retain: features [r, n] whose values should change little: with norm "l2",
             retain_weight * mean((retain @ d)^2) is added to the objective.
+        side: the rows to start from, as in `Solution.side`: those of a similar problem.
         time_limit: seconds after which to stop with status "limit".
 
     Returns:
@@ -90,16 +94,18 @@ def least_change(
     zero = ~unit_rows.any(dim=1)
     impossible = (low > high) | (low == math.inf) | (high == -math.inf) | (zero & ((low > 0) | (high < 0)))
     if impossible.any():
-        return _infeasible((int(impossible.nonzero()[0]),), False, 0)
+        return _infeasible((int(impossible.nonzero()[0]),), False, 0, len(rows))
     kept = (~zero & (low.isfinite() | high.isfinite())).nonzero().squeeze(1)
     unit_rows, low, high = unit_rows[kept], low[kept], high[kept]
 
-    found = _nearest_within(unit_rows, low, high, whiten, bound, deadline)
+    first = None if side is None else side[kept].to(torch.int8)
+    found = _nearest_within(unit_rows, low, high, whiten, bound, first, deadline)
     if found.point is None:
         used = torch.from_numpy(found.certificate != 0).to(kept.device)
-        return _infeasible(tuple(kept[used[: len(kept)]].tolist()), bool(used[len(kept) :].any()), found.steps)
+        conflict = tuple(kept[used[: len(kept)]].tolist())
+        return _infeasible(conflict, bool(used[len(kept) :].any()), found.steps, len(rows))
     delta = whiten(torch.from_numpy(found.point).to(rows.device))
-    side, steps, finished = found.side[: len(kept)], found.steps, found.finished
+    ends, steps, finished = found.side[: len(kept)], found.steps, found.finished
     floor = float(found.point @ found.point)
     if norm != "l2":
         floor = math.sqrt(floor / (1 if norm == "l1" else rows.shape[1]))
@@ -108,7 +114,7 @@ def least_change(
             vertex = smallest_vertex(*arrays, norm=norm, nearest=found, bound=bound, deadline=deadline)
             steps, floor, finished = steps + vertex.rounds, max(floor, vertex.lower_bound), vertex.point is not None
             if vertex.point is not None:  # otherwise the change of least Euclidean norm stands: it is admissible
-                side, delta = vertex.side, torch.from_numpy(vertex.point).to(rows.device)
+                ends, delta = vertex.side, torch.from_numpy(vertex.point).to(rows.device)
     if bound is not None:
         delta = delta.clamp(-bound, bound)
 
@@ -121,27 +127,32 @@ def least_change(
     return Solution(
         delta=delta,
         status="optimal" if finished and exact else "limit",
-        active=tuple(kept[torch.from_numpy(side != 0).to(kept.device)].tolist()),
+        active=tuple(kept[torch.from_numpy(ends != 0).to(kept.device)].tolist()),
         conflict=(),
         bound_in_conflict=False,
         objective=objective,
         lower_bound=floor,
         iterations=steps,
         residual=float(excess.max()) if len(rows) else 0.0,
+        side=torch.zeros(len(rows), dtype=torch.int8).index_copy_(0, kept.cpu(), torch.from_numpy(ends).to(torch.int8)),
     )
 
 
-def _infeasible(conflict: tuple[int, ...], bound_in_conflict: bool, iterations: int) -> Solution:
-    return Solution(None, "infeasible", (), conflict, bound_in_conflict, math.inf, math.inf, iterations, math.inf)
+def _infeasible(conflict: tuple[int, ...], bound_in_conflict: bool, iterations: int, rows: int) -> Solution:
+    nothing = torch.zeros(rows, dtype=torch.int8)
+    return Solution(
+        None, "infeasible", (), conflict, bound_in_conflict, math.inf, math.inf, iterations, math.inf, nothing
+    )
 
 
 def _nearest_within(
-    rows: Tensor, low: Tensor, high: Tensor, whiten: Callable[[Tensor], Tensor], bound: float | None, deadline: float
-) -> Nearest:
+    rows: Tensor, low: Tensor, high: Tensor, whiten: Callable[[Tensor], Tensor], bound: float | None,
+    first: Tensor | None, deadline: float,
+) -> Nearest:  # fmt: skip
     """The nearest point in whitened coordinates; entries beyond the bound become further rows, after the given ones."""
     white, scale = _unit(whiten(rows))
     ends, noise = (low / scale, high / scale), 1.0 / scale  # what whitening shortens, it also blurs
-    found = nearest_point(white, *ends, noise=noise, deadline=deadline)
+    found = nearest_point(white, *ends, side=first, noise=noise, deadline=deadline)
     steps = found.steps
     held = torch.zeros(rows.shape[1], dtype=torch.bool, device=rows.device)
     while bound is not None and found.finished and found.point is not None:

@@ -56,7 +56,7 @@ class Trunk(Protocol):
 
 
 class NotLast(EditError):
-    """The layer is a layer, but not a last linear one: outputs are not affine in its weights."""
+    """The layer is a layer, but not a last linear one with a bias of its own name: it can be edited from inside."""
 
 
 class GraphTrunk:
@@ -167,7 +167,7 @@ def _head_bias(network: Network, dense: Node, layer: str) -> Node | None:
             raise NotLast(f"layer {layer!r} is not the last one: {node!r} follows it, so outputs are not affine in it.")
         for constant in constants:
             if named is None or bias is not None or not _repeats(network, constant, named):
-                raise EditError(
+                raise NotLast(
                     f"layer {layer!r}: {node!r} adds something other than the layer's own bias, once, to its output."
                 )
             bias = named

@@ -161,14 +161,18 @@ class InputSplit:
         """Some trees, for a certificate."""
         return Grown(self.forest, trees, np.empty(0, np.int64), np.empty((0, 0), np.float32), {}, {}, {})
 
-    def reopen(self, left: Mapping[int, tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]]) -> None:
-        """Splits leaves that were proved but whose proof was not accepted.
+    def reopen(self, left: Mapping[int, tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]]) -> bool:
+        """Splits leaves that were proved but whose proof was not accepted; whether there are any among these.
 
         Args:
             left: by node, the box and the clauses that the checker is left with: it clips a little differently.
         """
+        if not self.proved:
+            return False
         leaves = Parts.join(self.proved)
         again = torch.isin(leaves.node, torch.tensor(list(left)))
+        if not bool(again.any()):
+            return False
         self.proved = [leaves.pick(~again)]
         leaves = leaves.pick(again)
         lower, upper, still = (
@@ -178,6 +182,7 @@ class InputSplit:
         leaves = replace(leaves, lower=lower, upper=upper, open=torch.cat([still, rest], 1))
         children = self._split(leaves, torch.ones_like(leaves.lower))
         self.stack.append(children)
+        return True
 
     def _treat(self, now: Parts) -> tuple[Parts, Tensor]:
         frame = self.bounder.refresh(now.lower.to(self.bounder.dtype), now.upper.to(self.bounder.dtype))

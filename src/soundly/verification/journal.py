@@ -61,8 +61,9 @@ class Journal:
 
     def _read(self, path: Path) -> None:
         try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
+            with path.open("rb") as file:  # numpy leaves a file open that it opened itself and cannot read
+                loaded = np.load(file, allow_pickle=False)
+                arrays = {name: loaded[name] for name in getattr(loaded, "files", ())}
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise InvalidInput(f"journal {path} cannot be read: {error}. Name another file or remove it.") from error
         if "digest" not in arrays:

@@ -415,7 +415,7 @@ class NeuronSplit:
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """What a journal keeps."""
         arrays = {f"forest.{k}": v for k, v in self.forest.state().items()}
-        for name, parts in (("waiting", [self.waiting]), ("proved", self.proved)):
+        for name, parts in (("waiting", [self.waiting, *self.stuck]), ("proved", self.proved)):
             for field, value in Parts.join(parts)._asdict().items() if parts else ():
                 arrays[f"{name}.{field}"] = value.numpy()
         return arrays | {"subproblems": np.array(self.subproblems)}
@@ -438,12 +438,12 @@ class NeuronSplit:
         slot = torch.cat(slots) if slots else torch.empty(0, dtype=torch.int64)
         leaves = Parts.join(self.proved)
         node = leaves.node.tolist()
-        depth = (leaves.neuron >= 0).sum(1).tolist()
+        held = (leaves.neuron >= 0).numpy()  # a part that waited among deeper ones has columns without a constraint
         beta = leaves.beta.double().numpy()
         keys, rows = self._root_slopes()
         return Grown(
             self.forest, trees, slot.numpy(), torch.cat([leaves.slopes.float(), rows]).numpy(),
-            {n: k for k, n in enumerate(node)}, {n: beta[k, : depth[k]] for k, n in enumerate(node)},
+            {n: k for k, n in enumerate(node)}, {n: beta[k, held[k]] for k, n in enumerate(node)},
             {key: len(leaves) + row for key, row in keys.items()},
         )  # fmt: skip
 
@@ -465,8 +465,10 @@ class NeuronSplit:
             count += len(used)
         return keys, torch.cat(rows)
 
-    def reopen(self, nodes: Iterable[int]) -> None:
-        """Splits leaves that were proved but whose proof was not accepted."""
+    def reopen(self, nodes: Iterable[int]) -> bool:
+        """Splits leaves that were proved but whose proof was not accepted; whether there are any among these."""
+        if not self.proved:
+            return False
         leaves = Parts.join(self.proved)
         again = torch.isin(leaves.node, torch.tensor(list(nodes)))
         self.proved = [leaves.pick(~again)]
@@ -475,6 +477,7 @@ class NeuronSplit:
         bound = torch.full((int(again.sum()),), -math.inf, dtype=self.dtype)
         again_parts = replace(leaves.pick(again), bound=bound)
         self.waiting = Parts.join([self.waiting, again_parts]) if len(self.waiting) else again_parts
+        return bool(again.any())
 
     @property
     def bound(self) -> float:

@@ -390,7 +390,8 @@ class _Run:
                     order = search.forest.order(owners[t][1])
                     mine |= {int(order[i]): left for (tree, i), left in result.remaining.items() if tree == t}
                 if mine:
-                    search.reopen(mine)
+                    if not search.reopen(mine):
+                        raise _Stop("the certificate was not accepted: a leaf is open that the search takes for proved")
                     if isinstance(search, InputSplit):
                         search.bounder = Bounder(problem.program, together=True, deadline=self.deadline)
                         search.margin = 0.0
