@@ -21,7 +21,7 @@ from soundly.spec.claim import Claim, Property, Row, within
 from soundly.spec.region import Box, Union
 from soundly.verification import neuron_split
 from soundly.verification.forest import BOUND, INPUT, LEAF, NEURON, Forest
-from soundly.verification.input_split import InputSplit
+from soundly.verification.input_split import InputSplit, Parts
 from soundly.verification.neuron_split import NeuronSplit
 from soundly.verification.problem import Problem, problem_of
 from soundly.verification.proof import certificate
@@ -250,10 +250,14 @@ def test_reopened_leaves_are_split_again():
     search = InputSplit(problem, Bounder(problem.program))
     while len(search):
         search.step(64)
-    again = torch.cat([p.node for p in search.proved])[:3].tolist()
+    proved = Parts.join(search.proved).pick(slice(3))
+    boxes = [(low - 0.01, high) for low, high in zip(proved.lower.numpy(), proved.upper.numpy(), strict=True)]
+    open_ = np.ones(proved.open.shape[1], bool)
     count = search.forest.size
-    search.reopen(again)
+    search.reopen({node: (*box, open_) for node, box in zip(proved.node.tolist(), boxes, strict=True)})
     assert len(search) == 6 and search.forest.size == count + 6
+    now = search.waiting  # what the checker was left with, halved
+    assert bool(now.open.all()) and torch.equal(now.lower[::2].sort(0)[0], (proved.lower - 0.01).sort(0)[0])
     while len(search):
         search.step(64)
     leaf = located(search.forest, search.forest.root[0], grid(claim.region, 31))

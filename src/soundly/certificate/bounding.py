@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from soundly.certificate.functions import Lines, Sides
+from soundly.certificate.products import Factor, Pair, remainder
 from soundly.certificate.program import Affine, Apply, Program, Times, nonlinear_sources
 from soundly.certificate.rings import FAR, U
 
@@ -69,6 +70,7 @@ class Frame:
     parted: of some steps points [M, n] and [M, n] that splits have parted: where the lower end is the first one, or
     the upper end the second, the functions that read the step have the value there that belongs to the inside. These
     are not taken along, but found anew from the splits.
+    factors: of the products that are bounded together, if any are.
     """
 
     lower: list[Array] = field(default_factory=list)
@@ -76,6 +78,7 @@ class Frame:
     cost: list[Array | None] = field(default_factory=list)
     pieces: dict[int, Pieces] = field(default_factory=dict)
     parted: dict[int, tuple[Array, Array]] = field(default_factory=dict)
+    factors: dict[int, Pair] = field(default_factory=dict)
 
     def sides(self, i: int) -> Sides | None:
         """Which ends of the intervals of step i belong to the inside alone; none of a point."""
@@ -86,12 +89,15 @@ class Frame:
 
     def take(self, rows: Array) -> "Frame":
         if len(rows) == len(self.lower[0]) and (rows == np.arange(len(rows))).all():
-            return Frame(list(self.lower), list(self.upper), list(self.cost), dict(self.pieces))
+            return Frame(
+                list(self.lower), list(self.upper), list(self.cost), dict(self.pieces), factors=dict(self.factors)
+            )
         return Frame(
             [x[rows] for x in self.lower],
             [x[rows] for x in self.upper],
             [None if x is None else x[rows] for x in self.cost],
             {i: p.take(rows) for i, p in self.pieces.items()},
+            factors={i: (u.take(rows), v.take(rows)) for i, (u, v) in self.factors.items()},
         )
 
     @staticmethod
@@ -106,6 +112,9 @@ class Frame:
             joined.cost.append(None if costs[0] is None else np.concatenate([c for c in costs if c is not None]))
             if all(i in f.pieces for f in frames):
                 joined.pieces[i] = Pieces.join([f.pieces[i] for f in frames])
+            if all(i in f.factors for f in frames):
+                left, right = zip(*(f.factors[i] for f in frames), strict=True)
+                joined.factors[i] = Factor.join(left), Factor.join(right)
         return joined
 
 
@@ -197,6 +206,16 @@ def _paid(
     )  # fmt: skip
 
 
+def tangent(program: Program, i: int, frame: Frame) -> Pieces:
+    """The planes that touch a product in the middle of its factors, below and above: without what these leave."""
+    left, right = frame.factors[i]
+    slopes, known = (right.centre, left.centre), left.known & right.known
+    offset = -left.centre * right.centre
+    intervals = [(frame.lower[s], frame.upper[s]) for s in nonlinear_sources(program.steps[i])]
+    below, above = np.where(known, offset, -np.inf), np.where(known, offset, np.inf)
+    return _paid(program, i, slopes, below, slopes, above, intervals)
+
+
 def pieces(program: Program, i: int, frame: Frame, slopes: Array | None, owner: Array | None = None) -> Pieces:
     """The relaxation of step i over a frame, with stored slopes [M or 1, S] or the default; with an owner, of those
     boxes with slopes [owners, S]."""
@@ -261,6 +280,7 @@ class View:
         pieces: by step [M, n].
         frame: for the costs and sizes.
         lower, upper: the boxes [M, inputs].
+        factors: of the products that are bounded together; their pieces are tangents.
     """
 
     program: Program
@@ -270,6 +290,7 @@ class View:
     upper: Array
     exceptions: dict[int, Exceptions] = field(default_factory=dict)
     splits: Splits | None = None
+    factors: dict[int, Pair] = field(default_factory=dict)
 
     def backward(
         self, start: dict[int, Array], owner: Array, constant: Array | float = 0.0, lost: Array | float = 0.0
@@ -298,6 +319,7 @@ class View:
             else:
                 coefficients[source] = part
 
+        together: dict[int, Array] = {}
         for i in range(max(coefficients), 0, -1):
             a = coefficients.pop(i, None)
             if self.splits is not None:
@@ -313,7 +335,13 @@ class View:
                 for part, source in step.parts:
                     give(source, part.pull(a))
             elif isinstance(step, (Apply, Times)):
+                if i in self.factors:
+                    together[i] = a
                 self._relaxed(i, a, owner, bound, give)
+        if together:
+            value, lost = remainder(self.factors, together, owner)
+            bound.add(value)
+            bound.lose(lost)
         a = coefficients.pop(0, None)
         if a is None:
             a = np.zeros((len(owner), program.steps[0].size))

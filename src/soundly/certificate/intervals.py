@@ -36,6 +36,7 @@ def refresh(
     stored: Stored,
     *,
     forms: bool = False,
+    together: bool = False,
     deadline: float = math.inf,
 ) -> tuple[Frame, Array]:
     """Intervals of all steps over boxes.
@@ -45,6 +46,8 @@ def refresh(
         inherited: intervals that are known already [M, n].
         group: [M], which group of stored slopes belongs to each box; -1 for none.
         forms: whether affine forms are followed.
+        together: whether to find the factors of the products that are bounded together, with forms; nothing else that
+            only these read is bounded.
         deadline: on the clock of `time.monotonic`.
 
     Returns:
@@ -57,6 +60,9 @@ def refresh(
     if inherited is not None:
         frame.parted = inherited.parted
     dead = np.asarray((lower > upper).any(axis=1))
+    together = together and forms and program.together is not None
+    apart = program.together.products if together and program.together is not None else frozenset[int]()
+    tightened = program.tightened_before if together else program.tightened
     for i in range(len(program.steps)):
         in_time(deadline)
         low, high, cost, band = _interval(frame, i, program, lower, upper)
@@ -69,12 +75,14 @@ def refresh(
         frame.upper.append(high)
         frame.cost.append(cost)
         dead = dead | _settle(frame, i)
-        if not program.tightened[i]:
+        if not tightened[i]:
             continue
-        node, entry = (_wanted(program, i, low, frame.upper[i], frame.sides(i)) & ~dead[:, None]).nonzero()
+        node, entry = (_wanted(program, i, low, frame.upper[i], apart, frame.sides(i)) & ~dead[:, None]).nonzero()
         if len(node):
             _tighten(program, frame, i, node, entry, group, stored, deadline)
             dead = dead | _settle(frame, i)
+    if together and followed is not None:
+        frame.factors = followed.factors(frame)
     return frame, dead
 
 
@@ -108,11 +116,16 @@ def _tighten(
     frame.lower[i], frame.upper[i] = low, high
 
 
-def _wanted(program: Program, i: int, lower: Array, upper: Array, sides: Sides | None = None) -> Array:
-    """Entries of step i whose intervals decide how something later is relaxed, itself or through a copy."""
+def _wanted(
+    program: Program, i: int, lower: Array, upper: Array, apart: frozenset[int], sides: Sides | None = None
+) -> Array:
+    """Entries of step i whose intervals decide how something later is relaxed, itself or through a copy; steps that
+    stand apart do not count."""
     wanted = np.zeros(lower.shape, bool)
     for j in program.readers[i]:
         step = program.steps[j]
+        if j in apart:
+            continue
         if isinstance(step, Apply):
             wanted |= step.function.straight(lower, upper, sides) == -1
         elif isinstance(step, Times):
@@ -122,7 +135,7 @@ def _wanted(program: Program, i: int, lower: Array, upper: Array, sides: Sides |
                 ends = np.stack([lower[:, copy.columns], upper[:, copy.columns]]) * copy.values
                 ends[:, :, copy.rows] = ends.copy()
                 ends += step.bias
-            mask = _wanted(program, j, ends.min(0), ends.max(0))
+            mask = _wanted(program, j, ends.min(0), ends.max(0), apart)
             node, row = mask[:, copy.rows].nonzero()
             wanted[node, copy.columns[row]] = True
     return wanted

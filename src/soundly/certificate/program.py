@@ -19,6 +19,7 @@ Array = npt.NDArray[Any]
 
 NUMBERS, MOST = 2**17, 2**24  # of coefficients at once: what fits a cache, but not too few rows
 ALL = (slice(None), slice(None))
+SYMBOLS = 32  # products are bounded together where those that their factors come from have at most so many entries
 
 
 class Map(Protocol):
@@ -297,6 +298,16 @@ class Times:
 Step: TypeAlias = Variable | Affine | Apply | Times
 
 
+@dataclass(frozen=True)
+class Together:
+    """The products that nothing but affine steps reads, the affine steps behind their factors, in order, and the other
+    steps that these begin with; products themselves, functions and the input."""
+
+    products: frozenset[int]
+    affine: tuple[int, ...]
+    sources: tuple[int, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Program:
     """Steps in order of evaluation: the input first, the outputs last.
@@ -338,10 +349,39 @@ class Program:
     @cached_property
     def matters(self) -> tuple[bool, ...]:
         """Of every step whether a function or product reads it, itself or a copy of it."""
+        return self._matter(frozenset())
+
+    def _matter(self, apart: frozenset[int]) -> tuple[bool, ...]:
         found = [False] * len(self.steps)
         for i in reversed(range(len(self.steps))):
-            found[i] = i in self.bounded or any(found[j] and self.copied(j) is not None for j in self.readers[i])
+            for j in self.readers[i]:
+                if isinstance(self.steps[j], Affine):
+                    found[i] |= found[j] and self.copied(j) is not None
+                else:
+                    found[i] |= j not in apart
         return tuple(found)
+
+    @cached_property
+    def together(self) -> Together | None:
+        """The products that may be bounded together; None if there are none, or their factors come from too many."""
+        ends: set[int] = set()  # steps whose readers are affine, and theirs, and so on
+        for i in reversed(range(len(self.steps))):
+            if all(j in ends and isinstance(self.steps[j], Affine) for j in self.readers[i]):
+                ends.add(i)
+        products = frozenset(i for i in ends if isinstance(self.steps[i], Times))
+        affine, sources = set[int](), set[int]()
+        below = {source for i in products for source in nonlinear_sources(self.steps[i])}
+        while below:
+            i = below.pop()
+            step = self.steps[i]
+            if isinstance(step, Affine):
+                affine.add(i)
+                below |= {source for _, source in step.parts} - affine
+            else:
+                sources.add(i)
+        if not products or sum(self.steps[i].size for i in sources if i) > SYMBOLS:
+            return None
+        return Together(products, tuple(sorted(affine)), tuple(sorted(sources)))
 
     @cached_property
     def exact(self) -> tuple[bool, ...]:
@@ -373,7 +413,15 @@ class Program:
 
         Not so for what is known exactly, nor for copies, which are bounded where they come from.
         """
-        return tuple(self.matters[i] and not self.exact[i] and self.copied(i) is None for i in range(len(self.steps)))
+        return self._tightened(self.matters)
+
+    @cached_property
+    def tightened_before(self) -> tuple[bool, ...]:
+        """The same where the last products are bounded together."""
+        return self._tightened(self._matter(self.together.products if self.together else frozenset()))
+
+    def _tightened(self, matters: tuple[bool, ...]) -> tuple[bool, ...]:
+        return tuple(matters[i] and not self.exact[i] and self.copied(i) is None for i in range(len(self.steps)))
 
     @cached_property
     def contributions(self) -> int:

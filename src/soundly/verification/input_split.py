@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from soundly.bounds.batch import Bounder, Frame, Start, plainly
-from soundly.verification.forest import BOUND, CLIP, INPUT, REFRESH, Forest
+from soundly.verification.forest import BOUND, CLIP, INPUT, REFRESH, TOGETHER, Forest
 from soundly.verification.problem import Problem
 from soundly.verification.proof import Grown
 
@@ -161,17 +161,25 @@ class InputSplit:
         """Some trees, for a certificate."""
         return Grown(self.forest, trees, np.empty(0, np.int64), np.empty((0, 0), np.float32), {}, {}, {})
 
-    def reopen(self, nodes: Sequence[int]) -> bool:
-        """Splits leaves that were proved but whose proof was not accepted; whether there are any among these."""
+    def reopen(self, left: Mapping[int, tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]]) -> bool:
+        """Splits leaves that were proved but whose proof was not accepted; whether there are any among these.
+
+        Args:
+            left: by node, the box and the clauses that the checker is left with: it clips a little differently.
+        """
         if not self.proved:
             return False
         leaves = Parts.join(self.proved)
-        again = torch.isin(leaves.node, torch.tensor(nodes))
+        again = torch.isin(leaves.node, torch.tensor(list(left)))
         if not bool(again.any()):
             return False
         self.proved = [leaves.pick(~again)]
         leaves = leaves.pick(again)
-        self.forest.flags[leaves.node.numpy()] = 0
+        lower, upper, still = (
+            torch.stack([torch.from_numpy(left[n][k]) for n in leaves.node.tolist()]) for k in range(3)
+        )
+        rest = torch.zeros(len(leaves), leaves.open.shape[1] - still.shape[1], dtype=torch.bool)
+        leaves = replace(leaves, lower=lower, upper=upper, open=torch.cat([still, rest], 1))
         children = self._split(leaves, torch.ones_like(leaves.lower))
         self.stack.append(children)
         return True
@@ -208,7 +216,8 @@ class InputSplit:
 
         left = still.any(1)
         told = ~left | use | done.any(1)  # leaves, and inner nodes that found something
-        flags = torch.where(told, torch.where(use, REFRESH | BOUND | CLIP, REFRESH | BOUND), 0)
+        what = REFRESH | BOUND | (TOGETHER if frame.factors is not None else 0)
+        flags = torch.where(told, torch.where(use, what | CLIP, what), 0)
         self.forest.flags[now.node.numpy()] = flags.numpy()
         if not bool(left.all()):
             self.proved.append(now.pick(~left))
@@ -280,11 +289,11 @@ class InputSplit:
         wanted = (rows >= 0) & now.open.gather(1, clauses.clamp(min=0))
         owner, slot = wanted.nonzero(as_tuple=True)
         row, clause = rows[owner, slot], clauses[owner, slot]
-        lines = bounder.lines(frame)
+        lines = frame.known
         last = len(bounder.steps) - 1
         bounds, bases = [now.lower.new_empty(0)], [now.lower.new_empty(0)]
         planes = [now.lower.new_empty(0, now.lower.shape[1])]
-        for part in bounder.portions(len(owner)):
+        for part in bounder.portions(len(owner), width=bounder.room):
             which, who = row[part], owner[part]
             a = {last: problem.rows.y[which].to(bounder.dtype)}
             if problem.rows.reads_inputs:
