@@ -220,6 +220,10 @@ class Bounder:
     def forward(self, step: Affine | Function | Times, frame: Frame) -> tuple[Tensor, Tensor]:
         """A step's interval from those of the steps it reads."""
         match step:
+            case Affine(((copy, source),), bias) if copied(step) is copy:  # by its ends: a wide one's centre loses them
+                assert isinstance(copy, Sparse)
+                ends = [v[:, copy.columns] * copy.values for v in (frame.lower[source], frame.upper[source])]
+                low, high = torch.minimum(*ends) + bias, torch.maximum(*ends) + bias
             case Affine(parts, bias):
                 centre = bias.expand(len(frame), -1)
                 radius = torch.zeros_like(centre)
