@@ -20,7 +20,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from soundly.bounds.crop import Crops
+from soundly.bounds.crop import Crop, Crops
 from soundly.bounds.forms import Forms
 from soundly.bounds.lines import bent, kink, lines, lines_of, open_sides
 from soundly.bounds.program import Affine, Convolution, Function, Map, Matrix, Program, Sparse, Step, Times, Variable
@@ -286,31 +286,40 @@ class Bounder:
             found = self.backward(frame, lines, start)
             meet(whole[part], found.least(*_boxes(frame, start)))
         for crop, which, place, inner in crops:
-            if crop.program not in self.bounders:
-                self.bounders[crop.program] = Bounder(crop.program)
-            small = self.bounders[crop.program]
-            pair = owner[which] * len(crop.index[0]) + place
-            order = torch.argsort(pair, stable=True)  # rows of one subproblem and place stand together
+            small = self._small(crop)
+            # Rows of one subproblem and place stand together.
+            order = torch.argsort(owner[which] * len(crop.index[0]) + place, stable=True)
             for part in self.portions(len(which), width=small.widest):
                 some = order[part]
-                pairs, member = torch.unique_consecutive(pair[some], return_inverse=True)
-                batch, at = pairs // len(crop.index[0]), pairs % len(crop.index[0])
-                box = [crop.take(0, ends, batch, at) for ends in (frame.lower[0], frame.upper[0])]
-                view = Frame([box[0]], [box[1]], torch.zeros_like(batch, dtype=torch.bool))
-                near = {
-                    j: type(line)(*(crop.take(j, v, batch, at) for v in line))
-                    for j, line in lines.items() if j <= i and small.steps[j].size
-                }  # fmt: skip
-                start = small._both(i, inner[some], member)
-                found = small.backward(view, near, start, until=crop.floor)
-                if not found.left:
-                    meet(which[some], found.least(*_boxes(view, start)))
-                    continue
-                rows = at[member.repeat(2)]
-                a = {j: crop.spread(j, rows, v, self.steps[j].size) for j, v in {**found.left, 0: found.a}.items()}
-                start = Start(a, found.d, owner[which[some]].repeat(2))
-                meet(which[some], self.backward(frame, lines, start).least(*_boxes(frame, start)))
+                meet(which[some], self._inside(i, crop, frame, lines, owner[which[some]], place[some], inner[some]))
         frame.lower[i], frame.upper[i] = low, high
+
+    def _small(self, crop: Crop) -> Bounder:
+        if crop.program not in self.bounders:
+            self.bounders[crop.program] = Bounder(crop.program)
+        return self.bounders[crop.program]
+
+    def _inside(
+        self, i: int, crop: Crop, frame: Frame, lines: Relaxations, owner: Tensor, place: Tensor, entry: Tensor
+    ) -> Tensor:
+        """The lower and the negated upper bounds of entries of step i of a crop, by subproblem and place."""
+        small = self._small(crop)
+        pairs, member = torch.unique_consecutive(owner * len(crop.index[0]) + place, return_inverse=True)
+        batch, at = pairs // len(crop.index[0]), pairs % len(crop.index[0])
+        box = [crop.take(0, ends, batch, at) for ends in (frame.lower[0], frame.upper[0])]
+        view = Frame([box[0]], [box[1]], torch.zeros_like(batch, dtype=torch.bool))
+        near = {
+            j: type(line)(*(crop.take(j, v, batch, at) for v in line))
+            for j, line in lines.items() if j <= i and small.steps[j].size
+        }  # fmt: skip
+        start = small._both(i, entry, member)
+        found = small.backward(view, near, start, until=crop.floor)
+        if not found.left:
+            return found.least(*_boxes(view, start))
+        left = {**found.left, 0: found.a}
+        a = {j: crop.spread(j, place.repeat(2), v, self.steps[j].size) for j, v in left.items()}
+        start = Start(a, found.d, owner.repeat(2))
+        return self.backward(frame, lines, start).least(*_boxes(frame, start))
 
     def _both(self, i: int, entry: Tensor, owner: Tensor) -> Start:
         """Rows for the lower and the negated upper bounds of entries of a step."""
