@@ -11,6 +11,7 @@ from torch import Tensor
 from soundly.bounds import lower as lowering
 from soundly.bounds.lines import bent, lines
 from soundly.bounds.lower import lower, staircase
+from soundly.bounds.program import Function
 from soundly.errors import CaptureMismatch, InvalidInput, MissingRule
 from soundly.graph import elementwise as ew
 from soundly.graph.composite import Rounding
