@@ -137,7 +137,8 @@ class Crops:
             self.place.append(self._places(step))
         self.uniform = [self._is_uniform(step) for step in self.steps]
         self.sparse: dict[int, tuple[Array, Array, Array]] = {}
-        self.found: dict[tuple[int, int], tuple[Any, tuple[Array, ...]] | None] = {}
+        self.found: dict[tuple[int, int], tuple[Any, list[Some]] | None] = {}
+        self.members: dict[int, dict[int, Array]] = {}
         self.programs: dict[Any, tuple[Program, frozenset[int]]] = {}
 
     def _places(self, step: Step) -> Array | None:
@@ -183,7 +184,7 @@ class Crops:
         members: dict[Any, list[int]] = {}
         for number, p in enumerate(places.tolist()):
             if (i, p) not in self.found:
-                self.found[i, p] = self._crop(i, np.flatnonzero(place == p))
+                self.found[i, p] = self._crop(i, self._members(i, place)[p])
             known = self.found[i, p]
             members.setdefault(None if known is None else known[0], []).append(number)
         rest, crops = np.empty(0, dtype=np.int64), list[tuple[Crop, Tensor, Tensor, Tensor]]()
@@ -194,7 +195,7 @@ class Crops:
             if key is None:
                 rest = which
                 continue
-            index = [np.stack(kept) for kept in zip(*(self._kept(i, places[n]) for n in numbers), strict=True)]
+            index = self._index(i, places[numbers].tolist())
             program, floor = self.programs[key]
             at = row[inverse[which]]
             # Positions of the entries in the index of their place, which ascends.
@@ -205,12 +206,24 @@ class Crops:
             crops.append((crop, torch.from_numpy(which), torch.from_numpy(at), torch.from_numpy(inner)))
         return torch.from_numpy(rest), crops
 
-    def _kept(self, i: int, place: int) -> tuple[Array, ...]:
-        known = self.found[i, int(place)]
-        assert known is not None
-        return known[1]
+    def _members(self, i: int, place: Array) -> dict[int, Array]:
+        """The entries at each place."""
+        if i not in self.members:
+            order = np.argsort(place, kind="stable")
+            names, first = np.unique(place[order], return_index=True)
+            self.members[i] = dict(zip(names.tolist(), np.split(order, first[1:]), strict=True))
+        return self.members[i]
 
-    def _crop(self, i: int, entry: Array) -> tuple[Any, tuple[Array, ...]] | None:
+    def _index(self, i: int, places: Sequence[int]) -> list[Array]:
+        """By step up to i, the entries [places, n] that each place needs."""
+        known = [known for p in places if (known := self.found[i, p]) is not None]
+        made: dict[int, Array] = {}
+        for j in range(i + 1):
+            if self.kin[j] not in made:
+                made[self.kin[j]] = np.stack([entries_of(some[j]) for _, some in known])
+        return [made[self.kin[j]] for j in range(i + 1)]
+
+    def _crop(self, i: int, entry: Array) -> tuple[Any, list[Some]] | None:
         """What some entries of a step depend on: what tells whether another crop is equal, and the entries by step."""
         kept: dict[int, Some] = {self.kin[i]: entry}
         floor = frozenset(
@@ -252,7 +265,7 @@ class Crops:
         name = tuple(key)
         if name not in self.programs:
             self.programs[name] = self._program(i, some, index, floor), floor
-        return name, index
+        return name, some
 
     def _reach(self, part: Map, own: Some, have: Some | None) -> tuple[Some, Some]:
         """For entries of a map's result those that it can be cropped to, and what it reads for them, besides what it
