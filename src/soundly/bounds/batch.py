@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from soundly.bounds.crop import Crop, Crops
 from soundly.bounds.forms import Forms
 from soundly.bounds.lines import bent, kink, lines, lines_of, open_sides
 from soundly.bounds.products import Factor, Last, Planes, factors_of, last_products, planes, remainder, tangents
@@ -96,11 +98,13 @@ class Pass:
         a: [rows, inputs].
         d: [rows].
         kept: coefficients [rows, n] of the functions' values on the way, where asked for.
+        left: coefficients [rows, n] of steps where the pass ended.
     """
 
     a: Tensor
     d: Tensor
     kept: dict[int, Tensor] = field(default_factory=dict)
+    left: dict[int, Tensor] = field(default_factory=dict)
 
     def least(self, lower: Tensor, upper: Tensor) -> Tensor:
         """Lower bounds [rows] over boxes [rows, inputs] (or one)."""
@@ -158,6 +162,7 @@ class Bounder:
         self.chunk = chunk
         self.dtype = next((s.bias.dtype for s in self.steps if isinstance(s, Affine)), torch.float64)
         maps = [m for step in self.steps if isinstance(step, Affine) for m, _ in step.parts]
+        self.bounders: dict[Program, Bounder] = {}
         self.cost = sum(len(m.rows) if isinstance(m, Sparse) else m.size[0] * m.terms for m in maps)
 
     def _read(self, apart: frozenset[int]) -> list[bool]:
@@ -170,6 +175,10 @@ class Bounder:
                 for j in self.readers[i]
             )
         return read
+
+    @cached_property
+    def crops(self) -> Crops:
+        return Crops(self.program)
 
     # ---------------------------------------------------------------- intervals
 
@@ -241,6 +250,10 @@ class Bounder:
     def forward(self, step: Affine | Function | Times, frame: Frame) -> tuple[Tensor, Tensor]:
         """A step's interval from those of the steps it reads."""
         match step:
+            case Affine(((copy, source),), bias) if copied(step) is copy:  # by its ends: a wide one's centre loses them
+                assert isinstance(copy, Sparse)
+                ends = [v[:, copy.columns] * copy.values for v in (frame.lower[source], frame.upper[source])]
+                low, high = torch.minimum(*ends) + bias, torch.maximum(*ends) + bias
             case Affine(parts, bias):
                 centre = bias.expand(len(frame), -1)
                 radius = torch.zeros_like(centre)
@@ -288,32 +301,72 @@ class Bounder:
         return wanted
 
     def _tighten(self, i: int, frame: Frame, last: Last | None, lines: Relaxations) -> None:
-        step = self.steps[i]
         apart = frozenset[int]() if last is None else last.products
         owner, entry = self._wanted(i, frame.lower[i], frame.upper[i], apart).nonzero(as_tuple=True)
         if len(owner) == 0:
             return
         low, high = frame.lower[i].clone(), frame.upper[i].clone()
-        box = frame.lower[0], frame.upper[0]
-        for part in self.portions(len(owner)):
-            who, what = owner[part], entry[part]
-            if isinstance(step, Affine):
-                a: dict[int, Tensor] = {}
-                for m, source in step.parts:
-                    rows = entries(m, what, step.bias)
-                    a[source] = a[source] + rows if source in a else rows
-                d = step.bias[what]
-            else:
-                rows = step_rows(what, step.size, low)
-                a, d = {i: rows}, rows.new_zeros(len(what))
-            two = Start({s: torch.cat([v, -v]) for s, v in a.items()}, torch.cat([d, -d]), torch.cat([who, who]))
-            found = self.backward(frame, lines, two)
-            owners = two.owner
-            assert owners is not None
-            least, greatest = found.least(box[0][owners], box[1][owners]).chunk(2)
+
+        def meet(some: Tensor, bound: Tensor) -> None:
+            who, what = owner[some], entry[some]
+            least, greatest = bound.chunk(2)
             low[who, what] = torch.maximum(low[who, what], least)
             high[who, what] = torch.minimum(high[who, what], -greatest)
+
+        whole, crops = self.crops.of(i, entry)
+        for part in self.portions(len(whole)):
+            start = self._both(i, entry[whole[part]], owner[whole[part]])
+            found = self.backward(frame, lines, start)
+            meet(whole[part], found.least(*_boxes(frame, start)))
+        for crop, which, place, inner in crops:
+            small = self._small(crop)
+            # Rows of one subproblem and place stand together.
+            order = torch.argsort(owner[which] * len(crop.index[0]) + place, stable=True)
+            for part in self.portions(len(which), width=small.widest):
+                some = order[part]
+                meet(which[some], self._inside(i, crop, frame, lines, owner[which[some]], place[some], inner[some]))
         frame.lower[i], frame.upper[i] = low, high
+
+    def _small(self, crop: Crop) -> Bounder:
+        if crop.program not in self.bounders:
+            self.bounders[crop.program] = Bounder(crop.program)
+        return self.bounders[crop.program]
+
+    def _inside(
+        self, i: int, crop: Crop, frame: Frame, lines: Relaxations, owner: Tensor, place: Tensor, entry: Tensor
+    ) -> Tensor:
+        """The lower and the negated upper bounds of entries of step i of a crop, by subproblem and place."""
+        small = self._small(crop)
+        pairs, member = torch.unique_consecutive(owner * len(crop.index[0]) + place, return_inverse=True)
+        batch, at = pairs // len(crop.index[0]), pairs % len(crop.index[0])
+        box = [crop.take(0, ends, batch, at) for ends in (frame.lower[0], frame.upper[0])]
+        view = Frame([box[0]], [box[1]], torch.zeros_like(batch, dtype=torch.bool))
+        near = {
+            j: type(line)(*(crop.take(j, v, batch, at) for v in line))
+            for j, line in lines.items() if j <= i and small.steps[j].size
+        }  # fmt: skip
+        start = small._both(i, entry, member)
+        found = small.backward(view, near, start, until=crop.floor)
+        if not found.left:
+            return found.least(*_boxes(view, start))
+        left = {**found.left, 0: found.a}
+        a = {j: crop.spread(j, place.repeat(2), v, self.steps[j].size) for j, v in left.items()}
+        start = Start(a, found.d, owner.repeat(2))
+        return self.backward(frame, lines, start).least(*_boxes(frame, start))
+
+    def _both(self, i: int, entry: Tensor, owner: Tensor) -> Start:
+        """Rows for the lower and the negated upper bounds of entries of a step."""
+        step = self.steps[i]
+        a: dict[int, Tensor] = {}
+        if isinstance(step, Affine):
+            for m, source in step.parts:
+                rows = entries(m, entry, step.bias)
+                a[source] = a[source] + rows if source in a else rows
+            d = step.bias[entry]
+        else:
+            d = torch.zeros(len(entry), dtype=self.dtype)
+            a[i] = step_rows(entry, step.size, d)
+        return Start({s: torch.cat([v, -v]) for s, v in a.items()}, torch.cat([d, -d]), owner.repeat(2))
 
     def portions(self, rows: int, *, width: int | None = None) -> Iterator[slice]:
         """Slices of rows that are small enough to be carried together."""
@@ -381,8 +434,9 @@ class Bounder:
         *,
         splits: Mapping[int, Split] | None = None,
         keep: bool = False,
+        until: Collection[int] = (),
     ) -> Pass:
-        """Carries rows back to the inputs."""
+        """Carries rows back to the inputs, or to some steps where they are left."""
         a, d, owner = dict(start.a), start.d, start.owner
         alone = len(frame) == 1
 
@@ -390,11 +444,14 @@ class Bounder:
             """A batch's numbers, row by row."""
             return v if owner is None or alone else v.index_select(0, owner)
 
-        kept, last = {}, dict[int, Tensor]()
+        kept, rest, last = {}, {}, dict[int, Tensor]()
         for i in range(max(a, default=0), 0, -1):
             if i not in a:
                 continue
             here = a.pop(i)
+            if i in until:
+                rest[i] = here
+                continue
             step = self.steps[i]
             if splits is not None and i in splits:
                 split = splits[i]
@@ -440,7 +497,7 @@ class Bounder:
         if splits is not None and 0 in splits:
             force = splits[0].sign * splits[0].multiplier
             x, d = x - of(force), d + of((force * splits[0].at).sum(-1))
-        return Pass(x, d, kept)
+        return Pass(x, d, kept, rest)
 
     def follow(self, lines: Relaxations, found: Pass, x: Tensor) -> list[Tensor]:
         """Where the point x [rows, inputs] goes under the very planes that a pass chose, one row per subproblem: the
@@ -468,6 +525,12 @@ class Bounder:
                     low, high = p.x_low * u + p.y_low * v + p.c_low, p.x_high * u + p.y_high * v + p.c_high
                     values.append(torch.where(found.kept[i] >= 0, low, high) if i in found.kept else low)
         return values
+
+
+def _boxes(frame: Frame, start: Start) -> tuple[Tensor, Tensor]:
+    """The box of each row."""
+    low, high = frame.lower[0], frame.upper[0]
+    return (low, high) if len(frame) == 1 or start.owner is None else (low[start.owner], high[start.owner])
 
 
 def plainly(frame: Frame, start: Start) -> Tensor:

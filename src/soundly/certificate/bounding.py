@@ -6,7 +6,7 @@ off d. docs/certificates.md derives the costs. Rows have owners: the nodes of a 
 intervals, or all with the same intervals except for a few clamped entries.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -306,9 +306,27 @@ class View:
         Returns:
             bounds from below [R]; the coefficients of the input [R, inputs]; the bound before the input was put in.
         """
-        program, coefficients, bound = self.program, dict(start), Bound(len(owner))
+        bound = Bound(len(owner))
         bound.add(np.zeros(len(owner)) + constant)
         bound.lose(lost)
+        coefficients = self.carry(start, owner, bound)
+        a = coefficients.pop(0, None)
+        if a is None:
+            a = np.zeros((len(owner), self.program.steps[0].size))
+        before = bound.copy()
+        middle = self.lower / 2 + self.upper / 2
+        size = np.maximum(np.abs(self.lower), np.abs(self.upper))
+        radius = np.maximum(self.upper - middle, middle - self.lower) * (1 + 4 * U)
+        radius += (4 * a.shape[1] + self.program.contributions + 8) * U * ABOVE * size + FLOOR
+        bound.add(_product(a, _owned(middle, owner)))
+        bound.add(-_product(np.abs(a), _owned(radius, owner)))
+        return bound.lower(), a, before
+
+    def carry(
+        self, start: dict[int, Array], owner: Array, bound: Bound, until: Collection[int] = ()
+    ) -> dict[int, Array]:
+        """Carries rows back to the input and to the steps in `until`; returns the coefficients there."""
+        program, coefficients = self.program, dict(start)
         for i in sorted(start)[:-1]:  # others will be added to these; what they bring is in the costs of their steps
             size = np.maximum(np.abs(self.frame.lower[i]), np.abs(self.frame.upper[i]))
             self._lose(bound, start[i], program.contributions * U * size, owner)
@@ -321,6 +339,8 @@ class View:
 
         together: dict[int, Array] = {}
         for i in range(max(coefficients), 0, -1):
+            if i in until:
+                continue
             a = coefficients.pop(i, None)
             if self.splits is not None:
                 a = self._split(i, a, owner, bound)
@@ -342,17 +362,7 @@ class View:
             value, lost = remainder(self.factors, together, owner)
             bound.add(value)
             bound.lose(lost)
-        a = coefficients.pop(0, None)
-        if a is None:
-            a = np.zeros((len(owner), program.steps[0].size))
-        before = bound.copy()
-        middle = self.lower / 2 + self.upper / 2
-        size = np.maximum(np.abs(self.lower), np.abs(self.upper))
-        radius = np.maximum(self.upper - middle, middle - self.lower) * (1 + 4 * U)
-        radius += (4 * a.shape[1] + program.contributions + 8) * U * ABOVE * size + FLOOR
-        bound.add(_product(a, _owned(middle, owner)))
-        bound.add(-_product(np.abs(a), _owned(radius, owner)))
-        return bound.lower(), a, before
+        return coefficients
 
     def plain(self, start: dict[int, Array], owner: Array, constant: Array) -> Array:
         """Lower bounds of rows from intervals alone: where functions jump they may say more than lines."""
@@ -368,11 +378,16 @@ class View:
 
     def entries(self, i: int, entry: Array, sign: Array, owner: Array) -> Array:
         """Lower bounds of sign times entries of step i [R]."""
-        program, step = self.program, self.program.steps[i]
+        rows, constant, lost = self.start(i, entry, sign, owner)
+        return self.backward(rows, owner, constant, lost)[0]
+
+    def start(self, i: int, entry: Array, sign: Array, owner: Array) -> tuple[dict[int, Array], Array, Array | float]:
+        """Rows for sign times entries of step i: coefficients, constants, and how far off they may be."""
+        step = self.program.steps[i]
         if not isinstance(step, Affine):
-            start = np.zeros((len(entry), step.size))
-            start[np.arange(len(entry)), entry] = sign
-            return self.backward({i: start}, owner)[0]
+            unit = np.zeros((len(entry), step.size))
+            unit[np.arange(len(entry)), entry] = sign
+            return {i: unit}, np.zeros(len(entry)), 0.0
         cost = self.frame.cost[i]
         assert cost is not None
         rows: dict[int, Array] = {}
@@ -382,8 +397,8 @@ class View:
             rows[source] = rows[source] + found if source in rows else found
         lost = cost[0, entry] if len(cost) == 1 else cost[owner, entry]
         if not rows:
-            rows = {0: np.zeros((len(entry), program.steps[0].size))}
-        return self.backward(rows, owner, sign * step.bias[entry], lost)[0]
+            rows = {0: np.zeros((len(entry), self.program.steps[0].size))}
+        return rows, sign * step.bias[entry], lost
 
     def _lose(self, bound: Bound, a: Array, cost: Array, owner: Array, exact: bool = False) -> None:
         """Takes off what roundings cost: that of the worst node, unless it is infinite, or `exact`."""

@@ -92,7 +92,10 @@ class Matrix:
 
 @dataclass(frozen=True, eq=False)
 class Convolution:
-    """A convolution from `wide` (C, *in) to `narrow` (O, *out) with weight [O, C / groups, *kernel], or its adjoint."""
+    """A convolution from `wide` (C, *in) to `narrow` (O, *out) with weight [O, C / groups, *kernel], or its adjoint.
+
+    padding: zeros before the first entries; where it is negative, entries are left out.
+    """
 
     weight: Array
     wide: tuple[int, ...]
@@ -112,9 +115,13 @@ class Convolution:
     def terms(self) -> int:
         return max(len(self.weight) // self.groups, self.weight.shape[1]) * math.prod(self.weight.shape[2:])
 
-    @property
+    @cached_property
     def padded(self) -> tuple[int, ...]:
-        return tuple(n + 2 * p for n, p in zip(self.wide[1:], self.padding, strict=True))
+        """How long each axis is with zeros before and after; those after reach as far as `narrow` needs."""
+        axes = zip(
+            self.wide[1:], self.narrow[1:], self.stride, self.padding, self.dilation, self.weight.shape[2:], strict=True
+        )
+        return tuple(max(n + p, (out - 1) * s + d * (k - 1) + 1) for n, out, s, p, d, k in axes)
 
     @property
     def room(self) -> int:
@@ -164,9 +171,9 @@ class Convolution:
             yield met, np.ascontiguousarray(weight.reshape(self.groups, -1, weight.shape[1]))  # or BLAS is not used
 
     def _narrow(self, x: Array) -> Array:
-        rows, channels, inner = len(x), self.wide[0], tuple(slice(p, p + n) for p, n in self._inner())
+        rows, channels, (inner, used) = len(x), self.wide[0], self._inner
         padded = np.zeros((rows, channels, *self.padded))
-        padded[ALL + inner] = x.reshape(rows, *self.wide)
+        padded[ALL + inner] = x.reshape(rows, *self.wide)[ALL + used]
         y = np.zeros((rows, self.groups, len(self.weight) // self.groups, math.prod(self.narrow[1:])))
         for met, weight in self._positions():
             part = padded[ALL + met].reshape(rows, self.groups, weight.shape[2], -1)
@@ -174,16 +181,24 @@ class Convolution:
         return y.reshape(rows, -1)
 
     def _widen(self, a: Array) -> Array:
-        rows, channels, inner = len(a), self.wide[0], tuple(slice(p, p + n) for p, n in self._inner())
-        a = a.reshape(rows, self.groups, len(self.weight) // self.groups, -1)
-        padded = np.zeros((rows, channels, *self.padded))
+        rows, (inner, used), area = len(a), self._inner, self.narrow[1:]
+        # Places first, then rows, channels last: one product for all of them, and whole blocks are added up.
+        a = a.reshape(rows, self.groups, len(self.weight) // self.groups, -1).transpose(1, 3, 0, 2)
+        a = np.ascontiguousarray(a).reshape(self.groups, -1, a.shape[3])
+        padded = np.zeros((self.groups, *self.padded, rows, self.weight.shape[1]))
         for met, weight in self._positions():
-            part = weight.transpose(0, 2, 1) @ a
-            padded[ALL + met] += part.reshape(rows, channels, *self.narrow[1:])
-        return padded[ALL + inner].reshape(rows, -1)
+            at = slice(None), *met
+            padded[at] += (a @ weight).reshape(self.groups, *area, rows, -1)
+        result = np.zeros((rows, self.groups, self.weight.shape[1], *self.wide[1:]))
+        to, of = (*ALL, slice(None), *used), (slice(None), *inner)
+        result[to] = np.moveaxis(padded[of], (-2, 0, -1), (0, 1, 2))
+        return result.reshape(rows, -1)
 
-    def _inner(self) -> Iterator[tuple[int, int]]:
-        return zip(self.padding, self.wide[1:], strict=True)
+    @cached_property
+    def _inner(self) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+        """Where the input lies within the padded one, and what of it does."""
+        axes = list(zip(self.padding, self.wide[1:], strict=True))
+        return tuple(slice(max(p, 0), p + n) for p, n in axes), tuple(slice(max(-p, 0), n) for p, n in axes)
 
     @cached_property
     def absolute(self) -> "Convolution":
@@ -202,6 +217,14 @@ class Sparse:
     @cached_property
     def terms(self) -> int:
         return max((int(np.bincount(side).max()) for side in (self.rows, self.columns) if len(side)), default=1)
+
+    def coefficients(self, entry: Array) -> tuple[Array, Array, Array, Array]:
+        """For entries [p, n] of the result how many coefficients each has; of these, in turn, the p, column, value."""
+        first, last = (np.searchsorted(self.rows[self._by_row], entry, side) for side in ("left", "right"))
+        count = (last - first).reshape(-1)
+        at = np.arange(count.sum()) + np.repeat(first.reshape(-1) - (np.cumsum(count) - count), count)
+        at, of = self._by_row[at], np.repeat(np.arange(len(entry)), (last - first).sum(axis=1))
+        return last - first, of, self.columns[at], self.values[at]
 
     @property
     def room(self) -> int:
@@ -226,12 +249,9 @@ class Sparse:
         return self._sum(a, self._by_column, self.columns, self.rows, self.size[1])
 
     def rows_of(self, entry: Array) -> Array:
-        first, last = (np.searchsorted(self.rows[self._by_row], entry, side) for side in ("left", "right"))
-        k = np.repeat(np.arange(len(entry)), last - first)
-        start = np.cumsum(last - first) - (last - first)
-        at = self._by_row[np.arange(len(k)) - start[k] + first[k]]
+        _, k, column, value = self.coefficients(entry[:, None])
         rows = np.zeros((len(entry), self.size[1]))
-        rows[k, self.columns[at]] = self.values[at]
+        rows[k, column] = value
         return rows
 
     @cached_property
@@ -441,6 +461,11 @@ class Program:
     @property
     def rows_at_once(self) -> int:
         return max(1, NUMBERS // self.room, min(64, MOST // self.room))
+
+    @property
+    def rows_together(self) -> int:
+        """As many rows as are carried at once through a small program: few products take as long as they are called."""
+        return max(64, 8 * NUMBERS // self.room)
 
     @cached_property
     def _placed(self) -> dict[int, list[tuple[Array, Array]]]:
