@@ -36,6 +36,7 @@ class Replay:
     margin: by how much its bounds exceed the slack in the worst leaf; infinite where no bound was needed.
     pair_start: where the clauses of each case begin.
     failed: (tree, position in the tree) of leaves where a clause stays open.
+    boxes: of those leaves, as far as they were clipped here; lower and upper ends.
     problems: why nothing was replayed.
     """
 
@@ -44,6 +45,7 @@ class Replay:
     pair_start: Array
     failed: list[tuple[int, int]]
     problems: tuple[str, ...] = ()
+    boxes: tuple[tuple[Array, Array], ...] = ()
 
 
 def replay(certificate: Certificate, *, deadline: float | None = None) -> Replay:
@@ -92,7 +94,7 @@ class _Replayer:
 
     def run(self) -> Replay:
         proof, pairs = self.proof, int(self.proof.pair_start[-1])
-        self.failed: list[tuple[int, int]] = []
+        self.failed: dict[tuple[int, int], tuple[Array, Array]] = {}
         self.margin = np.full(pairs, np.inf)
         self.left_open = [np.zeros(last - first, bool) for first, last in proof.tree_clause.tolist()]
         self.narrow = max(1, FRAME // int(proof.program.offsets[-1]))
@@ -137,7 +139,8 @@ class _Replayer:
         ):
             base = proof.pair_start[case]
             proven[base + first : base + last] |= ~left
-        return Replay(proven, self.margin, proof.pair_start, sorted(self.failed))
+        failed = sorted(self.failed)
+        return Replay(proven, self.margin, proof.pair_start, failed, boxes=tuple(self.failed[leaf] for leaf in failed))
 
     def _alike(self, alike: Array) -> Iterator[tuple[bool, Array]]:
         """Each value with the positions that have it, so few at a time that what belongs to them finds room."""
@@ -157,11 +160,10 @@ class _Replayer:
         proof, living = self.proof, []
         renewed = [n for n in batch if n.depth and proof.flags[n.place] & REFRESH]
         living = [n for n in batch if not (n.depth and proof.flags[n.place] & REFRESH)]
-        renewed.sort(key=lambda n: id(n.frame))
         for forms, which in self._alike(np.array([self.formed[proof.tree_case[n.tree]] for n in renewed], bool)):
             nodes = [renewed[i] for i in which]
-            inherited, group = self._gather(nodes), np.array([proof.slopes_refresh[n.place] for n in nodes])
-            frame, dead = self._refresh(inherited.lower[0], inherited.upper[0], inherited, group, forms)
+            held, group = self._held(nodes), np.array([proof.slopes_refresh[n.place] for n in nodes])
+            frame, dead = self._refresh(held.lower[0], held.upper[0], held, group, forms)
             for row, node in enumerate(nodes):
                 if not dead[row]:
                     node.frame, node.row = frame, row
@@ -222,13 +224,29 @@ class _Replayer:
         for i, reader in enumerate(proof.program.steps):
             if changed.intersection(nonlinear_sources(reader)):
                 frame.pieces.pop(i, None)
+        self._clamp(frame, nodes)
+        return frame
+
+    def _held(self, nodes: Sequence[_Node]) -> Frame:
+        """The nodes' boxes, and of other steps what their neuron splits say."""
+        changed = {step for node in nodes for step, *_ in node.splits}
+        frame = Frame()
+        for i, step in enumerate(self.proof.program.steps):
+            for ends, none in ((frame.lower, -np.inf), (frame.upper, np.inf)):
+                unknown = np.broadcast_to(none, (len(nodes), step.size))
+                ends.append(unknown.copy() if i in changed else unknown)
+        frame.lower[0], frame.upper[0] = np.stack([n.lower for n in nodes]), np.stack([n.upper for n in nodes])
+        self._clamp(frame, nodes)
+        return frame
+
+    def _clamp(self, frame: Frame, nodes: Sequence[_Node]) -> None:
+        """Puts the neuron splits of the nodes into their intervals."""
         for row, node in enumerate(nodes):
             for step, entry, at, sign in node.splits:
                 ends = (frame.lower if sign > 0 else frame.upper)[step]
                 ends[row, entry] = max(ends[row, entry], at) if sign > 0 else min(ends[row, entry], at)
-                if at in proof.program.parted[step]:
+                if at in self.proof.program.parted[step]:
                     self._part(frame, row, step, entry, at, sign)
-        return frame
 
     def _part(self, frame: Frame, row: int, step: int, entry: int, at: float, sign: int) -> None:
         """Notes that a jump was split there."""
@@ -397,7 +415,7 @@ class _Replayer:
             return
         if proof.kind[place] == LEAF:
             self.left_open[node.tree] |= node.open
-            self.failed.append((node.tree, place - int(proof.tree_start[node.tree])))
+            self.failed[node.tree, place - int(proof.tree_start[node.tree])] = node.lower, node.upper
             return
         what, at = int(proof.what[place]), float(proof.at[place])
         step = int(np.searchsorted(proof.program.offsets, what, side="right")) - 1

@@ -20,9 +20,7 @@ import torch
 from torch import Tensor
 
 from soundly.bounds.batch import Bounder, OutOfTime
-from soundly.bounds.lines import jumps
 from soundly.bounds.optimise import refine
-from soundly.bounds.program import Function
 from soundly.certificate.verification import replay as replay_proof
 from soundly.errors import InvalidInput, MissingRule
 from soundly.spec.claim import Claim
@@ -242,10 +240,8 @@ class _Run:
         inputs = InputSplit(problem, wide, margin=margin) if vary <= SOME or cases > 1 else None
         if inputs is not None:
             self.journal.follow("inputs", inputs)
-            # Where functions jump, boxes around the jumps may be split for ever.
-            alone = vary <= FEW and not any(isinstance(s, Function) and jumps(s.op) for s in problem.program.steps)
-            if alone or cases > 1:
-                self._work_inputs(inputs, rounds=None if alone else 1)
+            if vary <= FEW or cases > 1:
+                self._work_inputs(inputs, rounds=None if vary <= FEW else 1)
             waiting = {case for parts in inputs.stack for case in parts.case.tolist()}
             settled.append((inputs, [t for t, case in enumerate(inputs.forest.case) if case not in waiting]))
             left = sorted(waiting)
@@ -384,12 +380,14 @@ class _Run:
                     raise _Stop("the certificate was not accepted: it does not cover the claim")
                 break
             for search in dict.fromkeys(search for search, _ in owners):
-                mine: dict[int, list[int]] = {}
-                for t, position in result.failed:
-                    if owners[t][0] is search:
-                        mine.setdefault(owners[t][1], []).append(position)
-                if mine:
-                    if not search.reopen([int(n) for t, at in mine.items() for n in search.forest.order(t)[at]]):
+                order = {t: search.forest.order(tree) for t, (owner, tree) in enumerate(owners) if owner is search}
+                open_ = {
+                    int(order[t][place]): box
+                    for (t, place), box in zip(result.failed, result.boxes, strict=True) if t in order
+                }  # fmt: skip
+                if open_:
+                    known = search.reopen(open_) if isinstance(search, InputSplit) else search.reopen(list(open_))
+                    if not known:
                         raise _Stop("the certificate was not accepted: a leaf is open that the search takes for proved")
                     if isinstance(search, InputSplit):
                         search.bounder, search.margin = Bounder(problem.program, deadline=self.deadline), 0.0
