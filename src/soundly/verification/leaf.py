@@ -44,7 +44,7 @@ def solve(bounder: Bounder, frame: Frame, start: Start, splits: Mapping[int, Spl
     """Solves one leaf, a frame of one subproblem in which no function is bent, for one row that should exceed a goal.
 
     Returns:
-        None where the solver does not reach an optimum.
+        None where a number is not finite, or the solver does not reach an optimum.
     """
     lines = bounder.lines(frame)
     row = bounder.backward(frame, lines, start)
@@ -61,6 +61,8 @@ def solve(bounder: Bounder, frame: Frame, start: Start, splits: Mapping[int, Spl
     a, b = torch.cat(sides).double().numpy(), torch.cat(ends).double().numpy()
     scale = np.abs(a).max(1).clip(1e-30)
     box = torch.stack([frame.lower[0][0], frame.upper[0][0]], 1).double().numpy()
+    if not all(bool(np.isfinite(v).all()) for v in (a, b, row.a.numpy(), row.d.numpy())):
+        return None
     if time.monotonic() > bounder.deadline:
         raise OutOfTime
     limit = {} if math.isinf(bounder.deadline) else {"time_limit": max(0.1, bounder.deadline - time.monotonic())}
