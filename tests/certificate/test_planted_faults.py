@@ -178,7 +178,10 @@ FAULTS = {
                                             "sides = low < high, low < high"),
     "jumps of split points only": ("jump = np.isin(at, list(self.proof.program.parted[step.source]))",
                                    "jump = np.isfinite(at)"),
-    "jumps of gathered frames at any point": ("if at in proof.program.parted[step]:", "if True:"),
+    "jumps of gathered frames at any point": ("if at in self.proof.program.parted[step]:", "if True:"),
+    "refreshed intervals below 0": (
+        "for ends, none in ((frame.lower, -np.inf), (frame.upper, np.inf)):",
+        "for ends, none in ((frame.lower, -np.inf), (frame.upper, 0.0)):"),
     "jumps with a value of their own": ("len(set.intersection(*(f.sides(t) for f in functions))) == 1",
                                         "len(set.intersection(*(f.sides(t) for f in functions))) <= 1"),
     "jumps on either side": ("return {self.say[i]} if self.say else set()", "return {-1, 1}"),

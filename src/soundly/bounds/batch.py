@@ -281,6 +281,17 @@ class Bounder:
         """[batch, n]: which entries of a step's interval a relaxation depends on."""
         return self._wanted(i, frame.lower[i], frame.upper[i], frozenset())
 
+    def straight(self, frame: Frame) -> Tensor:
+        """[batch]: where no relaxation leaves anything, and rows are affine functions of the input."""
+        found = torch.ones(len(frame), dtype=torch.bool)
+        for step in self.steps:
+            if isinstance(step, Function):
+                found &= ~bent(step.op, frame.lower[step.source], frame.upper[step.source]).any(1)
+            elif isinstance(step, Times):
+                xl, xu, yl, yu = factors(step, frame)
+                found &= ~((xl < xu) & (yl < yu)).any(1)
+        return found
+
     def _wanted(self, i: int, low: Tensor, high: Tensor, apart: frozenset[int]) -> Tensor:
         wanted = torch.zeros_like(low, dtype=torch.bool)
         for j in self.readers[i]:

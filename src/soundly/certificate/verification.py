@@ -170,8 +170,8 @@ class _Replayer:
         cases = proof.tree_case[np.array([n.tree for n in renewed], int)]
         for forms, which in self._alike(self._followed(cases, proof.flags[places])):
             nodes = [renewed[i] for i in which]
-            inherited, group = self._gather(nodes), np.array([proof.slopes_refresh[n.place] for n in nodes])
-            frame, dead = self._refresh(inherited.lower[0], inherited.upper[0], inherited, group, forms)
+            held, group = self._held(nodes), np.array([proof.slopes_refresh[n.place] for n in nodes])
+            frame, dead = self._refresh(held.lower[0], held.upper[0], held, group, forms)
             for row, node in enumerate(nodes):
                 if not dead[row]:
                     node.frame, node.row = frame, row
@@ -235,13 +235,29 @@ class _Replayer:
         for i, reader in enumerate(proof.program.steps):
             if changed.intersection(nonlinear_sources(reader)):
                 frame.pieces.pop(i, None)
+        self._clamp(frame, nodes)
+        return frame
+
+    def _held(self, nodes: Sequence[_Node]) -> Frame:
+        """The nodes' boxes, and of other steps what their neuron splits say."""
+        changed = {step for node in nodes for step, *_ in node.splits}
+        frame = Frame()
+        for i, step in enumerate(self.proof.program.steps):
+            for ends, none in ((frame.lower, -np.inf), (frame.upper, np.inf)):
+                unknown = np.broadcast_to(none, (len(nodes), step.size))
+                ends.append(unknown.copy() if i in changed else unknown)
+        frame.lower[0], frame.upper[0] = np.stack([n.lower for n in nodes]), np.stack([n.upper for n in nodes])
+        self._clamp(frame, nodes)
+        return frame
+
+    def _clamp(self, frame: Frame, nodes: Sequence[_Node]) -> None:
+        """Puts the neuron splits of the nodes into their intervals."""
         for row, node in enumerate(nodes):
             for step, entry, at, sign in node.splits:
                 ends = (frame.lower if sign > 0 else frame.upper)[step]
                 ends[row, entry] = max(ends[row, entry], at) if sign > 0 else min(ends[row, entry], at)
-                if at in proof.program.parted[step]:
+                if at in self.proof.program.parted[step]:
                     self._part(frame, row, step, entry, at, sign)
-        return frame
 
     def _part(self, frame: Frame, row: int, step: int, entry: int, at: float, sign: int) -> None:
         """Notes that a jump was split there."""

@@ -20,9 +20,7 @@ import torch
 from torch import Tensor
 
 from soundly.bounds.batch import Bounder, OutOfTime
-from soundly.bounds.lines import jumps
 from soundly.bounds.optimise import refine
-from soundly.bounds.program import Function
 from soundly.certificate.verification import replay as replay_proof
 from soundly.errors import InvalidInput, MissingRule
 from soundly.spec.claim import Claim
@@ -242,10 +240,8 @@ class _Run:
         inputs = InputSplit(problem, wide, margin=margin) if vary <= SOME or cases > 1 else None
         if inputs is not None:
             self.journal.follow("inputs", inputs)
-            # Where functions jump, boxes around the jumps may be split for ever.
-            alone = vary <= FEW and not any(isinstance(s, Function) and jumps(s.op) for s in problem.program.steps)
-            if alone or cases > 1:
-                self._work_inputs(inputs, rounds=None if alone else 1)
+            if vary <= FEW or cases > 1:
+                self._work_inputs(inputs, rounds=None if vary <= FEW else 1)
             waiting = {case for parts in inputs.stack for case in parts.case.tolist()}
             settled.append((inputs, [t for t, case in enumerate(inputs.forest.case) if case not in waiting]))
             left = sorted(waiting)
