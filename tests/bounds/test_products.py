@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.bounds.test_lower import made
+from tests.bounds.samples import made
 from torch import Tensor, nn
 
 from soundly.bounds import products
