@@ -60,27 +60,26 @@ def solve(bounder: Bounder, frame: Frame, start: Start, splits: Mapping[int, Spl
         where += [(i, int(e)) for e in entry]
     a, b = torch.cat(sides).double().numpy(), torch.cat(ends).double().numpy()
     scale = np.abs(a).max(1).clip(1e-30)
+    a, b = a / scale[:, None], b / scale
     box = torch.stack([frame.lower[0][0], frame.upper[0][0]], 1).double().numpy()
     if not all(bool(np.isfinite(v).all()) for v in (a, b, row.a.numpy(), row.d.numpy())):
         return None
     if time.monotonic() > bounder.deadline:
         raise OutOfTime
     limit = {} if math.isinf(bounder.deadline) else {"time_limit": max(0.1, bounder.deadline - time.monotonic())}
-    result = linprog(
-        row.a[0].double().numpy(), A_ub=a / scale[:, None], b_ub=b / scale, bounds=box, method="highs-ds", options=limit
-    )
+    result = linprog(row.a[0].double().numpy(), A_ub=a, b_ub=b, bounds=box, method="highs-ds", options=limit)
     empty = {i: torch.zeros_like(s.sign) for i, s in splits.items()}
     if result.status == 2:
-        return Leaf(np.inf, _farkas(a / scale[:, None], b / scale, box, where, scale, empty), None)
+        return Leaf(np.inf, _farkas(a, b, box, where, scale, empty), None)
     if result.status != 0:
         return None
     for (i, e), dual, size in zip(where, result.ineqlin.marginals, scale, strict=True):
         empty[i][0, e] = max(-dual, 0.0) / size
     bound = float(result.fun) + float(row.d[0])
-    if bound > goal:
+    target = (bound + goal) / 2 - float(row.d[0])
+    if bound > goal or not math.isfinite(target):
         return Leaf(bound, empty, torch.from_numpy(result.x))
-    rows = np.r_[a / scale[:, None], row.a.double().numpy()]
-    inside = _inside(rows, np.r_[b / scale, (bound + goal) / 2 - float(row.d[0])], box)
+    inside = _inside(np.r_[a, row.a.double().numpy()], np.r_[b, target], box)
     return Leaf(bound, empty, torch.from_numpy(result.x if inside is None else inside))
 
 
