@@ -164,7 +164,7 @@ FAULTS = {
     "the chord without its offset": ("np.where(across, rise * (1 + 4 * U) + TINY, 0.0)", "np.where(across, 0.0, 0.0)"),
     "stored slopes for the other side": ("2 * (program.offsets[i] + entry) + side",
                                          "2 * (program.offsets[i] + entry) + 1 - side"),
-    "bounds of the other side": ("            below = sign > 0\n", "            below = sign < 0\n"),
+    "bounds of the other side": ("        below = side[some] == 0\n", "        below = side[some] != 0\n"),
     "halves exchanged": ("sign = np.array([-1.0, 1.0])", "sign = np.array([1.0, -1.0])"),
     "halves for the other child": ("lower, upper = halves[side]", "lower, upper = halves[1 - side]"),
     "halves by certain weights": ("np.full(2, cost[node.row, entry])", "np.zeros(2)"),
