@@ -206,15 +206,19 @@ class LanguageModel(nn.Module):
         Returns:
             The .safetensors file that holds the head, for `soundly check CERTIFICATE --model FILE`.
         """
+        from safetensors import safe_open
+
         where, name = Path(directory), f"{self.layer}.weight"
         self.pretrained.save_pretrained(where)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(where)
         index = where / "model.safetensors.index.json"
         file = json.loads(index.read_text())["weight_map"].get(name) if index.exists() else "model.safetensors"
-        if file is None or not (where / file).exists():
-            raise EditError(f"{where}: transformers did not save {name!r}, so the edit would be lost.")
-        return where / file
+        if file is not None:
+            with safe_open(os.fspath(where / file), "pt") as saved:
+                if name in saved.keys():
+                    return where / file
+        raise EditError(f"{where}: transformers did not save {name!r} (is it tied again?), so an edit would be lost.")
 
 
 def save_delta(before: LanguageModel, after: LanguageModel, path: str | os.PathLike[str]) -> int:
@@ -254,15 +258,16 @@ def apply_delta(model: LanguageModel, path: str | os.PathLike[str], *, undo: boo
     except (OSError, KeyError, SafetensorError) as error:
         raise ModelFileError(f"{os.fspath(path)}: no delta of {name!r}, or a damaged one: {error}.") from error
     if undo:
-        source, target, new = target, source, old
+        source, target, old, new = target, source, new, old
     if weights_hash(head, None) != source:
         raise InvalidInput(f"{os.fspath(path)}: the head of this model is not the one that the delta starts from.")
     changed = head.clone()
     try:
+        starts = torch.equal(changed.view(-1)[index], old)
         changed.view(-1)[index] = new
     except (IndexError, RuntimeError) as error:
         raise ModelFileError(f"{os.fspath(path)}: the delta does not fit {name!r}: {error}.") from error
-    if metadata.get("format") != DELTA or weights_hash(changed, None) != target:
+    if metadata.get("format") != DELTA or not starts or weights_hash(changed, None) != target:
         raise ModelFileError(f"{os.fspath(path)}: the delta does not lead to the head it names; it is damaged.")
     with torch.no_grad():
         model.get_submodule(model.layer).weight.copy_(changed)  # type: ignore[operator]
