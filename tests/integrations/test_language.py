@@ -5,6 +5,7 @@ before the last) is planted, and must show.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -219,3 +220,14 @@ def test_other_models_and_tokens_are_refused():
     for of, baseline in ((40, 0), (-1, 0), (0, 40)):
         with pytest.raises(InvalidInput, match="below"):
             model.explanation(TEXT, of=of, baseline=baseline)
+
+
+def test_the_example_of_the_page_on_language_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    page = Path(__file__).resolve().parents[2] / "docs" / "language-models.md"
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, page.name, "exec"), {})
+    promised = re.findall(r"^ *print\(.*\) +# (.*)$", block, re.MULTILINE)
+    assert promised and capsys.readouterr().out.splitlines() == promised
