@@ -217,8 +217,24 @@ def region(args: argparse.Namespace) -> Report:
             "seconds": sum(row["seconds"] for row in table), "cases": table}  # fmt: skip
 
 
+def gradcam(args: argparse.Namespace) -> Report:
+    from edit_gradcam import run
+
+    return run(args.images)
+
+
+def ig(args: argparse.Namespace) -> Report:
+    from edit_lm import run
+
+    found = run(args.sentences)
+    for name, value in found.items():
+        print(f"{name:28} {value}")
+    parts = sum(seconds for name, seconds in found.items() if name.endswith("_seconds") and name != "cpu_seconds")
+    return {"experiment": "ig", "constraints": found["rows"], "proven": found["proven_rows"], "seconds": parts, **found}
+
+
 EXPERIMENTS: dict[str, Callable[[argparse.Namespace], Report]] = {
-    "function": function, "interior": interior, "region": region,
+    "function": function, "interior": interior, "region": region, "gradcam": gradcam, "ig": ig,
 }  # fmt: skip
 
 
@@ -229,6 +245,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--ridge", type=float, default=1e-8, help="function: weight of the change beside the errors")
     parser.add_argument("--points", action="store_true", help="function: constrain the samples only")
     parser.add_argument("--random", type=int, default=12, help="interior: random cases that have an answer")
+    parser.add_argument("--images", type=int, default=100, help="gradcam: how many noisy crops")
+    parser.add_argument("--sentences", type=int, default=100, help="ig: how many misclassified sentences")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds for one edit")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     args = parser.parse_args(argv)

@@ -11,6 +11,7 @@ from torch import Tensor
 from soundly.bounds import lower as lowering
 from soundly.bounds.lines import bent, lines
 from soundly.bounds.lower import lower, staircase
+from soundly.bounds.program import Function
 from soundly.errors import CaptureMismatch, InvalidInput, MissingRule
 from soundly.graph import elementwise as ew
 from soundly.graph.composite import Rounding
@@ -99,6 +100,25 @@ def test_a_region_that_reaches_no_jump_has_constants():
     program = lower(whole, region=box(whole, -1.0, 1.0))
     assert kinds(program) == ["Variable", ""]
     assert program.evaluate(torch.rand(5, 3, dtype=F64))[-1].tolist() == [[0.0] * 3] * 5
+
+
+@rounding
+def test_whole_numbers_are_rounded_at_a_distance_from_jumps(kind):
+    """Where no number of the region lies across a jump, rounding is exact even after a rounding error."""
+    network = function(ew.RELU, 1.0)
+    x = network.inputs[0]
+    network = Network((x,), (Rounding(kind)(x),), {}, like=network.like)
+    low = torch.tensor([0.0, 1.0, 2.0], dtype=F64).reshape(x.shape)
+    program = lower(network, region={x: (low, low)})
+    step = program.steps[-1]
+    assert isinstance(step, Function)
+    for error in (-1e-9, 0.0, 1e-9):
+        assert torch.equal(program.evaluate(low.reshape(1, -1) + error)[-1], low.reshape(1, -1))
+    assert kind == "round" or not set(step.op.breaks) & {0.0, 1.0, 2.0}
+    high = low + torch.tensor([0.0, 0.0, 0.6], dtype=F64).reshape(x.shape)
+    program = lower(network, region={x: (low - 0.25, high)})  # now some do
+    points = torch.cat([torch.lerp(low - 0.25, high, torch.tensor(t, dtype=F64)).reshape(1, -1) for t in (0, 0.5, 1)])
+    assert torch.equal(program.evaluate(points)[-1], Rounding(kind).apply(points))
 
 
 @pytest.mark.parametrize("fault", ["floor", "few"])

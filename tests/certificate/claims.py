@@ -10,7 +10,7 @@ import numpy as np
 from soundly.certificate import Certificate
 from soundly.certificate.format import FORMAT, NETWORK, VERIFICATION, VERSION
 
-REFRESH, BOUND, CLIP = 1, 2, 4
+REFRESH, BOUND, CLIP, TOGETHER = 1, 2, 4, 8
 RELU = {"name": "relu", "ring": "polynomial", "pieces": [[], [(1.0, 1)]], "breaks": [0.0]}
 STEP = {"name": "step", "ring": "polynomial", "pieces": [[], [(1.0, 0)]], "breaks": [0.0]}
 REACHED = {**STEP, "name": "reached", "held_kind": ["right"]}

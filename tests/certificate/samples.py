@@ -1,15 +1,18 @@
 """Certificates in great numbers: grown by input splits, random in everything, split at neurons, true by a few ulps."""
 
+import importlib
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import cache
 from typing import Any
 
 import numpy as np
-from tests.certificate.claims import BOUND, CLIP, REFRESH, Claim, Node, affine, levels, mlp
+from tests.certificate.claims import BOUND, CLIP, REFRESH, TOGETHER, Claim, Node, affine, levels, mlp
 from tests.certificate.meaning import checker, evaluate, evaluate_all, exact, points
 
 from soundly.certificate import Certificate
+
+reading = importlib.import_module("soundly.certificate.reading")
 
 
 def grown(claim: Claim, rounds: int, split: Callable[[Node, np.ndarray, np.ndarray], None]) -> Claim:
@@ -104,7 +107,12 @@ def random_claim(seed: int) -> Claim:
                 steps[-1]["weight_error"], arrays[f"f{i}"] = f"f{i}", np.array([1e-3])
     centre, radius = rng.standard_normal(n), rng.choice([0, 1e-3, 0.3, 1.0], n)
     claim = tightly(steps, arrays, centre - radius, centre + radius, [-0.3, -0.01, -1e-6, 1e-6, 0.3], seed)
-    claim.trees = [(0, 0, len(claim.cases[0][2]), random_tree(rng, claim))]
+    root = random_tree(rng, claim)
+    claim.trees = [(0, 0, len(claim.cases[0][2]), root)]
+    if seed % 4 == 3 and reading.read(claim.certificate()).program.together is not None:
+        for node in levels(root):
+            if node.flags & 3 == 3:
+                node.flags |= TOGETHER
     return claim
 
 

@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.certificate.claims import BOUND, CLIP, REFRESH, changed
+from tests.certificate.claims import BOUND, CLIP, REFRESH, TOGETHER, changed
 from tests.certificate.meaning import untrue
 from tests.certificate.samples import SEEDS, good, random_certificate
 from tests.certificate.test_conditional import several, tightened_certificate
+from tests.certificate.test_products_together import quadratic_certificate
 
 from soundly.certificate import Certificate, check
 
@@ -16,7 +17,7 @@ from soundly.certificate import Certificate, check
 @cache
 def malformed() -> dict[str, Certificate]:
     """Certificates that claim nothing, too much, or nonsense. Each must be refused with a problem that says so."""
-    c, deep = good(), random_certificate(4)
+    c, deep, square = good(), random_certificate(4), quadratic_certificate(0)
     a, n = c.arrays, len(c.arrays["kind"])
     program = [dict(step) for step in c.header["program"]]
 
@@ -48,7 +49,11 @@ def malformed() -> dict[str, Certificate]:
         "more clauses than rows": put("case_clauses", 0, 5), "fewer clauses than rows": put("case_clauses", 0, 3),
         "no clauses": put("case_clauses", 0, 0), "rows begin late": put("row_start", 0, 1),
         "rows decrease": put("row_start", 1, 99), "case begins late": put("case_rows", 0, 1),
-        "case ends early": put("case_rows", 1, 3), "unknown flags": put("flags", 0, 11),
+        "case ends early": put("case_rows", 1, 3), "unknown flags": put("flags", 0, 19),
+        "together but not refreshed": changed(
+            square, flags=square.arrays["flags"] - (np.arange(len(square.arrays["flags"])) == 1)
+        ),
+        "together where there are no products": put("flags", 0, REFRESH | BOUND | TOGETHER),
         "root not refreshed": put("flags", 0, BOUND), "clipped but not bounded": put("flags", 0, REFRESH | CLIP),
         "unknown kind": put("kind", 0, 3), "leaf turned split": put("kind", leaf, 1),
         "split turned leaf": put("kind", inner, 0), "leaf with a place": put("what", leaf, 1),

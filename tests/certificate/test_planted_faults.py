@@ -15,6 +15,12 @@ from tests.certificate.test_conditional import misplaced, tightened_certificate
 from tests.certificate.test_intervals import escaped
 from tests.certificate.test_jumps import jumps, untrue_at_jumps
 from tests.certificate.test_malformed import malformed
+from tests.certificate.test_products_together import (
+    above_least,
+    factor_escaped,
+    quadratic_certificate,
+    square_of_uncertain,
+)
 from tests.certificate.test_rounding import uncertain, unlikely
 from tests.certificate.test_verification import grouped, halved
 
@@ -24,17 +30,8 @@ from soundly.certificate import Certificate
 def broken(old: str, new: str) -> Any:
     """The checker with one piece of its source exchanged."""
     folder = Path(checker.__file__).parent
-    names = (
-        "rings",
-        "functions",
-        "program",
-        "bounding",
-        "forms",
-        "intervals",
-        "conditional",
-        "reading",
-        "verification",
-    )
+    names = ("rings", "functions", "products", "program", "bounding", "forms", "intervals", "conditional", "reading",
+             "verification")  # fmt: skip
     sources = {name: (folder / f"{name}.py").read_text(encoding="utf-8") for name in names}
     assert sum(s.count(old) for s in sources.values()) == 1, f"{old!r} is not in the checker exactly once: adapt this"
     for name in names:
@@ -81,6 +78,12 @@ def faults(with_: Any) -> Iterator[str]:
             lambda seed: untrue(tightened_certificate(seed), seed, with_) != [], range(40)),
         "proves an untruth of neuron splits": (
             lambda seed: untrue(neuron_certificate(seed), seed, with_) != [], range(40)),
+        "proves an untruth of quadratic forms": (
+            lambda seed: untrue(quadratic_certificate(seed), seed, with_) != [], range(60)),
+        "loses values of factors": (lambda seed: factor_escaped(seed, with_), range(60)),
+        "forgets the error of a weight in products": (proves, [square_of_uncertain()]),
+        "is above a quadratic form": (
+            lambda seed: next(above_least(sys.modules["broken_products"], seed), None) is not None, range(12)),
         "proves an untruth": (lambda seed: untrue(random_certificate(seed), seed, with_) != [], reversed(range(SEEDS))),
     }  # fmt: skip
     takes = [("takes", lambda name: not with_.replay(malformed()[name]).problems, name) for name in malformed()]
@@ -121,14 +124,14 @@ FAULTS = {
     "bias forgotten": ("bound.add(a @ step.bias)", "pass"),
     "constant forgotten": ("np.zeros(len(owner)) + constant", "np.abs(constant) + np.zeros(len(owner))"),
     "slack ignored": ("best > proof.slack[rows]", "best > -proof.slack[rows] - 1e-2"),
-    "all rows of a clause at once": ("closed = np.maximum.reduceat(", "closed = 1 - 0 * np.maximum.reduceat("),
+    "all rows of a clause at once": ("closed = np.logical_or.reduceat(", "closed = True | np.logical_or.reduceat("),
     "a row skipped": ("some = slice(begin, begin + size)", "best[0] = 1e9; some = slice(begin + 1, begin + size)"),
-    "one clause closes all": ("node.open[np.flatnonzero(node.open)[done]] = False", "node.open &= ~done.any()"),
+    "one clause closes all": ("open_[each[done]] = False", "open_[each] = open_[each] & ~done.any()"),
     "clip with the wrong sign": ("known & (a < 0), edge_down, -np.inf), np.where(known & (a > 0)",
                                  "known & (a > 0), edge_down, -np.inf), np.where(known & (a < 0)"),
     "clip by the whole row": ("rest = total[:, None] - least", "rest = total[:, None] + 0 * least"),
-    "clip to the smallest clause": ("a[remain].min(axis=0), b[remain].max(axis=0)",
-                                    "a[remain].max(axis=0), b[remain].min(axis=0)"),
+    "clip to the smallest clause": ("((np.minimum, left), (np.maximum, right))",
+                                    "((np.maximum, left), (np.minimum, right))"),
     "input split exchanged": ("upper[what] = min(upper[what], at)", "upper[what] = min(upper[what], at - 0.4)"),
     "leaves forgotten": ("self.left_open[node.tree] |= node.open", "pass"),
     "right children forgotten": ("for side, sign in ((0, -1), (1, 1)):", "for side, sign in ((0, -1),):"),
@@ -143,8 +146,8 @@ FAULTS = {
     "intervals too narrow": ("low, high = centre - radius - cost, centre + radius + cost",
                              "low, high = centre - radius / 2, centre + radius / 2"),
     "no absolute values in radii": ("radius += part.absolute.apply(r)", "radius += np.abs(part.apply(r))"),
-    "empty means proven": ("dead = dead | _settle(frame, i)\n        if not program",
-                           "dead = dead | True\n        if not program"),
+    "empty means proven": ("dead = dead | _settle(frame, i)\n        if not tightened",
+                           "dead = dead | True\n        if not tightened"),
     "the wrong row of the frame": ("node.frame, node.row = frame, row", "node.frame, node.row = frame, 0"),
     "corners of products forgotten": ("corners = np.stack([a * c, a * d, b * c, b * d])",
                                       "corners = np.stack([a * c, b * d])"),
@@ -153,8 +156,6 @@ FAULTS = {
     "steepness ignored": ("fall = reach - arc / 2", "fall = 0 * reach"),
     "half of an interval": ("a, b = np.maximum(lower[at], left), np.minimum(upper[at], right)",
                             "a, b = np.maximum(lower[at], left), np.minimum(lower[at] / 2 + upper[at] / 2, right)"),
-    "negated comparison, so that NaN passes": (
-        "(np.isfinite(best) & (best > proof.slack[rows]))", "~(best <= proof.slack[rows])"),
     "rests not through absolute weights": ("rest + part.absolute.apply(form.rest + rounding * size)",
                                            "rest + part.apply(form.rest + rounding * size)"),
     "generators forgotten": ("spread = np.abs(generators).sum(axis=1)", "spread = 0 * np.abs(generators).sum(axis=1)"),
@@ -168,7 +169,7 @@ FAULTS = {
     "the chord without its offset": ("np.where(across, rise * (1 + 4 * U) + TINY, 0.0)", "np.where(across, 0.0, 0.0)"),
     "stored slopes for the other side": ("2 * (program.offsets[i] + entry) + side",
                                          "2 * (program.offsets[i] + entry) + 1 - side"),
-    "bounds of the other side": ("            below = sign > 0\n", "            below = sign < 0\n"),
+    "bounds of the other side": ("        below = side[some] == 0\n", "        below = side[some] != 0\n"),
     "halves exchanged": ("sign = np.array([-1.0, 1.0])", "sign = np.array([1.0, -1.0])"),
     "halves for the other child": ("lower, upper = halves[side]", "lower, upper = halves[1 - side]"),
     "halves by certain weights": ("np.full(2, cost[node.row, entry])", "np.zeros(2)"),
@@ -176,9 +177,10 @@ FAULTS = {
     "first rows are certain": ("sign * step.bias[entry], lost", "sign * step.bias[entry], 0.0"),
     "rows of the clause without their slack": ("self.proof.constant[rows] - self.proof.slack[rows]",
                                                "self.proof.constant[rows]"),
-    "rows of the clause turned round": ("added[step] = times @ matrix", "added[step] = -times @ matrix"),
-    "constants of the clause's rows forgotten": ("each, added, times @ constant, lost)", "each, added, 0.0, lost)"),
-    "rows of the clause are certain": ("{}, count * (times @ np.abs(constant)) + FLOOR", "{}, -1e-3"),
+    "rows of the clause turned round": ("added = times @ matrix", "added = -times @ matrix"),
+    "constants of the clause's rows forgotten": ("total = first + times @ constant", "total = first"),
+    "rows of the clause are certain": ("lost = lost + count * (times @ np.abs(constant))",
+                                       "lost = -1e-3 + 0 * (times @ np.abs(constant))"),
     "multipliers of other splits": ("force[last - first :], strict=True)", "force[last - first :][::-1], strict=True)"),
     "multipliers of splits turned round": ("splits.sign[mine], splits.beta", "-splits.sign[mine], splits.beta"),
     "splits of another bound": ("Splits(place[splits.node[mine]],", "Splits(0 * place[splits.node[mine]],"),
@@ -197,7 +199,10 @@ FAULTS = {
                                             "sides = low < high, low < high"),
     "jumps of split points only": ("jump = np.isin(at, list(self.proof.program.parted[step.source]))",
                                    "jump = np.isfinite(at)"),
-    "jumps of gathered frames at any point": ("if at in proof.program.parted[step]:", "if True:"),
+    "jumps of gathered frames at any point": ("if at in self.proof.program.parted[step]:", "if True:"),
+    "refreshed intervals below 0": (
+        "for ends, none in ((frame.lower, -np.inf), (frame.upper, np.inf)):",
+        "for ends, none in ((frame.lower, -np.inf), (frame.upper, 0.0)):"),
     "jumps with a value of their own": ("len(set.intersection(*(f.sides(t) for f in functions))) == 1",
                                         "len(set.intersection(*(f.sides(t) for f in functions))) <= 1"),
     "jumps on either side": ("return {self.say[i]} if self.say else set()", "return {-1, 1}"),
@@ -211,6 +216,21 @@ FAULTS = {
     "plain bounds of the wrong sign": ("_rowwise(np.maximum(a, 0.0), _owned(low, owner))",
                                        "_rowwise(np.maximum(a, 0.0), _owned(high, owner))"),
     "slopes of another bound's box": ("owner=each)", "owner=np.sort(each)[::-1])"),
+    "what tangents leave ignored": ("            bound.add(value)\n", ""),
+    "rests of factors forgotten": ("(np.abs(a) * (rest + rounding))", "(np.abs(a) * rounding)"),
+    "signs of coefficients forgotten": ("left.generators * a[:, None, :]", "left.generators * np.abs(a)[:, None, :]"),
+    "one symbol for all rests": ("generators[:, used + entry, entry]", "generators[:, used + 0 * entry, entry]"),
+    "no symbols for rests": ("np.where(np.isfinite(rest), rest, 0.0)\n", "0.0\n"),
+    "one symbol for two sources": ("used, rest = used + n,", "used, rest = used,"),
+    "tangents through zero": ("offset = -left.centre * right.centre", "offset = 0.0 * left.centre"),
+    "slopes of tangents exchanged": ("slopes, known = (right.centre, left.centre)",
+                                     "slopes, known = (left.centre, right.centre)"),
+    "squares left out that are none": ("better = (pivot >= PIVOT) & (now > bound)", "better = now > bound"),
+    "squares without their tails": ("rest = q - square", "rest = q + 0 * square"),
+    "no rounding in quadratic forms": ("return bound, lost + (4 * size + 16) * U * total", "return bound, 0 * lost"),
+    "only half of a quadratic form": ("sizes = np.abs(q).sum(axis=2)", "sizes = np.abs(np.tril(q)).sum(axis=2)"),
+    "factors of another node": ("factor.take(owner[some])", "factor.take(np.sort(owner)[::-1][some])"),
+    "together where nothing is refreshed": ("(together & ~(refreshed & bounded)).any()", "False"),
     "the deadline ignored": ("raise TimeoutError", "pass; TimeoutError"),
     "everything refused": ("return Replay(proven, self.margin", "return Replay(0 * proven, self.margin"),
 }  # fmt: skip

@@ -29,6 +29,9 @@ class Frozen:
         one = 2 * directions.reshape(len(directions), 1, 4)
         return torch.cat([one, 10 * one], 1)
 
+    def tangents_along(self, path: Tensor, directions: Tensor) -> Tensor:
+        return torch.stack([self.tangents(x, None, directions) for x in path])
+
 
 def evaluated(e: Expression, weights: Tensor) -> Tensor:
     """The expression for weights [classes, 5], straight from its definition."""

@@ -130,3 +130,14 @@ def test_retained_inputs_change_less(kind):
     assert changes[0] > 1.2 * changes[1] > changes[2] and sizes[0] < sizes[1] < sizes[2]
     plain = soundly.edit(model, constraints, layer="fc")
     assert float(plain.delta[1].norm()) == pytest.approx(sizes[0], rel=1e-9)
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_a_layer_without_a_bias_gets_none_from_retained_inputs(captured):
+    model, x = made(Mlp, bias=False)
+    kept = [torch.randn_like(x) for _ in range(3)]
+    network = soundly.load(model, x) if captured else model
+    constraint = at(x).output(1).at_least(float(model(x).detach()[0, 1]) + 2)
+    result = soundly.edit(network, [constraint], layer="fc", retain=kept, retain_weight=10.0)
+    assert result.certificate is not None and not result.certificate.arrays["weights"][:, -1].any()
+    assert float(result.delta[1][-1]) == 0.0 < float(result.delta[1].norm())

@@ -191,6 +191,48 @@ def test_models_stay_as_they_were(kind):
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize("kind", [Cnn, Mlp])
+def test_derivatives_along_a_path_are_those_at_its_points(kind):
+    model, x = made(kind)
+    model.eval()
+    draw = torch.Generator().manual_seed(3)
+    path = x + torch.randn(4, *x.shape, generator=draw, dtype=x.dtype)
+    directions = torch.randn(3, *x.shape, generator=draw, dtype=x.dtype)
+    for trunk in trunks(model, x):
+        want = torch.stack([along(jacobian(model.trunk, point), directions, point) for point in path])
+        torch.testing.assert_close(trunk.tangents_along(path, directions), want, rtol=1e-9, atol=1e-10)
+
+
+def test_a_module_that_looks_at_its_input_takes_the_points_of_a_path_one_by_one():
+    torch.manual_seed(0)
+    model = Before(lambda m, x: m.b(m.a(x if float(x.sum()) > 0 else 2 * x))).double()
+    path = torch.stack([torch.ones(1, 4, dtype=torch.float64), -torch.ones(1, 4, dtype=torch.float64)])
+    directions = torch.eye(4, dtype=torch.float64)[:, None]
+    slope = (model.b.weight @ model.a.weight).T
+    found = ModuleTrunk(model, "fc").tangents_along(path, directions)[:, :, 0]
+    torch.testing.assert_close(found, torch.stack([slope, 2 * slope]))
+
+
+def test_half_precision_is_widened():
+    """Features are the stored weights', not what arithmetic in bfloat16 makes of them."""
+    model, x = made(Mlp)
+    half = model.to(torch.bfloat16)
+    wide = made(Mlp)[0].double()
+    wide.load_state_dict({name: value.double() for name, value in half.state_dict().items()})
+    small = x.to(torch.bfloat16)
+    directions = torch.randn(3, *x.shape, generator=torch.Generator().manual_seed(1)).to(small)
+    exact, trunk = wide.trunk(small.double()), ModuleTrunk(half, "fc")
+    torch.testing.assert_close(trunk.features(small), exact.detach(), rtol=1e-5, atol=1e-6)
+    assert float((half.trunk(small).double() - exact).detach().abs().max()) > 1e-4  # the difference shows
+    slope = jacobian(wide.trunk, small.double())
+    want = along(slope, directions.double(), small.double())
+    torch.testing.assert_close(trunk.tangents(small, None, directions), want, rtol=1e-5, atol=1e-6)
+    assert trunk.weight.dtype == half.fc.weight.dtype == torch.bfloat16
+    narrowing = Before(lambda m, x: m.b(m.a(x).bfloat16())).to(torch.bfloat16)
+    with pytest.raises(EditError, match=r"\.float\(\)"):
+        ModuleTrunk(narrowing, "fc").features(torch.randn(1, 4))
+
+
 def test_a_float32_model_computes_in_its_own_type_and_a_widened_network_in_float64():
     model, x = made(Cnn)
     narrow, small = model.float().eval(), x.float()

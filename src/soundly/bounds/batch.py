@@ -12,15 +12,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeAlias
+from functools import cached_property
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from soundly.bounds.crop import Crop, Crops
 from soundly.bounds.forms import Forms
 from soundly.bounds.lines import bent, kink, lines, lines_of, open_sides
+from soundly.bounds.products import Factor, Last, Planes, factors_of, last_products, planes, remainder, tangents
 from soundly.bounds.program import Affine, Convolution, Function, Map, Matrix, Program, Sparse, Step, Times, Variable
 from soundly.bounds.relaxation import Lines
 
@@ -35,11 +38,15 @@ class Frame:
     Attributes:
         lower, upper: per step [batch, n]; the first is the box of inputs.
         infeasible: [batch], where an interval is empty: the subproblem holds no point.
+        known: the default relaxations of every function and product, where they were computed.
+        factors: of the last products, where these are bounded together.
     """
 
     lower: list[Tensor]
     upper: list[Tensor]
     infeasible: Tensor
+    known: dict[int, Lines | Planes] = field(default_factory=dict)
+    factors: dict[int, tuple[Factor, Factor]] | None = None
 
     def __len__(self) -> int:
         return len(self.infeasible)
@@ -91,27 +98,18 @@ class Pass:
         a: [rows, inputs].
         d: [rows].
         kept: coefficients [rows, n] of the functions' values on the way, where asked for.
+        left: coefficients [rows, n] of steps where the pass ended.
     """
 
     a: Tensor
     d: Tensor
     kept: dict[int, Tensor] = field(default_factory=dict)
+    left: dict[int, Tensor] = field(default_factory=dict)
 
     def least(self, lower: Tensor, upper: Tensor) -> Tensor:
         """Lower bounds [rows] over boxes [rows, inputs] (or one)."""
         value = self.d + (self.a.clamp(min=0) * lower + self.a.clamp(max=0) * upper).sum(-1)
         return value.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
-
-
-class Planes(NamedTuple):
-    """Planes x u + y v + c below a product u v, and above; each [batch, n]."""
-
-    x_low: Tensor
-    y_low: Tensor
-    c_low: Tensor
-    x_high: Tensor
-    y_high: Tensor
-    c_high: Tensor
 
 
 Relaxations: TypeAlias = Mapping[int, Lines | Planes]
@@ -136,20 +134,21 @@ class Bounder:
         deadline: the time (of `time.monotonic`) at which a long pass raises `OutOfTime`.
         cost: products per row of a backward pass through the whole program.
         dtype: of all numbers.
+        room: how many numbers a row of the outputs needs.
+        last: the products to be bounded together, where few inputs vary; None if there are none.
     """
 
-    def __init__(self, program: Program, *, chunk: int = CHUNK, deadline: float = math.inf) -> None:
+    def __init__(
+        self, program: Program, *, together: bool = False, chunk: int = CHUNK, deadline: float = math.inf
+    ) -> None:
         self.program = program
         self.deadline = deadline
         self.steps = program.steps
         readers = program.consumers()
         self.readers = readers
-        self.read = [False] * len(self.steps)
-        for i in range(len(self.steps) - 1, -1, -1):
-            self.read[i] = any(
-                isinstance(self.steps[j], (Function, Times)) or (self.read[j] and copied(self.steps[j]) is not None)
-                for j in readers[i]
-            )
+        self.last = last_products(self.steps) if together else None
+        self.read = self._read(frozenset())
+        self.read_before = self.read if self.last is None else self._read(self.last.products)
         # Where the forward interval is already the exact range: one map of the box's own entries.
         self.exact = [isinstance(step, Variable) for step in self.steps]
         for i, step in enumerate(self.steps):
@@ -159,10 +158,27 @@ class Bounder:
                 plain = below is not None and len(below.columns.unique()) == len(below.columns)
                 self.exact[i] = source == 0 or (self.exact[source] and plain)
         self.widest = max(step.size for step in self.steps)
+        self.room = self.widest if self.last is None else max(self.widest, self.last.room(self.steps))
         self.chunk = chunk
         self.dtype = next((s.bias.dtype for s in self.steps if isinstance(s, Affine)), torch.float64)
         maps = [m for step in self.steps if isinstance(step, Affine) for m, _ in step.parts]
+        self.bounders: dict[Program, Bounder] = {}
         self.cost = sum(len(m.rows) if isinstance(m, Sparse) else m.size[0] * m.terms for m in maps)
+
+    def _read(self, apart: frozenset[int]) -> list[bool]:
+        """Of every step whether a function or product reads it, itself or a copy of it; those `apart` do not count."""
+        read = [False] * len(self.steps)
+        for i in range(len(self.steps) - 1, -1, -1):
+            read[i] = any(
+                (isinstance(self.steps[j], (Function, Times)) and j not in apart)
+                or (read[j] and copied(self.steps[j]) is not None)
+                for j in self.readers[i]
+            )
+        return read
+
+    @cached_property
+    def crops(self) -> Crops:
+        return Crops(self.program)
 
     # ---------------------------------------------------------------- intervals
 
@@ -180,9 +196,26 @@ class Bounder:
         Args:
             slopes: for the rows of some steps, the slopes of the functions below.
         """
+        frame = self._intervals(lower, upper, inherited, slopes, self.last)
+        if frame is None:
+            frame = self._intervals(lower, upper, inherited, slopes, None)
+            assert frame is not None
+        return frame
+
+    def _intervals(
+        self,
+        lower: Tensor,
+        upper: Tensor,
+        inherited: Frame | None,
+        slopes: Mapping[int, Slopes] | None,
+        last: Last | None,
+    ) -> Frame | None:
+        """None where the last products were to be bounded together and that says nothing."""
         frame = Frame([], [], (lower > upper).any(-1))
         forms = Forms(self.steps, lower, upper)
-        known: dict[int, Lines | Planes] = {}
+        last = last if forms.used else None
+        read = self.read if last is None else self.read_before
+        known = frame.known
         for i, step in enumerate(self.steps):
             low, high = (lower, upper) if isinstance(step, Variable) else self.forward(step, frame)
             if inherited is not None:
@@ -197,20 +230,30 @@ class Bounder:
                 low, high = torch.maximum(low, least), torch.minimum(high, greatest)
             frame.lower.append(low)
             frame.upper.append(high)
-            if self.read[i] and not self.exact[i] and copied(step) is None:
+            if read[i] and not self.exact[i] and copied(step) is None:
                 own = None if slopes is None else slopes.get(i)
-                self._tighten(i, frame, known if own is None else self.lines(frame, own, known=known))
+                self._tighten(i, frame, last, known if own is None else self.lines(frame, own, known=known))
             low, high = frame.lower[i], frame.upper[i]
             # Rounding must not make an interval of one point look empty.
             slack = 1000 * torch.finfo(self.dtype).eps * (low.abs() + high.abs())
             frame.infeasible = frame.infeasible | (low > high + slack).any(-1)
             # An empty interval would only produce nonsense further up.
             frame.lower[i], frame.upper[i] = torch.minimum(low, high), torch.maximum(low, high)
+        if last is not None:
+            narrow = {i: forms.narrow(i, frame.lower[i], frame.upper[i]) for i in last.sources}
+            frame.factors = factors_of(last, self.steps, narrow)
+            if not all(f.finite for pair in frame.factors.values() for f in pair):
+                return None
+            known |= {i: tangents(*pair) for i, pair in frame.factors.items()}
         return frame
 
     def forward(self, step: Affine | Function | Times, frame: Frame) -> tuple[Tensor, Tensor]:
         """A step's interval from those of the steps it reads."""
         match step:
+            case Affine(((copy, source),), bias) if copied(step) is copy:  # by its ends: a wide one's centre loses them
+                assert isinstance(copy, Sparse)
+                ends = [v[:, copy.columns] * copy.values for v in (frame.lower[source], frame.upper[source])]
+                low, high = torch.minimum(*ends) + bias, torch.maximum(*ends) + bias
             case Affine(parts, bias):
                 centre = bias.expand(len(frame), -1)
                 radius = torch.zeros_like(centre)
@@ -236,12 +279,25 @@ class Bounder:
 
     def loose(self, i: int, frame: Frame) -> Tensor:
         """[batch, n]: which entries of a step's interval a relaxation depends on."""
-        return self._wanted(i, frame.lower[i], frame.upper[i])
+        return self._wanted(i, frame.lower[i], frame.upper[i], frozenset())
 
-    def _wanted(self, i: int, low: Tensor, high: Tensor) -> Tensor:
+    def straight(self, frame: Frame) -> Tensor:
+        """[batch]: where no relaxation leaves anything, and rows are affine functions of the input."""
+        found = torch.ones(len(frame), dtype=torch.bool)
+        for step in self.steps:
+            if isinstance(step, Function):
+                found &= ~bent(step.op, frame.lower[step.source], frame.upper[step.source]).any(1)
+            elif isinstance(step, Times):
+                xl, xu, yl, yu = factors(step, frame)
+                found &= ~((xl < xu) & (yl < yu)).any(1)
+        return found
+
+    def _wanted(self, i: int, low: Tensor, high: Tensor, apart: frozenset[int]) -> Tensor:
         wanted = torch.zeros_like(low, dtype=torch.bool)
         for j in self.readers[i]:
             reader = self.steps[j]
+            if j in apart:
+                continue
             if isinstance(reader, Function):
                 wanted |= bent(reader.op, low, high)
             elif isinstance(reader, Times):
@@ -251,36 +307,77 @@ class Bounder:
                 least, greatest = low[:, copy.columns] * copy.values, high[:, copy.columns] * copy.values
                 assert isinstance(reader, Affine)
                 ends = torch.minimum(least, greatest) + reader.bias, torch.maximum(least, greatest) + reader.bias
-                mask = self._wanted(j, *ends)
+                mask = self._wanted(j, *ends, apart)
                 wanted |= torch.zeros_like(low).index_add_(1, copy.columns, mask.to(low.dtype)) > 0
         return wanted
 
-    def _tighten(self, i: int, frame: Frame, lines: Relaxations) -> None:
-        step = self.steps[i]
-        owner, entry = self.loose(i, frame).nonzero(as_tuple=True)
+    def _tighten(self, i: int, frame: Frame, last: Last | None, lines: Relaxations) -> None:
+        apart = frozenset[int]() if last is None else last.products
+        owner, entry = self._wanted(i, frame.lower[i], frame.upper[i], apart).nonzero(as_tuple=True)
         if len(owner) == 0:
             return
         low, high = frame.lower[i].clone(), frame.upper[i].clone()
-        box = frame.lower[0], frame.upper[0]
-        for part in self.portions(len(owner)):
-            who, what = owner[part], entry[part]
-            if isinstance(step, Affine):
-                a: dict[int, Tensor] = {}
-                for m, source in step.parts:
-                    rows = entries(m, what, step.bias)
-                    a[source] = a[source] + rows if source in a else rows
-                d = step.bias[what]
-            else:
-                rows = step_rows(what, step.size, low)
-                a, d = {i: rows}, rows.new_zeros(len(what))
-            two = Start({s: torch.cat([v, -v]) for s, v in a.items()}, torch.cat([d, -d]), torch.cat([who, who]))
-            found = self.backward(frame, lines, two)
-            owners = two.owner
-            assert owners is not None
-            least, greatest = found.least(box[0][owners], box[1][owners]).chunk(2)
+
+        def meet(some: Tensor, bound: Tensor) -> None:
+            who, what = owner[some], entry[some]
+            least, greatest = bound.chunk(2)
             low[who, what] = torch.maximum(low[who, what], least)
             high[who, what] = torch.minimum(high[who, what], -greatest)
+
+        whole, crops = self.crops.of(i, entry)
+        for part in self.portions(len(whole)):
+            start = self._both(i, entry[whole[part]], owner[whole[part]])
+            found = self.backward(frame, lines, start)
+            meet(whole[part], found.least(*_boxes(frame, start)))
+        for crop, which, place, inner in crops:
+            small = self._small(crop)
+            # Rows of one subproblem and place stand together.
+            order = torch.argsort(owner[which] * len(crop.index[0]) + place, stable=True)
+            for part in self.portions(len(which), width=small.widest):
+                some = order[part]
+                meet(which[some], self._inside(i, crop, frame, lines, owner[which[some]], place[some], inner[some]))
         frame.lower[i], frame.upper[i] = low, high
+
+    def _small(self, crop: Crop) -> Bounder:
+        if crop.program not in self.bounders:
+            self.bounders[crop.program] = Bounder(crop.program)
+        return self.bounders[crop.program]
+
+    def _inside(
+        self, i: int, crop: Crop, frame: Frame, lines: Relaxations, owner: Tensor, place: Tensor, entry: Tensor
+    ) -> Tensor:
+        """The lower and the negated upper bounds of entries of step i of a crop, by subproblem and place."""
+        small = self._small(crop)
+        pairs, member = torch.unique_consecutive(owner * len(crop.index[0]) + place, return_inverse=True)
+        batch, at = pairs // len(crop.index[0]), pairs % len(crop.index[0])
+        box = [crop.take(0, ends, batch, at) for ends in (frame.lower[0], frame.upper[0])]
+        view = Frame([box[0]], [box[1]], torch.zeros_like(batch, dtype=torch.bool))
+        near = {
+            j: type(line)(*(crop.take(j, v, batch, at) for v in line))
+            for j, line in lines.items() if j <= i and small.steps[j].size
+        }  # fmt: skip
+        start = small._both(i, entry, member)
+        found = small.backward(view, near, start, until=crop.floor)
+        if not found.left:
+            return found.least(*_boxes(view, start))
+        left = {**found.left, 0: found.a}
+        a = {j: crop.spread(j, place.repeat(2), v, self.steps[j].size) for j, v in left.items()}
+        start = Start(a, found.d, owner.repeat(2))
+        return self.backward(frame, lines, start).least(*_boxes(frame, start))
+
+    def _both(self, i: int, entry: Tensor, owner: Tensor) -> Start:
+        """Rows for the lower and the negated upper bounds of entries of a step."""
+        step = self.steps[i]
+        a: dict[int, Tensor] = {}
+        if isinstance(step, Affine):
+            for m, source in step.parts:
+                rows = entries(m, entry, step.bias)
+                a[source] = a[source] + rows if source in a else rows
+            d = step.bias[entry]
+        else:
+            d = torch.zeros(len(entry), dtype=self.dtype)
+            a[i] = step_rows(entry, step.size, d)
+        return Start({s: torch.cat([v, -v]) for s, v in a.items()}, torch.cat([d, -d]), owner.repeat(2))
 
     def portions(self, rows: int, *, width: int | None = None) -> Iterator[slice]:
         """Slices of rows that are small enough to be carried together."""
@@ -348,8 +445,9 @@ class Bounder:
         *,
         splits: Mapping[int, Split] | None = None,
         keep: bool = False,
+        until: Collection[int] = (),
     ) -> Pass:
-        """Carries rows back to the inputs."""
+        """Carries rows back to the inputs, or to some steps where they are left."""
         a, d, owner = dict(start.a), start.d, start.owner
         alone = len(frame) == 1
 
@@ -357,11 +455,14 @@ class Bounder:
             """A batch's numbers, row by row."""
             return v if owner is None or alone else v.index_select(0, owner)
 
-        kept = {}
+        kept, rest, last = {}, {}, dict[int, Tensor]()
         for i in range(max(a, default=0), 0, -1):
             if i not in a:
                 continue
             here = a.pop(i)
+            if i in until:
+                rest[i] = here
+                continue
             step = self.steps[i]
             if splits is not None and i in splits:
                 split = splits[i]
@@ -389,6 +490,8 @@ class Bounder:
                 case Times(left, right):
                     if keep:
                         kept[i] = here
+                    if frame.factors is not None and i in frame.factors:
+                        last[i] = here
                     plane = lines[i]
                     assert isinstance(plane, Planes)
                     p = Planes(*(of(v) for v in plane))
@@ -397,13 +500,15 @@ class Bounder:
                     parts = [(left, up * p.x_low + down * p.x_high), (right, up * p.y_low + down * p.y_high)]
             for source, part in parts:
                 a[source] = a[source] + part if source in a else part
+        if last and frame.factors is not None:
+            d = d - remainder(frame.factors, last, owner)
         x = a.get(0)
         if x is None:
             x = d.new_zeros(len(d), self.program.inputs)
         if splits is not None and 0 in splits:
             force = splits[0].sign * splits[0].multiplier
             x, d = x - of(force), d + of((force * splits[0].at).sum(-1))
-        return Pass(x, d, kept)
+        return Pass(x, d, kept, rest)
 
     def follow(self, lines: Relaxations, found: Pass, x: Tensor) -> list[Tensor]:
         """Where the point x [rows, inputs] goes under the very planes that a pass chose, one row per subproblem: the
@@ -431,6 +536,12 @@ class Bounder:
                     low, high = p.x_low * u + p.y_low * v + p.c_low, p.x_high * u + p.y_high * v + p.c_high
                     values.append(torch.where(found.kept[i] >= 0, low, high) if i in found.kept else low)
         return values
+
+
+def _boxes(frame: Frame, start: Start) -> tuple[Tensor, Tensor]:
+    """The box of each row."""
+    low, high = frame.lower[0], frame.upper[0]
+    return (low, high) if len(frame) == 1 or start.owner is None else (low[start.owner], high[start.owner])
 
 
 def plainly(frame: Frame, start: Start) -> Tensor:
@@ -476,15 +587,3 @@ def entries(m: Map, entry: Tensor, like: Tensor) -> Tensor:
 
 def factors(step: Times, frame: Frame) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return frame.lower[step.left], frame.upper[step.left], frame.lower[step.right], frame.upper[step.right]
-
-
-def planes(
-    xl: Tensor, xu: Tensor, yl: Tensor, yu: Tensor, low: Tensor | None = None, high: Tensor | None = None
-) -> Planes:
-    """Planes below and above x y on a rectangle, the mean of McCormick's two or `low` and `high` of the first."""
-    r, s = (0.5 if share is None else share for share in (low, high))
-    dx, dy = xu - xl, yu - yl
-    return Planes(
-        yu - r * dy, xu - r * dx, r * (yu * xu - yl * xl) - yu * xu,
-        yl + s * dy, xu - s * dx, s * (yl * xu - yu * xl) - yl * xu,
-    )  # fmt: skip

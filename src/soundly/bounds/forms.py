@@ -54,7 +54,7 @@ class Forms:
                     rest = rest + part.absolute.apply(self.rest[source])
             case Function(source, op):
                 low, high = frame.lower[source], frame.upper[source]
-                centre, generators, rest = self._narrow(source, low, high)
+                centre, generators, rest = self.narrow(source, low, high)
                 line = known[i]
                 assert isinstance(line, Lines)
                 slopes_of = kink(op)
@@ -68,7 +68,7 @@ class Forms:
                 centre = k_ * centre + (least + greatest) / 2
                 generators, rest = k_[:, None] * generators, k_.abs() * rest + (greatest - least) / 2
             case Times(left, right):
-                (a, ga, ra), (b, gb, rb) = (self._narrow(j, frame.lower[j], frame.upper[j]) for j in (left, right))
+                (a, ga, ra), (b, gb, rb) = (self.narrow(j, frame.lower[j], frame.upper[j]) for j in (left, right))
                 wide_a, wide_b = ga.abs().sum(1) + ra, gb.abs().sum(1) + rb
                 centre = a * b
                 generators = a[:, None] * gb + b[:, None] * ga
@@ -80,7 +80,7 @@ class Forms:
         low = (centre - wide).nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
         return low, (centre + wide).nan_to_num(nan=math.inf, posinf=math.inf, neginf=math.inf)
 
-    def _narrow(self, i: int, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def narrow(self, i: int, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A step's form, or its interval alone where that is tighter than the rest."""
         centre, generators, rest = self.centre[i], self.generators[i], self.rest[i]
         half = (high - low) / 2

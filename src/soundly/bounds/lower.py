@@ -299,7 +299,25 @@ def _stepped(node: Node, op: Rounding, bounds: Interval | None) -> Node:
         )
     if not steps.breaks:
         return Fill(float(steps.apply(torch.tensor(low, dtype=torch.float64))), node.shape)()
-    return steps(*node.inputs, origin=node.origin)
+    assert bounds is not None
+    return _apart(steps, bounds.lower, bounds.upper)(*node.inputs, origin=node.origin)
+
+
+def _apart(steps: Elementwise, lower: Tensor, upper: Tensor) -> Elementwise:
+    """The same values for all numbers between their bounds, with no number at a jump where that can be: whole numbers
+    are rounded at a distance from it."""
+    breaks = []
+    for t, held in zip(steps.breaks, steps.held, strict=True):
+        if held == "right" and not bool(((lower < t) & (upper >= t)).any()):
+            below = float(upper[upper < t].amax()) if bool((upper < t).any()) else -math.inf
+            t -= min(t - below, 1.0) / 4
+        elif held == "left" and not bool(((lower <= t) & (upper > t)).any()):
+            above = float(lower[lower > t].amin()) if bool((lower > t).any()) else math.inf
+            t += min(above - t, 1.0) / 4
+        breaks.append(t)
+    if tuple(breaks) == steps.breaks:
+        return steps
+    return replace(steps, breaks=tuple(breaks), kernel=None)
 
 
 def staircase(op: Rounding, lower: float, upper: float) -> Elementwise:

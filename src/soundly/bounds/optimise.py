@@ -24,7 +24,6 @@ from soundly.bounds.batch import (
     Bounder,
     Frame,
     Pass,
-    Planes,
     Relaxations,
     Side,
     Slopes,
@@ -36,6 +35,7 @@ from soundly.bounds.batch import (
     step_rows,
 )
 from soundly.bounds.lines import Samples, bent, kink
+from soundly.bounds.products import Planes
 from soundly.bounds.program import Affine, Function, Step, Times, Variable
 from soundly.bounds.relaxation import Lines
 

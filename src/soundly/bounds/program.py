@@ -14,6 +14,7 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from soundly.graph.elementwise import Elementwise
 from soundly.graph.node import Shape
@@ -67,6 +68,8 @@ class Convolution:
         weight: [O, C / groups, *kernel].
         wide: (C, *size), what the convolution reads.
         narrow: (O, *out), what it writes.
+        padding: zeros before the first entries; those after the last are as many as `narrow` needs. Where it is
+            negative, entries are left out.
         transposed: the adjoint map, from `narrow` to `wide`.
     """
 
@@ -95,22 +98,35 @@ class Convolution:
     def pull(self, a: Tensor) -> Tensor:
         return self._narrow(a) if self.transposed else self._widen(a)
 
+    @cached_property
+    def _after(self) -> Shape:
+        """The padding after the last entries."""
+        axes = zip(
+            self.wide[1:], self.narrow[1:], self.stride, self.padding, self.dilation, self.weight.shape[2:], strict=True
+        )
+        return tuple((out - 1) * s + d * (k - 1) + 1 - n - p for n, out, s, p, d, k in axes)
+
+    @cached_property
+    def _even(self) -> bool:
+        """Whether the padding is the same on both sides, up to places that no stride reaches."""
+        return all(p >= 0 and p - s < q <= p for p, q, s in zip(self.padding, self._after, self.stride, strict=True))
+
     def _narrow(self, x: Tensor) -> Tensor:
         zeros = [0] * len(self.stride)
-        args = (list(self.stride), list(self.padding), list(self.dilation), False, zeros, self.groups)
-        y = torch.convolution(x.reshape(-1, *self.wide), self.weight, None, *args)
+        args = (list(self.stride), list(self.padding) if self._even else zeros, list(self.dilation), False, zeros)
+        image = x.reshape(-1, *self.wide)
+        if not self._even:
+            image = pad(image, _both_ends(self.padding, self._after))
+        y = torch.convolution(image, self.weight, None, *args, self.groups)
         return y.reshape(*x.shape[:-1], -1)
 
     def _widen(self, a: Tensor) -> Tensor:
-        reach = (
-            (out - 1) * s - 2 * p + d * (k - 1) + 1
-            for out, s, p, d, k in zip(
-                self.narrow[1:], self.stride, self.padding, self.dilation, self.weight.shape[2:], strict=True
-            )
-        )
-        extra = [size - r for size, r in zip(self.wide[1:], reach, strict=True)]
-        args = (list(self.stride), list(self.padding), list(self.dilation), True, extra, self.groups)
-        x = torch.convolution(a.reshape(-1, *self.narrow), self.weight, None, *args)
+        zeros = [0] * len(self.stride)
+        extra = [p - q for p, q in zip(self.padding, self._after, strict=True)] if self._even else zeros
+        args = (list(self.stride), list(self.padding) if self._even else zeros, list(self.dilation), True, extra)
+        x = torch.convolution(a.reshape(-1, *self.narrow), self.weight, None, *args, self.groups)
+        if not self._even:
+            x = pad(x, [-p for p in _both_ends(self.padding, self._after)])
         return x.reshape(*a.shape[:-1], -1)
 
     @cached_property
@@ -119,6 +135,11 @@ class Convolution:
 
     def to(self, dtype: torch.dtype, device: torch.device | str) -> Convolution:
         return replace(self, weight=self.weight.to(device=device, dtype=dtype))
+
+
+def _both_ends(before: Shape, after: Shape) -> list[int]:
+    """As `pad` wants them: the last axis first."""
+    return [n for p, q in zip(reversed(before), reversed(after), strict=True) for n in (p, q)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ off d. docs/certificates.md derives the costs. Rows have owners: the nodes of a 
 intervals, or all with the same intervals except for a few clamped entries.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from soundly.certificate.functions import Lines, Sides
+from soundly.certificate.products import Factor, Pair, remainder
 from soundly.certificate.program import Affine, Apply, Program, Times, nonlinear_sources
 from soundly.certificate.rings import FAR, U
 
@@ -69,6 +70,7 @@ class Frame:
     parted: of some steps points [M, n] and [M, n] that splits have parted: where the lower end is the first one, or
     the upper end the second, the functions that read the step have the value there that belongs to the inside. These
     are not taken along, but found anew from the splits.
+    factors: of the products that are bounded together, if any are.
     """
 
     lower: list[Array] = field(default_factory=list)
@@ -76,6 +78,7 @@ class Frame:
     cost: list[Array | None] = field(default_factory=list)
     pieces: dict[int, Pieces] = field(default_factory=dict)
     parted: dict[int, tuple[Array, Array]] = field(default_factory=dict)
+    factors: dict[int, Pair] = field(default_factory=dict)
 
     def sides(self, i: int) -> Sides | None:
         """Which ends of the intervals of step i belong to the inside alone; none of a point."""
@@ -86,12 +89,15 @@ class Frame:
 
     def take(self, rows: Array) -> "Frame":
         if len(rows) == len(self.lower[0]) and (rows == np.arange(len(rows))).all():
-            return Frame(list(self.lower), list(self.upper), list(self.cost), dict(self.pieces))
+            return Frame(
+                list(self.lower), list(self.upper), list(self.cost), dict(self.pieces), factors=dict(self.factors)
+            )
         return Frame(
             [x[rows] for x in self.lower],
             [x[rows] for x in self.upper],
             [None if x is None else x[rows] for x in self.cost],
             {i: p.take(rows) for i, p in self.pieces.items()},
+            factors={i: (u.take(rows), v.take(rows)) for i, (u, v) in self.factors.items()},
         )
 
     @staticmethod
@@ -106,6 +112,9 @@ class Frame:
             joined.cost.append(None if costs[0] is None else np.concatenate([c for c in costs if c is not None]))
             if all(i in f.pieces for f in frames):
                 joined.pieces[i] = Pieces.join([f.pieces[i] for f in frames])
+            if all(i in f.factors for f in frames):
+                left, right = zip(*(f.factors[i] for f in frames), strict=True)
+                joined.factors[i] = Factor.join(left), Factor.join(right)
         return joined
 
 
@@ -197,6 +206,16 @@ def _paid(
     )  # fmt: skip
 
 
+def tangent(program: Program, i: int, frame: Frame) -> Pieces:
+    """The planes that touch a product in the middle of its factors, below and above: without what these leave."""
+    left, right = frame.factors[i]
+    slopes, known = (right.centre, left.centre), left.known & right.known
+    offset = -left.centre * right.centre
+    intervals = [(frame.lower[s], frame.upper[s]) for s in nonlinear_sources(program.steps[i])]
+    below, above = np.where(known, offset, -np.inf), np.where(known, offset, np.inf)
+    return _paid(program, i, slopes, below, slopes, above, intervals)
+
+
 def pieces(program: Program, i: int, frame: Frame, slopes: Array | None, owner: Array | None = None) -> Pieces:
     """The relaxation of step i over a frame, with stored slopes [M or 1, S] or the default; with an owner, of those
     boxes with slopes [owners, S]."""
@@ -261,6 +280,7 @@ class View:
         pieces: by step [M, n].
         frame: for the costs and sizes.
         lower, upper: the boxes [M, inputs].
+        factors: of the products that are bounded together; their pieces are tangents.
     """
 
     program: Program
@@ -270,6 +290,7 @@ class View:
     upper: Array
     exceptions: dict[int, Exceptions] = field(default_factory=dict)
     splits: Splits | None = None
+    factors: dict[int, Pair] = field(default_factory=dict)
 
     def backward(
         self, start: dict[int, Array], owner: Array, constant: Array | float = 0.0, lost: Array | float = 0.0
@@ -285,9 +306,27 @@ class View:
         Returns:
             bounds from below [R]; the coefficients of the input [R, inputs]; the bound before the input was put in.
         """
-        program, coefficients, bound = self.program, dict(start), Bound(len(owner))
+        bound = Bound(len(owner))
         bound.add(np.zeros(len(owner)) + constant)
         bound.lose(lost)
+        coefficients = self.carry(start, owner, bound)
+        a = coefficients.pop(0, None)
+        if a is None:
+            a = np.zeros((len(owner), self.program.steps[0].size))
+        before = bound.copy()
+        middle = self.lower / 2 + self.upper / 2
+        size = np.maximum(np.abs(self.lower), np.abs(self.upper))
+        radius = np.maximum(self.upper - middle, middle - self.lower) * (1 + 4 * U)
+        radius += (4 * a.shape[1] + self.program.contributions + 8) * U * ABOVE * size + FLOOR
+        bound.add(_product(a, _owned(middle, owner)))
+        bound.add(-_product(np.abs(a), _owned(radius, owner)))
+        return bound.lower(), a, before
+
+    def carry(
+        self, start: dict[int, Array], owner: Array, bound: Bound, until: Collection[int] = ()
+    ) -> dict[int, Array]:
+        """Carries rows back to the input and to the steps in `until`; returns the coefficients there."""
+        program, coefficients = self.program, dict(start)
         for i in sorted(start)[:-1]:  # others will be added to these; what they bring is in the costs of their steps
             size = np.maximum(np.abs(self.frame.lower[i]), np.abs(self.frame.upper[i]))
             self._lose(bound, start[i], program.contributions * U * size, owner)
@@ -298,7 +337,10 @@ class View:
             else:
                 coefficients[source] = part
 
+        together: dict[int, Array] = {}
         for i in range(max(coefficients), 0, -1):
+            if i in until:
+                continue
             a = coefficients.pop(i, None)
             if self.splits is not None:
                 a = self._split(i, a, owner, bound)
@@ -313,18 +355,14 @@ class View:
                 for part, source in step.parts:
                     give(source, part.pull(a))
             elif isinstance(step, (Apply, Times)):
+                if i in self.factors:
+                    together[i] = a
                 self._relaxed(i, a, owner, bound, give)
-        a = coefficients.pop(0, None)
-        if a is None:
-            a = np.zeros((len(owner), program.steps[0].size))
-        before = bound.copy()
-        middle = self.lower / 2 + self.upper / 2
-        size = np.maximum(np.abs(self.lower), np.abs(self.upper))
-        radius = np.maximum(self.upper - middle, middle - self.lower) * (1 + 4 * U)
-        radius += (4 * a.shape[1] + program.contributions + 8) * U * ABOVE * size + FLOOR
-        bound.add(_product(a, _owned(middle, owner)))
-        bound.add(-_product(np.abs(a), _owned(radius, owner)))
-        return bound.lower(), a, before
+        if together:
+            value, lost = remainder(self.factors, together, owner)
+            bound.add(value)
+            bound.lose(lost)
+        return coefficients
 
     def plain(self, start: dict[int, Array], owner: Array, constant: Array) -> Array:
         """Lower bounds of rows from intervals alone: where functions jump they may say more than lines."""
@@ -338,23 +376,18 @@ class View:
             bound.add(_rowwise(np.maximum(-a, 0.0), _owned(-high, owner)))
         return bound.lower()
 
-    def entries(
-        self,
-        i: int,
-        entry: Array,
-        sign: Array,
-        owner: Array,
-        more: dict[int, Array] | None = None,
-        constant: Array | float = 0.0,
-        lost: Array | float = 0.0,
-    ) -> Array:
-        """Lower bounds of sign times entries of step i [R], plus `more` (coefficients by step) and a constant; up to
-        `lost`."""
-        program, step = self.program, self.program.steps[i]
+    def entries(self, i: int, entry: Array, sign: Array, owner: Array) -> Array:
+        """Lower bounds of sign times entries of step i [R]."""
+        rows, constant, lost = self.start(i, entry, sign, owner)
+        return self.backward(rows, owner, constant, lost)[0]
+
+    def start(self, i: int, entry: Array, sign: Array, owner: Array) -> tuple[dict[int, Array], Array, Array | float]:
+        """Rows for sign times entries of step i: coefficients, constants, and how far off they may be."""
+        step = self.program.steps[i]
         if not isinstance(step, Affine):
-            start = np.zeros((len(entry), step.size))
-            start[np.arange(len(entry)), entry] = sign
-            return self.backward(*self._joined({i: start}, more, owner, constant, lost))[0]
+            unit = np.zeros((len(entry), step.size))
+            unit[np.arange(len(entry)), entry] = sign
+            return {i: unit}, np.zeros(len(entry)), 0.0
         cost = self.frame.cost[i]
         assert cost is not None
         rows: dict[int, Array] = {}
@@ -362,26 +395,10 @@ class View:
             found = part.rows_of(entry)
             found *= sign[:, None]
             rows[source] = rows[source] + found if source in rows else found
-        lost = lost + (cost[0, entry] if len(cost) == 1 else cost[owner, entry])
+        lost = cost[0, entry] if len(cost) == 1 else cost[owner, entry]
         if not rows:
-            rows = {0: np.zeros((len(entry), program.steps[0].size))}
-        return self.backward(*self._joined(rows, more, owner, constant + sign * step.bias[entry], lost))[0]
-
-    def _joined(
-        self, rows: dict[int, Array], more: dict[int, Array] | None, owner: Array, constant: Array | float,
-        lost: Array | float,
-    ) -> tuple[dict[int, Array], Array, Array | float, Array | float]:  # fmt: skip
-        """The start of a pass, with more rows added to it."""
-        for i, a in (more or {}).items():
-            if i in rows:
-                rows[i] = rows[i] + a
-                size = np.maximum(np.abs(self.frame.lower[i]), np.abs(self.frame.upper[i]))
-                lost = lost - ABOVE * _rowwise(np.abs(rows[i]), -U * _owned(size, owner)) + FLOOR
-            else:
-                rows[i] = a
-        if more:
-            lost = lost + 4 * U * np.abs(constant)
-        return rows, owner, constant, lost
+            rows = {0: np.zeros((len(entry), self.program.steps[0].size))}
+        return rows, sign * step.bias[entry], lost
 
     def _lose(self, bound: Bound, a: Array, cost: Array, owner: Array, exact: bool = False) -> None:
         """Takes off what roundings cost: that of the worst node, unless it is infinite, or `exact`."""

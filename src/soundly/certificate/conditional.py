@@ -116,11 +116,17 @@ def _bounds(program: Program, frame: Frame, own: Conditions, i: int, entry: Inte
     times = np.zeros((len(each), len(used)))
     times[own.of_row, place.reshape(-1)] = own.times
     count = (len(used) + 6) * U * ABOVE
-    added, lost = {}, count * (times @ np.abs(constant)) + FLOOR
+    start, first, lost = view.start(i, entry, sign, each)
+    total = first + times @ constant
+    lost = lost + count * (times @ np.abs(constant)) + 4 * U * np.abs(total) + FLOOR
     for step, matrix in coefficients.items():
-        added[step] = times @ matrix
-        size = np.maximum(np.abs(known.lower[step]), np.abs(known.upper[step]))
+        added = times @ matrix
         off = count * (times @ np.abs(matrix))
+        if step in start:
+            added = start[step] + added
+            off += U * ABOVE * np.abs(added)
+        start[step] = added
+        size = np.maximum(np.abs(known.lower[step]), np.abs(known.upper[step]))
         infinite = ~np.isfinite(size)
         lost = lost + np.where(infinite & (off > 0), np.inf, off * np.where(infinite, 0.0, size)).sum(axis=1)
-    return view.entries(i, entry, sign, each, added, times @ constant, lost)
+    return view.backward(start, each, total, lost)[0]

@@ -7,6 +7,7 @@ to nothing, and over small boxes they leave little for backward passes to do.
 Reference: Stolfi and de Figueiredo, "Self-validated numerical methods", 1997 (affine arithmetic).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy.typing as npt
 
 from soundly.certificate.bounding import ABOVE, FLOOR, Frame
 from soundly.certificate.functions import Band
+from soundly.certificate.products import Factor, Pair
 from soundly.certificate.program import Affine, Apply, Map, Program, Times, Variable
 from soundly.certificate.rings import FAR, U
 
@@ -64,7 +66,7 @@ class Forms:
                     form = _box(low, high)
                 case Affine():
                     assert cost is not None
-                    form = self._affine(step, cost)
+                    form = self._affine(step, cost, {s: self.forms[s] for _, s in step.parts}, self.forms[0])
                 case Apply(source):
                     assert band is not None
                     form = _bent(self._narrow(source, frame), band)
@@ -87,21 +89,55 @@ class Forms:
             np.where(plain, half, form.rest), np.where(plain, 0.0, form.spread),
         )  # fmt: skip
 
-    def _affine(self, step: Affine, cost: Array) -> Form:
+    def factors(self, frame: Frame) -> dict[int, Pair]:
+        """Of the products that are bounded together, once all is followed: forms of their factors in which every entry
+        of what they come from has a symbol for its rest, so that the factors share it."""
+        together, found = self.program.together, dict[int, Form]()
+        assert together is not None
+        varying = self.forms[0].generators.shape[1]
+        symbols = varying + sum(self.program.steps[i].size for i in together.sources if i)
+        used = varying
+        for i in together.sources:
+            form = self._narrow(i, frame)
+            many, _, n = form.generators.shape
+            generators, rest = np.zeros((many, symbols, n)), form.rest
+            generators[:, :varying] = form.generators
+            if i:
+                entry = np.arange(n)
+                generators[:, used + entry, entry] = np.where(np.isfinite(rest), rest, 0.0)
+                used, rest = used + n, np.where(np.isfinite(rest), 0.0, rest)
+            found[i] = _made(form.centre, generators, rest)
+        for i in together.affine:
+            step, cost = self.program.steps[i], frame.cost[i]
+            assert isinstance(step, Affine) and cost is not None
+            own = np.zeros((len(cost), symbols, 0))
+            found[i] = self._affine(step, cost, found, Form(cost, own, cost, cost))
+        pairs = {i: self.program.steps[i] for i in sorted(together.products)}
+        return {
+            i: (_factor(found[s.left]), _factor(found[s.right])) for i, s in pairs.items() if isinstance(s, Times)
+        }  # fmt: skip
+
+    def _affine(self, step: Affine, cost: Array, forms: Mapping[int, Form], like: Form) -> Form:
         terms = sum(part.terms for part, _ in step.parts)
         rounding = (4 * terms + 2 * step.size + self.program.contributions + 16) * U * ABOVE
-        many, count, _ = self.forms[0].generators.shape
+        many, count, _ = like.generators.shape
         centre = np.repeat(step.bias[None], many, axis=0)
         generators = np.zeros((many, count, step.size))
         rest = np.zeros(centre.shape)
         for part, source in step.parts:
-            form = self.forms[source]
+            form = forms[source]
             size = np.abs(form.centre) + form.spread + form.rest
             centre = centre + part.apply(form.centre)
             generators = generators + _each(part, form.generators)
             rest = rest + part.absolute.apply(form.rest + rounding * size)
         rest = rest * (1 + rounding) + rounding * np.abs(step.bias) + cost
         return _made(centre, generators, rest)
+
+
+def _factor(form: Form) -> Factor:
+    known = np.isfinite(form.centre) & (form.spread <= FAR) & (form.rest <= FAR)
+    centre, rest, spread = (np.where(known, x, 0.0) for x in (form.centre, form.rest, form.spread))
+    return Factor(centre, np.where(known[:, None], form.generators, 0.0), rest, spread, known)
 
 
 def _each(part: Map, generators: Array) -> Array:

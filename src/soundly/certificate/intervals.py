@@ -6,13 +6,15 @@ are met with what is known already, so they only become narrower from a node of 
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from soundly.certificate.bounding import ABOVE, FLOOR, Frame, Pieces, View, pieces, relaxed
+from soundly.certificate.bounding import ABOVE, FLOOR, Bound, Frame, View, pieces, relaxed
+from soundly.certificate.crop import Crop, Crops
 from soundly.certificate.forms import Forms
 from soundly.certificate.functions import Band, Sides
 from soundly.certificate.program import MOST, Affine, Apply, Program, Step, Stored, Times, Variable
@@ -36,6 +38,7 @@ def refresh(
     stored: Stored,
     *,
     forms: bool = False,
+    together: bool = False,
     deadline: float = math.inf,
 ) -> tuple[Frame, Array]:
     """Intervals of all steps over boxes.
@@ -45,6 +48,8 @@ def refresh(
         inherited: intervals that are known already [M, n].
         group: [M], which group of stored slopes belongs to each box; -1 for none.
         forms: whether affine forms are followed.
+        together: whether to find the factors of the products that are bounded together, with forms; nothing else that
+            only these read is bounded.
         deadline: on the clock of `time.monotonic`.
 
     Returns:
@@ -53,10 +58,13 @@ def refresh(
     Raises:
         TimeoutError: after the deadline.
     """
-    frame, followed = Frame(), Forms(program) if forms else None
+    frame, followed, crops = Frame(), Forms(program) if forms else None, Crops(program, {})
     if inherited is not None:
         frame.parted = inherited.parted
     dead = np.asarray((lower > upper).any(axis=1))
+    together = together and forms and program.together is not None
+    apart = program.together.products if together and program.together is not None else frozenset[int]()
+    tightened = program.tightened_before if together else program.tightened
     for i in range(len(program.steps)):
         in_time(deadline)
         low, high, cost, band = _interval(frame, i, program, lower, upper)
@@ -69,50 +77,97 @@ def refresh(
         frame.upper.append(high)
         frame.cost.append(cost)
         dead = dead | _settle(frame, i)
-        if not program.tightened[i]:
+        if not tightened[i]:
             continue
-        node, entry = (_wanted(program, i, low, frame.upper[i], frame.sides(i)) & ~dead[:, None]).nonzero()
+        node, entry = (_wanted(program, i, low, frame.upper[i], apart, frame.sides(i)) & ~dead[:, None]).nonzero()
         if len(node):
-            _tighten(program, frame, i, node, entry, group, stored, deadline)
+            _tighten(program, crops, frame, i, node, entry, group, stored, deadline)
             dead = dead | _settle(frame, i)
+    if together and followed is not None:
+        frame.factors = followed.factors(frame)
     return frame, dead
 
 
 def _tighten(
-    program: Program, frame: Frame, i: int, node: Array, entry: Array, group: Array, stored: Stored, deadline: float
+    program: Program,
+    crops: Crops,
+    frame: Frame,
+    i: int,
+    node: Array,
+    entry: Array,
+    group: Array,
+    stored: Stored,
+    deadline: float,
 ) -> None:
     """Meets the intervals of some entries of step i with backward bounds, each with stored slopes if it has any."""
     node, entry, side = np.repeat(node, 2), np.repeat(entry, 2), np.tile([0, 1], len(node))
     row = stored.rows(group[node], 2 * (program.offsets[i] + entry) + side)
     low, high = frame.lower[i].copy(), frame.upper[i].copy()
-    for chosen in (False, True):
-        which = np.flatnonzero((row >= 0) == chosen)
-        size = program.rows_at_once
-        if chosen:  # with relaxations of their own
-            size = max(1, min(size, MOST // int(program.offsets[-1])))
-        for begin in range(0, len(which), size):
-            in_time(deadline)
-            some = which[begin : begin + size]
-            owner, at, sign = node[some], entry[some], 1.0 - 2.0 * side[some]
-            own: dict[int, Pieces] = frame.pieces
-            if chosen:
-                (boxes, rows), each = np.unique(np.stack([owner, row[some]]), axis=1, return_inverse=True)
-                slopes, each = stored.of(rows), each.reshape(-1)
-                own = {j: replace(pieces(program, j, frame, slopes, boxes), owner=each) if program.has_slots(j)
-                       else known for j, known in own.items()}  # fmt: skip
-            view = View(program, frame, own, frame.lower[0], frame.upper[0])
-            bounds = view.entries(i, at, sign, owner)
-            below = sign > 0
-            np.maximum.at(low, (owner[below], at[below]), bounds[below])
-            np.minimum.at(high, (owner[~below], at[~below]), -bounds[~below])
+
+    def meet(some: Array, bounds: Array) -> None:
+        below = side[some] == 0
+        np.maximum.at(low, (node[some[below]], entry[some[below]]), bounds[below])
+        np.minimum.at(high, (node[some[~below]], entry[some[~below]]), -bounds[~below])
+
+    sign, view = 1.0 - 2.0 * side, View(program, frame, frame.pieces, frame.lower[0], frame.upper[0])
+    plain = np.flatnonzero(row < 0)
+    for crop, which, place, inner in crops.of(i, entry[plain]):
+        which = plain[which]
+        if crop is None:
+            for some in _slices(which, program.rows_at_once, deadline):
+                meet(some, view.entries(i, entry[some], sign[some], node[some]))
+            continue
+        pair = node[which] * len(crop.index[0]) + place
+        order = np.argsort(pair, kind="stable")  # the rows of one node and place stand together
+        for part in _slices(order, crop.program.rows_together, deadline):
+            pairs, owner = np.unique(pair[part], return_inverse=True)
+            small, some = crop.view(view, *np.divmod(pairs, len(crop.index[0]))), which[part]
+            meet(some, _bounds(crop, small, view, i, inner[part], sign[some], owner, node[some], place[part]))
+    size = max(1, min(program.rows_at_once, MOST // int(program.offsets[-1])))
+    for some in _slices(np.flatnonzero(row >= 0), size, deadline):  # with relaxations of their own
+        (boxes, rows), each = np.unique(np.stack([node[some], row[some]]), axis=1, return_inverse=True)
+        slopes, each = stored.of(rows), each.reshape(-1)
+        own = {j: replace(pieces(program, j, frame, slopes, boxes), owner=each) if program.has_slots(j)
+               else known for j, known in frame.pieces.items()}  # fmt: skip
+        meet(some, replace(view, pieces=own).entries(i, entry[some], sign[some], node[some]))
     frame.lower[i], frame.upper[i] = low, high
 
 
-def _wanted(program: Program, i: int, lower: Array, upper: Array, sides: Sides | None = None) -> Array:
-    """Entries of step i whose intervals decide how something later is relaxed, itself or through a copy."""
+def _slices(which: Array, size: int, deadline: float) -> Iterator[Array]:
+    for begin in range(0, len(which), size):
+        in_time(deadline)
+        yield which[begin : begin + size]
+
+
+def _bounds(
+    crop: Crop, small: View, whole: View, i: int, entry: Array, sign: Array, owner: Array, node: Array, place: Array
+) -> Array:
+    """Lower bounds of sign times entries of step i of a crop, each with its pair in the small view, and in the whole
+    program its node and place."""
+    ends = [j for j in crop.floor if j <= i and crop.index[j].shape[1]]
+    if not ends:
+        return small.entries(i, entry, sign, owner)
+    rows, constant, lost = small.start(i, entry, sign, owner)
+    bound = Bound(len(entry))
+    bound.add(constant)
+    bound.lose(lost)
+    left = small.carry(rows, owner, bound, ends)
+    spread = {j: crop.spread(j, a, place, whole.program.steps[j].size) for j, a in left.items()}
+    if not spread:
+        spread = {0: np.zeros((len(entry), whole.program.steps[0].size))}
+    return whole.backward(spread, node, bound.d, bound.lost)[0]
+
+
+def _wanted(
+    program: Program, i: int, lower: Array, upper: Array, apart: frozenset[int], sides: Sides | None = None
+) -> Array:
+    """Entries of step i whose intervals decide how something later is relaxed, itself or through a copy; steps that
+    stand apart do not count."""
     wanted = np.zeros(lower.shape, bool)
     for j in program.readers[i]:
         step = program.steps[j]
+        if j in apart:
+            continue
         if isinstance(step, Apply):
             wanted |= step.function.straight(lower, upper, sides) == -1
         elif isinstance(step, Times):
@@ -122,7 +177,7 @@ def _wanted(program: Program, i: int, lower: Array, upper: Array, sides: Sides |
                 ends = np.stack([lower[:, copy.columns], upper[:, copy.columns]]) * copy.values
                 ends[:, :, copy.rows] = ends.copy()
                 ends += step.bias
-            mask = _wanted(program, j, ends.min(0), ends.max(0))
+            mask = _wanted(program, j, ends.min(0), ends.max(0), apart)
             node, row = mask[:, copy.rows].nonzero()
             wanted[node, copy.columns[row]] = True
     return wanted

@@ -19,6 +19,7 @@ Array = npt.NDArray[Any]
 
 NUMBERS, MOST = 2**17, 2**24  # of coefficients at once: what fits a cache, but not too few rows
 ALL = (slice(None), slice(None))
+SYMBOLS = 32  # products are bounded together where those that their factors come from have at most so many entries
 
 
 class Map(Protocol):
@@ -91,7 +92,10 @@ class Matrix:
 
 @dataclass(frozen=True, eq=False)
 class Convolution:
-    """A convolution from `wide` (C, *in) to `narrow` (O, *out) with weight [O, C / groups, *kernel], or its adjoint."""
+    """A convolution from `wide` (C, *in) to `narrow` (O, *out) with weight [O, C / groups, *kernel], or its adjoint.
+
+    padding: zeros before the first entries; where it is negative, entries are left out.
+    """
 
     weight: Array
     wide: tuple[int, ...]
@@ -111,9 +115,13 @@ class Convolution:
     def terms(self) -> int:
         return max(len(self.weight) // self.groups, self.weight.shape[1]) * math.prod(self.weight.shape[2:])
 
-    @property
+    @cached_property
     def padded(self) -> tuple[int, ...]:
-        return tuple(n + 2 * p for n, p in zip(self.wide[1:], self.padding, strict=True))
+        """How long each axis is with zeros before and after; those after reach as far as `narrow` needs."""
+        axes = zip(
+            self.wide[1:], self.narrow[1:], self.stride, self.padding, self.dilation, self.weight.shape[2:], strict=True
+        )
+        return tuple(max(n + p, (out - 1) * s + d * (k - 1) + 1) for n, out, s, p, d, k in axes)
 
     @property
     def room(self) -> int:
@@ -163,9 +171,9 @@ class Convolution:
             yield met, np.ascontiguousarray(weight.reshape(self.groups, -1, weight.shape[1]))  # or BLAS is not used
 
     def _narrow(self, x: Array) -> Array:
-        rows, channels, inner = len(x), self.wide[0], tuple(slice(p, p + n) for p, n in self._inner())
+        rows, channels, (inner, used) = len(x), self.wide[0], self._inner
         padded = np.zeros((rows, channels, *self.padded))
-        padded[ALL + inner] = x.reshape(rows, *self.wide)
+        padded[ALL + inner] = x.reshape(rows, *self.wide)[ALL + used]
         y = np.zeros((rows, self.groups, len(self.weight) // self.groups, math.prod(self.narrow[1:])))
         for met, weight in self._positions():
             part = padded[ALL + met].reshape(rows, self.groups, weight.shape[2], -1)
@@ -173,16 +181,24 @@ class Convolution:
         return y.reshape(rows, -1)
 
     def _widen(self, a: Array) -> Array:
-        rows, channels, inner = len(a), self.wide[0], tuple(slice(p, p + n) for p, n in self._inner())
-        a = a.reshape(rows, self.groups, len(self.weight) // self.groups, -1)
-        padded = np.zeros((rows, channels, *self.padded))
+        rows, (inner, used), area = len(a), self._inner, self.narrow[1:]
+        # Places first, then rows, channels last: one product for all of them, and whole blocks are added up.
+        a = a.reshape(rows, self.groups, len(self.weight) // self.groups, -1).transpose(1, 3, 0, 2)
+        a = np.ascontiguousarray(a).reshape(self.groups, -1, a.shape[3])
+        padded = np.zeros((self.groups, *self.padded, rows, self.weight.shape[1]))
         for met, weight in self._positions():
-            part = weight.transpose(0, 2, 1) @ a
-            padded[ALL + met] += part.reshape(rows, channels, *self.narrow[1:])
-        return padded[ALL + inner].reshape(rows, -1)
+            at = slice(None), *met
+            padded[at] += (a @ weight).reshape(self.groups, *area, rows, -1)
+        result = np.zeros((rows, self.groups, self.weight.shape[1], *self.wide[1:]))
+        to, of = (*ALL, slice(None), *used), (slice(None), *inner)
+        result[to] = np.moveaxis(padded[of], (-2, 0, -1), (0, 1, 2))
+        return result.reshape(rows, -1)
 
-    def _inner(self) -> Iterator[tuple[int, int]]:
-        return zip(self.padding, self.wide[1:], strict=True)
+    @cached_property
+    def _inner(self) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+        """Where the input lies within the padded one, and what of it does."""
+        axes = list(zip(self.padding, self.wide[1:], strict=True))
+        return tuple(slice(max(p, 0), p + n) for p, n in axes), tuple(slice(max(-p, 0), n) for p, n in axes)
 
     @cached_property
     def absolute(self) -> "Convolution":
@@ -201,6 +217,14 @@ class Sparse:
     @cached_property
     def terms(self) -> int:
         return max((int(np.bincount(side).max()) for side in (self.rows, self.columns) if len(side)), default=1)
+
+    def coefficients(self, entry: Array) -> tuple[Array, Array, Array, Array]:
+        """For entries [p, n] of the result how many coefficients each has; of these, in turn, the p, column, value."""
+        first, last = (np.searchsorted(self.rows[self._by_row], entry, side) for side in ("left", "right"))
+        count = (last - first).reshape(-1)
+        at = np.arange(count.sum()) + np.repeat(first.reshape(-1) - (np.cumsum(count) - count), count)
+        at, of = self._by_row[at], np.repeat(np.arange(len(entry)), (last - first).sum(axis=1))
+        return last - first, of, self.columns[at], self.values[at]
 
     @property
     def room(self) -> int:
@@ -225,12 +249,9 @@ class Sparse:
         return self._sum(a, self._by_column, self.columns, self.rows, self.size[1])
 
     def rows_of(self, entry: Array) -> Array:
-        first, last = (np.searchsorted(self.rows[self._by_row], entry, side) for side in ("left", "right"))
-        k = np.repeat(np.arange(len(entry)), last - first)
-        start = np.cumsum(last - first) - (last - first)
-        at = self._by_row[np.arange(len(k)) - start[k] + first[k]]
+        _, k, column, value = self.coefficients(entry[:, None])
         rows = np.zeros((len(entry), self.size[1]))
-        rows[k, self.columns[at]] = self.values[at]
+        rows[k, column] = value
         return rows
 
     @cached_property
@@ -297,6 +318,16 @@ class Times:
 Step: TypeAlias = Variable | Affine | Apply | Times
 
 
+@dataclass(frozen=True)
+class Together:
+    """The products that nothing but affine steps reads, the affine steps behind their factors, in order, and the other
+    steps that these begin with; products themselves, functions and the input."""
+
+    products: frozenset[int]
+    affine: tuple[int, ...]
+    sources: tuple[int, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Program:
     """Steps in order of evaluation: the input first, the outputs last.
@@ -338,10 +369,39 @@ class Program:
     @cached_property
     def matters(self) -> tuple[bool, ...]:
         """Of every step whether a function or product reads it, itself or a copy of it."""
+        return self._matter(frozenset())
+
+    def _matter(self, apart: frozenset[int]) -> tuple[bool, ...]:
         found = [False] * len(self.steps)
         for i in reversed(range(len(self.steps))):
-            found[i] = i in self.bounded or any(found[j] and self.copied(j) is not None for j in self.readers[i])
+            for j in self.readers[i]:
+                if isinstance(self.steps[j], Affine):
+                    found[i] |= found[j] and self.copied(j) is not None
+                else:
+                    found[i] |= j not in apart
         return tuple(found)
+
+    @cached_property
+    def together(self) -> Together | None:
+        """The products that may be bounded together; None if there are none, or their factors come from too many."""
+        ends: set[int] = set()  # steps whose readers are affine, and theirs, and so on
+        for i in reversed(range(len(self.steps))):
+            if all(j in ends and isinstance(self.steps[j], Affine) for j in self.readers[i]):
+                ends.add(i)
+        products = frozenset(i for i in ends if isinstance(self.steps[i], Times))
+        affine, sources = set[int](), set[int]()
+        below = {source for i in products for source in nonlinear_sources(self.steps[i])}
+        while below:
+            i = below.pop()
+            step = self.steps[i]
+            if isinstance(step, Affine):
+                affine.add(i)
+                below |= {source for _, source in step.parts} - affine
+            else:
+                sources.add(i)
+        if not products or sum(self.steps[i].size for i in sources if i) > SYMBOLS:
+            return None
+        return Together(products, tuple(sorted(affine)), tuple(sorted(sources)))
 
     @cached_property
     def exact(self) -> tuple[bool, ...]:
@@ -373,7 +433,15 @@ class Program:
 
         Not so for what is known exactly, nor for copies, which are bounded where they come from.
         """
-        return tuple(self.matters[i] and not self.exact[i] and self.copied(i) is None for i in range(len(self.steps)))
+        return self._tightened(self.matters)
+
+    @cached_property
+    def tightened_before(self) -> tuple[bool, ...]:
+        """The same where the last products are bounded together."""
+        return self._tightened(self._matter(self.together.products if self.together else frozenset()))
+
+    def _tightened(self, matters: tuple[bool, ...]) -> tuple[bool, ...]:
+        return tuple(matters[i] and not self.exact[i] and self.copied(i) is None for i in range(len(self.steps)))
 
     @cached_property
     def contributions(self) -> int:
@@ -393,6 +461,11 @@ class Program:
     @property
     def rows_at_once(self) -> int:
         return max(1, NUMBERS // self.room, min(64, MOST // self.room))
+
+    @property
+    def rows_together(self) -> int:
+        """As many rows as are carried at once through a small program: few products take as long as they are called."""
+        return max(64, 8 * NUMBERS // self.room)
 
     @cached_property
     def _placed(self) -> dict[int, list[tuple[Array, Array]]]:

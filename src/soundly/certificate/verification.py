@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from soundly.certificate.bounding import Bound, Exceptions, Frame, Pieces, Splits, View, pieces, relax
+from soundly.certificate.bounding import Bound, Exceptions, Frame, Pieces, Splits, View, pieces, relax, tangent
 from soundly.certificate.conditional import Conditions, tighten
 from soundly.certificate.format import Certificate
 from soundly.certificate.forms import INPUTS as FORMS
 from soundly.certificate.intervals import in_time, refresh
 from soundly.certificate.program import Affine, Apply, Times, nonlinear_sources
-from soundly.certificate.reading import BOUND, CLIP, INPUT, LEAF, REFRESH, Proof, Refused, read
+from soundly.certificate.reading import BOUND, CLIP, INPUT, LEAF, REFRESH, TOGETHER, Proof, Refused, read
 from soundly.certificate.rings import U
 
 Array = npt.NDArray[Any]
@@ -38,6 +38,7 @@ class Replay:
     pair_start: where the clauses of each case begin.
     failed: (tree, position in the tree) of leaves where a clause stays open.
     problems: why nothing was replayed.
+    remaining: of the failed leaves what is left: the box's ends, and which of the tree's clauses are open.
     """
 
     proven: Array
@@ -45,6 +46,7 @@ class Replay:
     pair_start: Array
     failed: list[tuple[int, int]]
     problems: tuple[str, ...] = ()
+    remaining: dict[tuple[int, int], tuple[Array, Array, Array]] = field(default_factory=dict)
 
 
 def replay(certificate: Certificate, *, deadline: float | None = None) -> Replay:
@@ -93,7 +95,7 @@ class _Replayer:
 
     def run(self) -> Replay:
         proof, pairs = self.proof, int(self.proof.pair_start[-1])
-        self.failed: list[tuple[int, int]] = []
+        self.failed: dict[tuple[int, int], tuple[Array, Array, Array]] = {}
         self.margin = np.full(pairs, np.inf)
         self.left_open = [np.zeros(last - first, bool) for first, last in proof.tree_clause.tolist()]
         self.narrow = max(1, FRAME // int(proof.program.offsets[-1]))
@@ -103,7 +105,7 @@ class _Replayer:
         self.varying = int(vary[self.formed].max(initial=0))
         roots = proof.tree_start[:-1]
         # Trees of one case that refresh the root alike share its intervals.
-        keys = np.stack([proof.tree_case, proof.slopes_refresh[roots]], axis=1)
+        keys = np.stack([proof.tree_case, proof.slopes_refresh[roots], proof.flags[roots] & TOGETHER], axis=1)
         unique, number = np.unique(keys, axis=0, return_inverse=True)
         order = np.argsort(number.reshape(-1), kind="stable")
         number = number.reshape(-1)[order]
@@ -111,7 +113,7 @@ class _Replayer:
             some = unique[begin : begin + self.narrow]
             lower, upper = proof.lower[some[:, 0]], proof.upper[some[:, 0]]
             row_of: dict[int, tuple[Frame, int, bool]] = {}
-            for forms, which in self._alike(self.formed[some[:, 0]]):
+            for forms, which in self._alike(self._followed(some[:, 0], some[:, 2])):
                 frame, dead = self._refresh(lower[which], upper[which], None, some[which, 1], forms)
                 row_of |= {key: (frame, row, bool(dead[row])) for row, key in enumerate(which.tolist())}
             first, last = np.searchsorted(number, [begin, begin + len(some)])
@@ -138,31 +140,39 @@ class _Replayer:
         ):
             base = proof.pair_start[case]
             proven[base + first : base + last] |= ~left
-        return Replay(proven, self.margin, proof.pair_start, sorted(self.failed))
+        return Replay(proven, self.margin, proof.pair_start, sorted(self.failed), remaining=self.failed)
 
-    def _alike(self, alike: Array) -> Iterator[tuple[bool, Array]]:
+    def _followed(self, case: Array, flags: Array) -> Array:
+        """What is followed besides intervals: 0 for nothing, 1 for affine forms, 2 for those of factors as well."""
+        formed = self.formed[case].astype(int)
+        return np.where(flags & TOGETHER, 2 * formed, formed)
+
+    def _alike(self, alike: Array) -> Iterator[tuple[int, Array]]:
         """Each value with the positions that have it, so few at a time that what belongs to them finds room."""
-        for value in (False, True):
+        for value in np.unique(alike).tolist():
             which = np.flatnonzero(alike == value)
             size = max(1, self.narrow // (1 + self.varying)) if value else self.narrow
             for begin in range(0, len(which), size):
                 yield value, which[begin : begin + size]
 
     def _refresh(
-        self, lower: Array, upper: Array, inherited: Frame | None, group: Array, forms: bool
+        self, lower: Array, upper: Array, inherited: Frame | None, group: Array, forms: int
     ) -> tuple[Frame, Array]:
         proof = self.proof
-        return refresh(proof.program, lower, upper, inherited, group, proof.stored, forms=forms, deadline=self.deadline)
+        return refresh(proof.program, lower, upper, inherited, group, proof.stored, forms=forms > 0,
+                       together=forms > 1, deadline=self.deadline)  # fmt: skip
 
     def _replay(self, batch: list[_Node]) -> None:
         proof, living = self.proof, []
         renewed = [n for n in batch if n.depth and proof.flags[n.place] & REFRESH]
         living = [n for n in batch if not (n.depth and proof.flags[n.place] & REFRESH)]
         renewed.sort(key=lambda n: id(n.frame))
-        for forms, which in self._alike(np.array([self.formed[proof.tree_case[n.tree]] for n in renewed], bool)):
+        places = np.array([n.place for n in renewed], int)
+        cases = proof.tree_case[np.array([n.tree for n in renewed], int)]
+        for forms, which in self._alike(self._followed(cases, proof.flags[places])):
             nodes = [renewed[i] for i in which]
-            inherited, group = self._gather(nodes), np.array([proof.slopes_refresh[n.place] for n in nodes])
-            frame, dead = self._refresh(inherited.lower[0], inherited.upper[0], inherited, group, forms)
+            held, group = self._held(nodes), np.array([proof.slopes_refresh[n.place] for n in nodes])
+            frame, dead = self._refresh(held.lower[0], held.upper[0], held, group, forms)
             for row, node in enumerate(nodes):
                 if not dead[row]:
                     node.frame, node.row = frame, row
@@ -170,21 +180,24 @@ class _Replayer:
         living = self._tightened(living)
         bounded = [n for n in living if proof.flags[n.place] & BOUND]
         groups: dict[tuple[int, int, int], list[_Node]] = {}
+        kinds: dict[tuple[bool, bool], list[_Node]] = {}  # by whether slopes are stored and products bounded together
         for node in bounded:
-            groups.setdefault((id(node.frame), node.row, int(proof.slopes_bound[node.place])), []).append(node)
-        mixed: list[_Node] = []
+            slopes = int(proof.slopes_bound[node.place])
+            if proof.flags[node.place] & TOGETHER and node.frame.factors:  # none where no forms are followed
+                kinds.setdefault((slopes >= 0, True), []).append(node)
+            else:
+                groups.setdefault((id(node.frame), node.row, slopes), []).append(node)
         for key, nodes in groups.items():
             if len(nodes) > 1 and self._can_share(nodes):
                 for some in self._portions(nodes):
                     self._bound(some, self._shared_view(key, some))
             else:
-                mixed += nodes
-        mixed.sort(key=lambda n: (bool(proof.slopes_bound[n.place] >= 0), id(n.frame)))
-        for stored in (False, True):
-            alike = [n for n in mixed if (proof.slopes_bound[n.place] >= 0) == stored]
-            for begin in range(0, len(alike), self.narrow):
-                for some in self._portions(alike[begin : begin + self.narrow]):
-                    self._bound(some, self._mixed_view(some))
+                kinds.setdefault((key[2] >= 0, False), []).extend(nodes)
+        for (_, together), mixed in sorted(kinds.items()):
+            mixed.sort(key=lambda n: id(n.frame))
+            for begin in range(0, len(mixed), self.narrow):
+                for some in self._portions(mixed[begin : begin + self.narrow]):
+                    self._bound(some, self._mixed_view(some, together))
         for node in living:
             self._branch(node)
 
@@ -269,13 +282,29 @@ class _Replayer:
         for i, reader in enumerate(proof.program.steps):
             if changed.intersection(nonlinear_sources(reader)):
                 frame.pieces.pop(i, None)
+        self._clamp(frame, nodes)
+        return frame
+
+    def _held(self, nodes: Sequence[_Node]) -> Frame:
+        """The nodes' boxes, and of other steps what their neuron splits say."""
+        changed = {step for node in nodes for step, *_ in node.splits}
+        frame = Frame()
+        for i, step in enumerate(self.proof.program.steps):
+            for ends, none in ((frame.lower, -np.inf), (frame.upper, np.inf)):
+                unknown = np.broadcast_to(none, (len(nodes), step.size))
+                ends.append(unknown.copy() if i in changed else unknown)
+        frame.lower[0], frame.upper[0] = np.stack([n.lower for n in nodes]), np.stack([n.upper for n in nodes])
+        self._clamp(frame, nodes)
+        return frame
+
+    def _clamp(self, frame: Frame, nodes: Sequence[_Node]) -> None:
+        """Puts the neuron splits of the nodes into their intervals."""
         for row, node in enumerate(nodes):
             for step, entry, at, sign in node.splits:
                 ends = (frame.lower if sign > 0 else frame.upper)[step]
                 ends[row, entry] = max(ends[row, entry], at) if sign > 0 else min(ends[row, entry], at)
-                if at in proof.program.parted[step]:
+                if at in self.proof.program.parted[step]:
                     self._part(frame, row, step, entry, at, sign)
-        return frame
 
     def _part(self, frame: Frame, row: int, step: int, entry: int, at: float, sign: int) -> None:
         """Notes that a jump was split there."""
@@ -310,12 +339,14 @@ class _Replayer:
         factors = {s for step in steps if isinstance(step, Times) for s in (step.left, step.right)}
         return not factors or not any(split[0] in factors for node in nodes for split in node.splits)
 
-    def _mixed_view(self, nodes: Sequence[_Node]) -> View:
+    def _mixed_view(self, nodes: Sequence[_Node], together: bool) -> View:
         proof, frame = self.proof, self._gather(nodes)
         rows = np.array([proof.slopes_bound[n.place] for n in nodes])
         slopes = proof.stored.of(rows) if rows[0] >= 0 else None
-        return View(proof.program, frame, self._pieces(frame, slopes), frame.lower[0], frame.upper[0], {},
-                    self._splits(nodes))  # fmt: skip
+        found = self._pieces(frame, slopes)
+        factors = frame.factors if together else {}
+        found |= {i: tangent(proof.program, i, frame) for i in factors}
+        return View(proof.program, frame, found, frame.lower[0], frame.upper[0], {}, self._splits(nodes), factors)
 
     def _pieces(self, frame: Frame, slopes: Array | None) -> dict[int, Pieces]:
         program = self.proof.program
@@ -370,18 +401,19 @@ class _Replayer:
     def _bound(self, nodes: Sequence[_Node], view: View) -> None:
         """Bounds the open clauses of the nodes, closes those that are proven, and clips boxes."""
         proof, program = self.proof, self.proof.program
-        pair, number = [], []
-        for i, node in enumerate(nodes):
-            clauses = np.flatnonzero(node.open)
-            base = proof.pair_start[proof.tree_case[node.tree]] + proof.tree_clause[node.tree, 0]
-            pair.append(base + clauses)
-            number.append(np.full(len(clauses), i))
-        pairs, owners = np.concatenate(pair), np.concatenate(number)
+        places, trees = (np.array([getattr(n, name) for n in nodes]) for name in ("place", "tree"))
+        open_ = np.concatenate([n.open for n in nodes])  # every clause of every node
+        many = np.array([len(n.open) for n in nodes])
+        end = np.cumsum(many)
+        each = np.flatnonzero(open_)
+        owners = np.repeat(np.arange(len(nodes)), many)[each]
+        base = proof.pair_start[proof.tree_case[trees]] + proof.tree_clause[trees, 0]
+        pairs = base[owners] + each - (end - many)[owners]
         counts = proof.pair_rows[pairs + 1] - proof.pair_rows[pairs]
         first = np.cumsum(counts) - counts
         rows = np.arange(counts.sum()) - np.repeat(first, counts) + np.repeat(proof.pair_rows[pairs], counts)
         owner = np.repeat(owners, counts)
-        clips = np.array([bool(proof.flags[n.place] & CLIP) for n in nodes])
+        clips = (proof.flags[places] & CLIP) > 0
         best = np.full(len(rows), -np.inf)
         shapes = (len(rows), program.steps[0].size)
         narrow, wide = (np.full(shapes, v) if clips.any() else None for v in (-np.inf, np.inf))
@@ -396,25 +428,25 @@ class _Replayer:
             if narrow is not None and wide is not None:
                 narrow[some], wide[some] = _clipped(view, a, bound, owner[some], proof.slack[rows[some]])
         excess = best - proof.slack[rows]
-        closed = np.maximum.reduceat((np.isfinite(best) & (best > proof.slack[rows])).astype(int), first) > 0
+        closed = np.logical_or.reduceat(np.isfinite(best) & (best > proof.slack[rows]), first)
         margin = np.maximum.reduceat(excess, first)
+        done = closed
         if narrow is not None and wide is not None:
-            left, right = np.maximum.reduceat(narrow, first, axis=0), np.minimum.reduceat(wide, first, axis=0)
-        for i, node in enumerate(nodes):
-            begin, end = np.searchsorted(owners, [i, i + 1])
-            if narrow is not None and clips[i]:
-                a, b = np.maximum(left[begin:end], node.lower), np.minimum(right[begin:end], node.upper)
-                empty = (a > b).any(axis=1) & ~closed[begin:end]
-                remain = ~closed[begin:end] & ~empty
-                if remain.any():
-                    node.lower, node.upper = a[remain].min(axis=0), b[remain].max(axis=0)
-                done = closed[begin:end] | empty
-            else:
-                done = closed[begin:end]
-            told = closed[begin:end] | ((proof.kind[node.place] == LEAF) & ~done)
-            np.minimum.at(self.margin, pairs[begin:end][told], margin[begin:end][told])
-            node.open = node.open.copy()
-            node.open[np.flatnonzero(node.open)[done]] = False
+            lower, upper = (np.stack([getattr(n, name) for n in nodes]) for name in ("lower", "upper"))
+            left = np.maximum(np.maximum.reduceat(narrow, first, axis=0), lower[owners])
+            right = np.minimum(np.minimum.reduceat(wide, first, axis=0), upper[owners])
+            done = closed | ((left > right).any(axis=1) & clips[owners])
+            remain = np.flatnonzero(~done & clips[owners])
+            if len(remain):
+                which, starts = np.unique(owners[remain], return_index=True)
+                lower, upper = (f.reduceat(x[remain], starts) for f, x in ((np.minimum, left), (np.maximum, right)))
+                for i, low, high in zip(which.tolist(), lower, upper, strict=True):
+                    nodes[i].lower, nodes[i].upper = low, high
+        told = closed | ((proof.kind[places[owners]] == LEAF) & ~done)
+        np.minimum.at(self.margin, pairs[told], margin[told])
+        open_[each[done]] = False
+        for node, stop, count in zip(nodes, end.tolist(), many.tolist(), strict=True):
+            node.open = open_[stop - count : stop]
 
     def _rows(self, rows: Array) -> dict[int, Array]:
         """Coefficients of the rows: of the outputs and, where there are any, of the input."""
@@ -444,7 +476,8 @@ class _Replayer:
             return
         if proof.kind[place] == LEAF:
             self.left_open[node.tree] |= node.open
-            self.failed.append((node.tree, place - int(proof.tree_start[node.tree])))
+            position = place - int(proof.tree_start[node.tree])
+            self.failed[node.tree, position] = node.lower, node.upper, node.open
             return
         what, at = int(proof.what[place]), float(proof.at[place])
         step = int(np.searchsorted(proof.program.offsets, what, side="right")) - 1

@@ -216,7 +216,8 @@ class _AtHead:
         self.evaluated: dict[Functional | Point, Tensor] = {}
         first = compile_program(trunk, constraints, evaluated=self.evaluated)
         self.programs: dict[tuple[tuple[int, tuple[int, int]], ...], Program] = {(): first}
-        kept = [torch.nn.functional.pad(trunk.features(x), (0, 1), value=1.0).cpu() for x in retain or ()]
+        bias = 0.0 if trunk.bias is None else 1.0  # what multiplies the bias in an output
+        kept = [torch.nn.functional.pad(trunk.features(x), (0, 1), value=bias).cpu() for x in retain or ()]
         self.seconds = {"features": time.perf_counter() - started, "solve": 0.0, "check": 0.0}
         deadline = math.inf if time_limit is None else time.perf_counter() + time_limit
         kinds = torch.cat(kept) if kept else None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -52,6 +52,10 @@ class Trunk(Protocol):
 
         The shape of a direction is that of the place's value, or broadcasts to it.
         """
+        ...
+
+    def tangents_along(self, path: Tensor, directions: Tensor) -> Tensor:
+        """D h(x)[d] at several inputs x, [s, *shape], for each direction d, [m, *shape]: [s, m, positions, K]."""
         ...
 
 
@@ -127,6 +131,9 @@ class GraphTrunk:
             result: Tensor = torch.vmap(moved, chunk_size=size)(directions.to(self._dtype))
         return result.reshape(len(directions), -1, self.weight.shape[1]).double()
 
+    def tangents_along(self, path: Tensor, directions: Tensor) -> Tensor:
+        return torch.stack([self.tangents(x, None, directions) for x in path])
+
     def _move(self, place: str | None, shape: Shape) -> tuple[Network, Node, Node]:
         """The network d -> D h[d], its direction leaf, and the place in it."""
         node, h = self._place(place), self._dense.inputs[0]
@@ -191,6 +198,9 @@ def _repeats(network: Network, constant: Node, bias: Node) -> bool:
 class ModuleTrunk:
     """The trunk of any nn.Module, run as it is with its weights frozen; directional derivatives are forward-mode.
 
+    Weights and inputs of half precision are widened to float32: the features are those of the stored weights, nearly
+    exact, not those that arithmetic in half precision makes of them.
+
     Raises:
         EditError: the layer is not an nn.Linear, is tied to another weight, or is not the last operation.
     """
@@ -220,6 +230,8 @@ class ModuleTrunk:
         self.weight = head.weight.detach()
         self.bias: Tensor | None = None if head.bias is None else head.bias.detach()
         self._modules = modules
+        stored = (*module.named_parameters(), *module.named_buffers())
+        self._widened = {name: _wide(t.detach()) for name, t in stored if _wide(t) is not t}
         self.tried: Tensor | None = None
 
     @contextmanager
@@ -231,10 +243,16 @@ class ModuleTrunk:
             yield
 
     def _run(
-        self, x: Tensor, place: str | None = None, put: Tensor | None = None, weights: dict[str, Tensor] | None = None
-    ) -> dict[str, Any]:
-        """The head's input, its output, the model's output and the value at a place, which `put` replaces."""
+        self, x: Tensor, place: str | None = None, put: Tensor | None = None, weights: dict[str, Tensor] | None = None,
+        *, to_head: bool = False,
+    ) -> dict[str, Any]:  # fmt: skip
+        """The head's input, its output, the model's output and the value at a place, which `put` replaces; only the
+        head's input, and nothing behind it is computed, if `to_head`."""
         seen: dict[str, Any] = {}
+
+        def reached(m: nn.Module, args: tuple[Any, ...]) -> None:
+            seen["head"] = args[0].clone()
+            raise _Reached
 
         def head_hook(m: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
             if "head" in seen:
@@ -253,13 +271,24 @@ class ModuleTrunk:
 
         if place is not None and place not in self._modules:
             raise InvalidInput(f"{type(self.module).__name__} has no module {place!r}.")
-        hooks = [self._head.register_forward_hook(head_hook)]
+        head = self._head
+        hooks = [head.register_forward_pre_hook(reached) if to_head else head.register_forward_hook(head_hook)]
         if place is not None:
             hooks.append(self._modules[place].register_forward_hook(place_hook))
         try:
             with self._frozen():
-                given = x if place is not None or put is None else put
-                out = torch.func.functional_call(self.module, weights or {}, (given.clone(),))  # it may overwrite it
+                given = _wide(x if place is not None or put is None else put)
+                state = {**self._widened, **(weights or {})}
+                out = torch.func.functional_call(self.module, state, (given.clone(),))  # it may overwrite it
+        except _Reached:
+            return seen
+        except RuntimeError as error:
+            if not self._widened or "dtype" not in str(error):
+                raise
+            raise EditError(
+                f"{type(self.module).__name__} holds weights of half precision and could not be run with them widened "
+                f"({error}). Convert it first: module.float()."
+            ) from error
         finally:
             for hook in hooks:
                 hook.remove()
@@ -283,7 +312,9 @@ class ModuleTrunk:
             for scale in (1.0, -1.0, 1e4, -1e4):
                 draw = torch.Generator().manual_seed(0)
                 weights = {
-                    f"{self.layer}.{name}".removeprefix("."): (scale * torch.randn(p.shape, generator=draw)).to(p)
+                    f"{self.layer}.{name}".removeprefix("."): _wide(
+                        (scale * torch.randn(p.shape, generator=draw)).to(p)
+                    )
                     for name, p in self._head.named_parameters()
                 }
                 seen = self._run(x, weights=weights)
@@ -307,33 +338,61 @@ class ModuleTrunk:
 
     def value(self, x: Tensor, place: str | None) -> Tensor:
         if place is None:
-            return x
+            return _wide(x)
         with torch.no_grad():
             value: Tensor = self._run(x, place)["place"]
         return value
 
     def tangents(self, x: Tensor, place: str | None, directions: Tensor) -> Tensor:
         self.try_other_weights(x)
-        here = self.value(x, place)
+        return self._moved(x, place, self.value(x, place)[None], directions)[0]
+
+    def tangents_along(self, path: Tensor, directions: Tensor) -> Tensor:
+        self.try_other_weights(path[0])
+        return self._moved(path[0], None, path, directions)
+
+    def _moved(self, x: Tensor, place: str | None, values: Tensor, directions: Tensor) -> Tensor:
+        """[s, m, positions, K]: how features move with each of several values at a place, in each direction."""
+        shape = values.shape[1:]
         try:
-            here.new_empty(directions.shape[1:]).expand(here.shape)
+            values.new_empty(directions.shape[1:]).expand(shape)
         except RuntimeError as error:
-            shapes = f"{tuple(directions.shape[1:])} do not fit {place or 'the input'}, which has {tuple(here.shape)}"
+            shapes = f"{tuple(directions.shape[1:])} do not fit {place or 'the input'}, which has {tuple(shape)}"
             raise InvalidInput(f"directions of shape {shapes}.") from error
 
-        def moved(d: Tensor) -> Tensor:
-            return torch.func.jvp(lambda z: self._run(x, place, z)["head"], (here,), (d.expand(here.shape),))[1]
+        def moved(value: Tensor, d: Tensor) -> Tensor:
+            return torch.func.jvp(lambda z: self._run(x, place, z, to_head=True)["head"], (value,), (d.expand(shape),))[
+                1
+            ]
 
+        size = max(1, 2**26 // max(1, math.prod(shape)))
+        at_one = torch.vmap(moved, (None, 0), chunk_size=size)
+        at_several = torch.vmap(at_one, (0, None), chunk_size=max(1, size // max(1, len(directions))))
+        directions = directions.to(values.dtype)
         with torch.no_grad():
-            size = max(1, 2**26 // max(1, here.numel()))
+            self._run(x, place, values[0])  # the whole module, with its checks
             try:
-                result: Tensor = torch.vmap(moved, chunk_size=size)(directions.to(here.dtype))
+                found = None
+                if len(values) > 1:
+                    with suppress(RuntimeError):  # of modules that look at their input's values
+                        found = at_several(values, directions)
+                if found is None:
+                    found = torch.stack([at_one(value, directions) for value in values])
             except (NotImplementedError, RuntimeError) as error:
                 raise EditError(
                     f"torch could not differentiate {type(self.module).__name__} forward at {place or 'its input'} "
                     f"({error}). Load it as a graph first: soundly.edit(soundly.load(model, example), ...)."
                 ) from error
-        return result.reshape(len(directions), -1, self.weight.shape[1]).double()
+        return found.reshape(len(values), len(directions), -1, self.weight.shape[1]).double()
+
+
+class _Reached(Exception):
+    """The layer is about to be called: nothing behind its input is needed."""
+
+
+def _wide(t: Tensor) -> Tensor:
+    """The same numbers in float32 where they are of half precision."""
+    return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:

@@ -1,6 +1,7 @@
 """Search by splitting boxes of inputs: every part gets fresh bounds, and the bounds' planes clip it first.
 
-Where few inputs vary this beats splitting neurons: bounds converge quadratically with the width of the box.
+Where few inputs vary this beats splitting neurons: bounds converge quadratically with the width of the box. Around
+jumps they do not: where few entries jump in a box, it is split into what is below and above such a jump instead.
 
 Reference: Wang et al., "Formal Security Analysis of Neural Networks using Symbolic Intervals", 2018 (splitting inputs);
 Zhou et al., "Clip-and-Verify", 2025 (clipping).
@@ -18,7 +19,10 @@ import torch
 from torch import Tensor
 
 from soundly.bounds.batch import Bounder, Frame, Start, plainly
-from soundly.verification.forest import BOUND, CLIP, INPUT, REFRESH, Forest
+from soundly.bounds.program import Affine, Function
+from soundly.verification.forest import BOUND, CLIP, INPUT, NEURON, REFRESH, TOGETHER, Forest
+from soundly.verification.jumps import Jumps
+from soundly.verification.leaf import solve
 from soundly.verification.problem import Problem
 from soundly.verification.proof import Grown
 
@@ -28,12 +32,17 @@ FORGET = 0.9
 """How much of what splits brought counts in the next step."""
 WORTH = 0.8
 """A clip is kept where it leaves less than this share of the volume: whoever replays the tree must repeat it."""
+CROSSING = 2
+"""A box is halved at a jump where at most so many of them, per input that varies, meet it."""
+ENDS = 16
+"""At most so many linear programs are solved in a step."""
 
 
 @dataclass(frozen=True, eq=False)
 class Parts:
     """Boxes: their ends [k, n], tree nodes, cases, open clauses [k, clauses] and the worst bound known; by a split of
-    which entry (-1: none) they came about, and what it promised."""
+    which entry (-1: none) they came about, and what it promised; the `neuron`s [k, depth] that are held on one side of
+    a jump (-1: none), which side that is, and where their intervals end there."""
 
     lower: Tensor
     upper: Tensor
@@ -43,6 +52,9 @@ class Parts:
     bound: Tensor
     entry: Tensor
     promise: Tensor
+    neuron: Tensor
+    sign: Tensor
+    end: Tensor
 
     def __len__(self) -> int:
         return len(self.node)
@@ -60,7 +72,20 @@ class Parts:
     def join(parts: Sequence[Parts]) -> Parts:
         if len(parts) == 1:
             return parts[0]
+        depth = max(p.neuron.shape[1] for p in parts)
+        parts = [p.deeper(depth) for p in parts]
         return Parts(*(torch.cat(v) for v in zip(*(p._fields() for p in parts), strict=True)))
+
+    def deeper(self, depth: int) -> Parts:
+        """With room for that many sides."""
+        extra = depth - self.neuron.shape[1]
+        if extra == 0:
+            return self
+        neuron, sign, end = (
+            torch.cat([v, v.new_full((len(v), extra), fill)], 1)
+            for v, fill in ((self.neuron, -1), (self.sign, 0), (self.end, 0))
+        )
+        return replace(self, neuron=neuron, sign=sign, end=end)
 
 
 class InputSplit:
@@ -75,6 +100,7 @@ class InputSplit:
         stack: the boxes that are neither proved nor split.
         proved: the leaves.
         subproblems: how many boxes were bounded.
+        betas: of leaves that a linear program closed, its multipliers of the sides above, by node.
         stuck: whether some box was too small to be split.
     """
 
@@ -87,13 +113,16 @@ class InputSplit:
         bound = torch.full((len(cases),), -torch.inf, dtype=torch.float64)
         roots = Parts(
             problem.lower[cases], problem.upper[cases], torch.tensor(nodes), cases, problem.open_clauses(cases), bound,
-            torch.full_like(cases, -1), torch.zeros_like(bound),
+            torch.full_like(cases, -1), torch.zeros_like(bound), cases.new_empty(len(cases), 0),
+            bound.new_empty(len(cases), 0), bound.new_empty(len(cases), 0),
         )  # fmt: skip
+        self.jumps = Jumps(problem.program.steps)
         self.gained, self.promised = torch.zeros(2, problem.lower.shape[1], dtype=torch.float64)
         self.stack = [roots]
         self.proved: list[Parts] = []
         self.subproblems = 0
         self.stuck = False
+        self.betas: dict[int, npt.NDArray[np.float64]] = {}
 
     def __len__(self) -> int:
         return sum(map(len, self.stack))
@@ -146,6 +175,12 @@ class InputSplit:
         for name, parts in (("waiting", self.stack), ("proved", self.proved)):
             for field, value in Parts.join(parts)._asdict().items() if parts else ():
                 arrays[f"{name}.{field}"] = value.numpy()
+        betas = {
+            "nodes": np.array(list(self.betas), dtype=np.int64),
+            "counts": np.array([len(v) for v in self.betas.values()], dtype=np.int64),
+            "values": np.concatenate([np.empty(0), *self.betas.values()]),
+        }
+        arrays |= {f"betas.{k}": v for k, v in betas.items()}
         return arrays | {"subproblems": np.array(self.subproblems)}
 
     def restore(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
@@ -155,30 +190,44 @@ class InputSplit:
             found = {k.split(".")[1]: torch.from_numpy(v) for k, v in state.items() if k.startswith(name + ".")}
             parts = Parts(**found) if found else None
             setattr(self, "stack" if name == "waiting" else name, [] if parts is None else [parts])
+        values = np.split(state["betas.values"], np.cumsum(state["betas.counts"])[:-1])
+        self.betas = dict(zip(state["betas.nodes"].tolist(), values, strict=False))
         self.subproblems = int(state["subproblems"])
 
     def grown(self, trees: Sequence[int]) -> Grown:
         """Some trees, for a certificate."""
-        return Grown(self.forest, trees, np.empty(0, np.int64), np.empty((0, 0), np.float32), {}, {}, {}, {})
+        return Grown(self.forest, trees, np.empty(0, np.int64), np.empty((0, 0), np.float32), {}, self.betas, {}, {})
 
-    def reopen(self, nodes: Sequence[int]) -> bool:
-        """Splits leaves that were proved but whose proof was not accepted; whether there are any among these."""
+    def reopen(self, left: Mapping[int, tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]]) -> bool:
+        """Splits leaves that were proved but whose proof was not accepted; whether there are any among these.
+
+        Args:
+            left: by node, the box and the clauses that the checker is left with: it clips a little differently.
+        """
         if not self.proved:
             return False
         leaves = Parts.join(self.proved)
-        again = torch.isin(leaves.node, torch.tensor(nodes))
+        again = torch.isin(leaves.node, torch.tensor(list(left)))
         if not bool(again.any()):
             return False
         self.proved = [leaves.pick(~again)]
         leaves = leaves.pick(again)
-        self.forest.flags[leaves.node.numpy()] = 0
-        children = self._split(leaves, torch.ones_like(leaves.lower))
+        lower, upper, still = (
+            torch.stack([torch.from_numpy(left[n][k]) for n in leaves.node.tolist()]) for k in range(3)
+        )
+        rest = torch.zeros(len(leaves), leaves.open.shape[1] - still.shape[1], dtype=torch.bool)
+        leaves = replace(leaves, lower=lower, upper=upper, open=torch.cat([still, rest], 1))
+        for node in leaves.node.tolist():
+            self.betas.pop(node, None)
+        children = self._halved(leaves, torch.ones_like(leaves.lower))
         self.stack.append(children)
         return True
 
     def _treat(self, now: Parts) -> tuple[Parts, Tensor]:
-        frame = self.bounder.refresh(now.lower.to(self.bounder.dtype), now.upper.to(self.bounder.dtype))
-        owner, row, clause, least, base, a = self._rows(frame, now)
+        dtype = self.bounder.dtype
+        held = self.jumps.intervals(now.neuron, now.sign, now.end, dtype)
+        frame = self.bounder.refresh(now.lower.to(dtype), now.upper.to(dtype), inherited=held)
+        owner, row, clause, least, base, a, loss = self._rows(frame, now)
         k, many = now.open.shape
         slack = self.problem.slack[row]
         place = owner * many + clause
@@ -189,7 +238,9 @@ class InputSplit:
         still = now.open & ~done
 
         alive = still.reshape(-1)[place]
-        owner, least, base, slack, a, place = (v[alive] for v in (owner, least, base, slack, a, place))
+        owner, row, least, base, slack, a, loss, place = (
+            v[alive] for v in (owner, row, least, base, slack, a, loss, place)
+        )
         low, high = now.lower[owner], now.upper[owner]
         points = torch.where(a > 0, low, high)
         # A clause is as far from being refuted as its best row, a box as its worst clause.
@@ -207,8 +258,14 @@ class InputSplit:
         upper = torch.where(use[:, None], hull_high, now.upper)
 
         left = still.any(1)
+        if now.neuron.shape[1]:
+            bad = best & (least <= worst[owner])
+            closed, found = self._finished(now, frame, still, owner[bad], row[bad])
+            left, use = left & ~closed, use & ~closed
+            points = torch.cat([points, *found])
         told = ~left | use | done.any(1)  # leaves, and inner nodes that found something
-        flags = torch.where(told, torch.where(use, REFRESH | BOUND | CLIP, REFRESH | BOUND), 0)
+        what = REFRESH | BOUND | (TOGETHER if frame.factors is not None else 0)
+        flags = torch.where(told, torch.where(use, what | CLIP, what), 0)
         self.forest.flags[now.node.numpy()] = flags.numpy()
         if not bool(left.all()):
             self.proved.append(now.pick(~left))
@@ -216,7 +273,40 @@ class InputSplit:
             0, owner[best, None].expand(-1, a.shape[1]), a[best].abs(), "amax"
         )
         inner = replace(now, lower=lower, upper=upper, open=still, bound=torch.maximum(now.bound, worst)).pick(left)
-        return self._split(inner, steep[left]), points
+        lost = torch.zeros(k, len(self.jumps), dtype=loss.dtype).scatter_reduce(
+            0, owner[best, None].expand(-1, len(self.jumps)), loss[best], "amax"
+        )
+        return self._split(inner, steep[left], torch.where(self.jumps.crossed(frame), lost, -1.0)[left]), points
+
+    def _finished(
+        self, now: Parts, frame: Frame, still: Tensor, owner: Tensor, row: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Where nothing is bent any more on the sides that are held, a linear program tells whether the worst of the
+        rows holds: which boxes are done, and counterexamples."""
+        closed, points = torch.zeros(len(now), dtype=torch.bool), []
+        ready = self.bounder.straight(frame) & (now.neuron >= 0).any(1) & still.any(1)
+        for i in ready.nonzero()[:ENDS, 0].tolist():
+            splits = self.jumps.splits(now.neuron[i], now.sign[i], now.end[i], self.bounder.dtype)
+            if not all(isinstance(self.bounder.steps[s], (Affine, Function)) for s in splits):
+                continue
+            which = row[owner == i][:1]
+            goal = float(self.problem.slack[which]) + self.margin
+            leaf = solve(self.bounder, frame.pick(torch.tensor([i])), self._start(which), splits, goal)
+            if leaf is None:
+                continue
+            if leaf.bound > goal and (leaf.point is None or int(still[i].sum()) == 1):
+                closed[i] = True
+                self.betas[int(now.node[i])] = self.jumps.multipliers(now.neuron[i], leaf.multipliers)
+            elif leaf.point is not None:
+                points.append(leaf.point[None].double())
+        return closed, points
+
+    def _start(self, row: Tensor, owner: Tensor | None = None) -> Start:
+        rows, bounder = self.problem.rows, self.bounder
+        a = {len(bounder.steps) - 1: rows.y[row].to(bounder.dtype)}
+        if rows.reads_inputs:
+            a[0] = rows.x[row].to(bounder.dtype)
+        return Start(a, rows.constant[row].to(bounder.dtype), owner)
 
     def _learn(self, now: Parts, worst: Tensor) -> None:
         """Remembers what the splits behind these boxes brought: the share of the parent's bound that is gone."""
@@ -237,10 +327,7 @@ class InputSplit:
         k, many = still.shape
         n = a.shape[1]
         low, high = now.lower[owner], now.upper[owner]
-        # A little room: a box that is clipped to a point could not be split.
-        room = ROOM * (high - low)
-        cut_high = torch.where(a > 0, low + reach + room, high)
-        cut_low = torch.where(a < 0, high + reach - room, low)
+        cut_low, cut_high = _cut(low, high, reach, a)
         index = place[:, None].expand(-1, n)
         clause_low = now.lower.repeat_interleave(many, 0).scatter_reduce(0, index, cut_low, "amax")
         clause_high = now.upper.repeat_interleave(many, 0).scatter_reduce(0, index, cut_high, "amin")
@@ -250,7 +337,39 @@ class InputSplit:
         hull_high = torch.where(clipped[:, :, None], clause_high, -torch.inf).amax(1)
         return clipped, hull_low.maximum(now.lower), hull_high.minimum(now.upper)
 
-    def _split(self, parts: Parts, steep: Tensor) -> Parts:
+    def _split(self, parts: Parts, steep: Tensor, lost: Tensor) -> Parts:
+        """Halves each box, or holds an entry on either side of its jump: that with the largest of `lost` (where it
+        jumps in the box; below 0 elsewhere), if few jump there."""
+        crossing = (lost >= 0).sum(1)
+        few = (crossing > 0) & (crossing <= CROSSING * (parts.lower < parts.upper).sum(1))
+        if not bool(few.any()):
+            return self._halved(parts, steep)
+        held = self._held(parts.pick(few), lost[few].argmax(1))
+        return Parts.join([held, self._halved(parts.pick(~few), steep[~few])])
+
+    def _held(self, parts: Parts, candidate: Tensor) -> Parts:
+        """Each box twice, with an entry below its jump and above it; where the entry is affine in the input, its plane
+        cuts the box."""
+        neuron, at = self.jumps.neuron[candidate], self.jumps.at[candidate]
+        made = self.forest.split(parts.node.numpy(), NEURON, neuron.numpy(), at.numpy())
+        both = torch.arange(len(parts)).repeat_interleave(2)
+        sign = torch.tensor([-1.0, 1.0], dtype=torch.float64).repeat(len(parts))
+        depth = parts.neuron.shape[1]
+        wide = parts.pick(both).deeper(depth + 1)
+        wide.neuron[:, depth], wide.sign[:, depth] = neuron[both], sign
+        wide.end[:, depth] = self.jumps.end(at[both], sign, self.bounder.dtype)
+        a, d = self.jumps.planes(neuron[both])
+        a, d = -sign[:, None] * a, sign * (at[both] - d)  # on its side a x + d <= 0
+        least = d + torch.where(a > 0, a * wide.lower, a * wide.upper).sum(1)
+        low, high = _cut(wide.lower, wide.upper, -least[:, None] / a, a)
+        full = (low <= high).all(1, keepdim=True)  # a side without points: its bounds will tell
+        return replace(
+            wide, node=torch.from_numpy(np.ascontiguousarray(made.reshape(-1))), entry=torch.full_like(wide.node, -1),
+            promise=torch.zeros_like(wide.promise), lower=torch.where(full, low, wide.lower),
+            upper=torch.where(full, high, wide.upper),
+        )  # fmt: skip
+
+    def _halved(self, parts: Parts, steep: Tensor) -> Parts:
         """Halves each box in one entry. The more the rows' planes change along an entry and the wider it is, the more
         a split promises; the splits so far tell how far to trust that, entry by entry."""
         width = parts.upper - parts.lower
@@ -273,26 +392,38 @@ class InputSplit:
         children.lower[1::2].scatter_(1, entry, at)
         return children
 
-    def _rows(self, frame: Frame, now: Parts) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """owner, row, clause, lower bound, the least of the plane below and its coefficients, for every open row."""
+    def _rows(self, frame: Frame, now: Parts) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """owner, row, clause, lower bound, the least of the plane below and its coefficients, and what jumps cost, for
+        every open row."""
         problem, bounder = self.problem, self.bounder
         rows, clauses = (t[now.case] for t in problem.table)
         wanted = (rows >= 0) & now.open.gather(1, clauses.clamp(min=0))
         owner, slot = wanted.nonzero(as_tuple=True)
         row, clause = rows[owner, slot], clauses[owner, slot]
-        lines = bounder.lines(frame)
-        last = len(bounder.steps) - 1
+        lines = frame.known
         bounds, bases = [now.lower.new_empty(0)], [now.lower.new_empty(0)]
         planes = [now.lower.new_empty(0, now.lower.shape[1])]
-        for part in bounder.portions(len(owner)):
+        losses = [now.lower.new_empty(0, len(self.jumps))]
+        for part in bounder.portions(len(owner), width=bounder.room):
             which, who = row[part], owner[part]
-            a = {last: problem.rows.y[which].to(bounder.dtype)}
-            if problem.rows.reads_inputs:
-                a[0] = problem.rows.x[which].to(bounder.dtype)
-            start = Start(a, problem.rows.constant[which].to(bounder.dtype), who)
-            found = bounder.backward(frame, lines, start)
+            start = self._start(which, who)
+            found = bounder.backward(frame, lines, start, keep=len(self.jumps) > 0)
             least = found.least(frame.lower[0][who], frame.upper[0][who])
             bounds.append(torch.maximum(least, plainly(frame, start)).double())
             bases.append(least.double())
             planes.append(found.a.double())
-        return owner, row, clause, torch.cat(bounds), torch.cat(bases), torch.cat(planes)
+            losses.append(self.jumps.losses(lines, found, who).double())
+        least, base, a, loss = (torch.cat(v) for v in (bounds, bases, planes, losses))
+        return owner, row, clause, least, base, a, loss
+
+
+def _cut(low: Tensor, high: Tensor, reach: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """What is left of boxes where each entry lies within `reach` of the end where a row with coefficients a is least.
+
+    With a little room: a box that is clipped to a point could not be split.
+    """
+    room = ROOM * (high - low)
+    return (
+        torch.where(a < 0, (high + reach - room).maximum(low), low),
+        torch.where(a > 0, (low + reach + room).minimum(high), high),
+    )

@@ -10,8 +10,10 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from scipy.optimize import linprog
 from torch import Tensor
@@ -19,6 +21,8 @@ from torch import Tensor
 from soundly.bounds.batch import Bounder, Frame, OutOfTime, Split, Start
 from soundly.bounds.optimise import bounds_of
 from soundly.bounds.program import Affine, Function
+
+Array: TypeAlias = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +32,7 @@ class Leaf:
     Attributes:
         bound: the row's least value on the leaf; infinite if the leaf is empty.
         multipliers: per step with splits, [1, n], not negative.
-        point: [inputs], where the row is least; None if the leaf is empty.
+        point: [inputs], where the row is least, or, below the goal, deep inside where it is; None if the leaf is empty.
     """
 
     bound: float
@@ -36,11 +40,11 @@ class Leaf:
     point: Tensor | None
 
 
-def solve(bounder: Bounder, frame: Frame, start: Start, splits: Mapping[int, Split]) -> Leaf | None:
-    """Solves one leaf, a frame of one subproblem in which no function is bent, for one row.
+def solve(bounder: Bounder, frame: Frame, start: Start, splits: Mapping[int, Split], goal: float = 0.0) -> Leaf | None:
+    """Solves one leaf, a frame of one subproblem in which no function is bent, for one row that should exceed a goal.
 
     Returns:
-        None where the solver does not reach an optimum.
+        None where a number is not finite, or the solver does not reach an optimum.
     """
     lines = bounder.lines(frame)
     row = bounder.backward(frame, lines, start)
@@ -56,30 +60,42 @@ def solve(bounder: Bounder, frame: Frame, start: Start, splits: Mapping[int, Spl
         where += [(i, int(e)) for e in entry]
     a, b = torch.cat(sides).double().numpy(), torch.cat(ends).double().numpy()
     scale = np.abs(a).max(1).clip(1e-30)
+    a, b = a / scale[:, None], b / scale
     box = torch.stack([frame.lower[0][0], frame.upper[0][0]], 1).double().numpy()
+    if not all(bool(np.isfinite(v).all()) for v in (a, b, row.a.numpy(), row.d.numpy())):
+        return None
     if time.monotonic() > bounder.deadline:
         raise OutOfTime
     limit = {} if math.isinf(bounder.deadline) else {"time_limit": max(0.1, bounder.deadline - time.monotonic())}
-    result = linprog(
-        row.a[0].double().numpy(), A_ub=a / scale[:, None], b_ub=b / scale, bounds=box, method="highs-ds", options=limit
-    )
+    result = linprog(row.a[0].double().numpy(), A_ub=a, b_ub=b, bounds=box, method="highs-ds", options=limit)
     empty = {i: torch.zeros_like(s.sign) for i, s in splits.items()}
     if result.status == 2:
-        return Leaf(np.inf, _farkas(a / scale[:, None], b / scale, box, where, scale, empty), None)
+        return Leaf(np.inf, _farkas(a, b, box, where, scale, empty), None)
     if result.status != 0:
         return None
     for (i, e), dual, size in zip(where, result.ineqlin.marginals, scale, strict=True):
         empty[i][0, e] = max(-dual, 0.0) / size
-    return Leaf(float(result.fun) + float(row.d[0]), empty, torch.from_numpy(result.x))
+    bound = float(result.fun) + float(row.d[0])
+    target = (bound + goal) / 2 - float(row.d[0])
+    if bound > goal or not math.isfinite(target):
+        return Leaf(bound, empty, torch.from_numpy(result.x))
+    inside = _inside(np.r_[a, row.a.double().numpy()], np.r_[b, target], box)
+    return Leaf(bound, empty, torch.from_numpy(result.x if inside is None else inside))
+
+
+def _inside(a: Array, b: Array, box: Array) -> Array | None:
+    """The centre of the largest cube where a x <= b in a box: a corner would lie between pieces of the network, where
+    its gradient is anyone's guess. None if there is no room."""
+    n = a.shape[1]
+    sides = np.r_[np.c_[a, np.abs(a).sum(1)], np.c_[np.eye(n), np.ones(n)], np.c_[-np.eye(n), np.ones(n)]]
+    bounds = [(None, None)] * n + [(0, None)]
+    result = linprog(np.r_[np.zeros(n), -1.0], sides, np.r_[b, box[:, 1], -box[:, 0]], bounds=bounds, method="highs-ds")
+    centre: Array = result.x
+    return centre[:n] if result.status == 0 else None
 
 
 def _farkas(
-    a: np.ndarray[tuple[int, ...], np.dtype[np.float64]],
-    b: np.ndarray[tuple[int, ...], np.dtype[np.float64]],
-    box: np.ndarray[tuple[int, ...], np.dtype[np.float64]],
-    where: list[tuple[int, int]],
-    scale: np.ndarray[tuple[int, ...], np.dtype[np.float64]],
-    empty: dict[int, Tensor],
+    a: Array, b: Array, box: Array, where: list[tuple[int, int]], scale: Array, empty: dict[int, Tensor]
 ) -> dict[int, Tensor]:
     """Multipliers that show that a leaf is empty: of the least violation of its constraints, much enlarged."""
     n = a.shape[1]

@@ -12,7 +12,7 @@ al., "Neural Network Verification with Branch-and-Bound for General Nonlineariti
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -193,7 +193,7 @@ class NeuronSplit:
             slopes[:, first : first + len(index)] = value[:, index]
         none = torch.empty(n, 0, dtype=self.dtype)
         return Parts(
-            torch.empty(n, 0, dtype=torch.int64), none, none, none, slopes, torch.tensor(nodes),
+            torch.empty(n, 0, dtype=torch.int64), none, none, none, slopes, torch.tensor(list(nodes)),
             torch.arange(n), torch.full((n,), -math.inf, dtype=self.dtype), torch.zeros(n, dtype=torch.int64),
         )  # fmt: skip
 
@@ -587,12 +587,12 @@ class NeuronSplit:
             count += len(used)
         return keys, torch.cat(rows)
 
-    def reopen(self, nodes: Sequence[int]) -> bool:
+    def reopen(self, nodes: Iterable[int]) -> bool:
         """Splits leaves that were proved but whose proof was not accepted; whether there are any among these."""
         if not self.proved:
             return False
         leaves = Parts.join(self.proved)
-        again = torch.isin(leaves.node, torch.tensor(nodes))
+        again = torch.isin(leaves.node, torch.tensor(list(nodes)))
         self.proved = [leaves.pick(~again)]
         self.forest.flags[leaves.node[again].numpy()] = 0
         self.refused.update(nodes)

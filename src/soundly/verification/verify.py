@@ -14,16 +14,14 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from soundly.bounds.batch import Bounder, OutOfTime
 from soundly.bounds.conditional import with_rows
-from soundly.bounds.lines import jumps
 from soundly.bounds.optimise import refine
-from soundly.bounds.program import Function
 from soundly.certificate.verification import replay as replay_proof
 from soundly.errors import InvalidInput, MissingRule
 from soundly.spec.claim import Claim
@@ -235,7 +233,7 @@ class _Run:
 
     def _decide(self, problem: Problem) -> Verdict:
         cases = len(problem.lower)
-        wide, margin = Bounder(problem.program.to(torch.float32), deadline=self.deadline), MARGIN
+        wide, margin = Bounder(problem.program.to(torch.float32), together=True, deadline=self.deadline), MARGIN
         for case in range(min(cases, 4)):
             self._try(case, min(max(0.05, wide.cost * PATIENCE), 2.0))
         vary = int((problem.upper > problem.lower).sum(1).max())
@@ -243,10 +241,8 @@ class _Run:
         inputs = InputSplit(problem, wide, margin=margin) if vary <= SOME or cases > 1 else None
         if inputs is not None:
             self.journal.follow("inputs", inputs)
-            # Where functions jump, boxes around the jumps may be split for ever.
-            alone = vary <= FEW and not any(isinstance(s, Function) and jumps(s.op) for s in problem.program.steps)
-            if alone or cases > 1:
-                self._work_inputs(inputs, rounds=None if alone else 1)
+            if vary <= FEW or cases > 1:
+                self._work_inputs(inputs, rounds=None if vary <= FEW else 1)
             waiting = {case for parts in inputs.stack for case in parts.case.tolist()}
             settled.append((inputs, [t for t, case in enumerate(inputs.forest.case) if case not in waiting]))
             left = sorted(waiting)
@@ -281,7 +277,8 @@ class _Run:
             if len(points):
                 self._offer(case, points)
             if search.margin > 0 and search.stack and bool((search.stack[-1].bound > -search.margin).any()):
-                search.bounder, search.margin = Bounder(search.problem.program, deadline=self.deadline), 0.0
+                search.bounder = Bounder(search.problem.program, together=True, deadline=self.deadline)
+                search.margin = 0.0
             if time.monotonic() - self.told > 0.5:
                 self.told = time.monotonic()
                 self.bound, self.open = search.bound, search.open_share
@@ -395,15 +392,16 @@ class _Run:
                     raise _Stop("the certificate was not accepted: it does not cover the claim")
                 break
             for search in dict.fromkeys(search for search, _ in owners):
-                mine: dict[int, list[int]] = {}
-                for t, position in result.failed:
-                    if owners[t][0] is search:
-                        mine.setdefault(owners[t][1], []).append(position)
+                mine = dict[int, tuple[Any, Any, Any]]()
+                for t in {t for t, _ in result.failed if owners[t][0] is search}:
+                    order = search.forest.order(owners[t][1])
+                    mine |= {int(order[i]): left for (tree, i), left in result.remaining.items() if tree == t}
                 if mine:
-                    if not search.reopen([int(n) for t, at in mine.items() for n in search.forest.order(t)[at]]):
+                    if not search.reopen(mine):
                         raise _Stop("the certificate was not accepted: a leaf is open that the search takes for proved")
                     if isinstance(search, InputSplit):
-                        search.bounder, search.margin = Bounder(problem.program, deadline=self.deadline), 0.0
+                        search.bounder = Bounder(problem.program, together=True, deadline=self.deadline)
+                        search.margin = 0.0
                         self._work_inputs(search)
                         refused = search.stuck
                     else:
