@@ -74,16 +74,22 @@ def test_parts_that_nothing_can_split_any_more_are_kept(tmp_path: Path):
     assert len(again.waiting) == sum(map(len, search.stuck))
 
 
+def interrupt(_: object) -> None:
+    """Ctrl-C at the first word of progress."""
+    raise KeyboardInterrupt
+
+
 def test_a_verification_is_interrupted_and_finished(tmp_path: Path):
     claim, path = claim_below(0.02), tmp_path / "journal"
-    assert isinstance(verify(claim, timeout=0.05, attack=False, journal=path), Unknown) and path.exists()
+    begun = verify(claim, attack=False, journal=path, progress=interrupt)
+    assert isinstance(begun, Unknown) and begun.reason == "interrupted" and path.exists()
     assert isinstance(verify(claim, timeout=60, attack=False, journal=path), Proved)
 
 
 @pytest.mark.parametrize("other", [claim_below(0.5), claim_below(1e-4, seed=2)], ids=["property", "network"])
 def test_the_journal_of_another_problem_is_refused(tmp_path: Path, other: Claim):
     path = tmp_path / "journal"
-    verify(claim_below(1e-4), timeout=0.05, attack=False, journal=path)
+    verify(claim_below(1e-4), attack=False, journal=path, progress=interrupt)
     kept = path.read_bytes()
     with pytest.raises(InvalidInput, match="another network, region or property"):
         verify(other, timeout=5, journal=path)
