@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -24,22 +23,18 @@ from soundly.editing.constraints import (
     Point,
     TopMask,
 )
-from soundly.editing.rows import Claim, Rows
+from soundly.editing.rows import Rows, Table
 from soundly.editing.trunk import Trunk
 from soundly.errors import InvalidInput
 
 
 @dataclass(frozen=True, eq=False)
-class Program:
-    """Rows lower <= sum_k coefficient_k * value_k <= upper, with value = vector . weights of a class.
+class Program(Table):
+    """Rows whose values are vector . weights of a class.
 
     Attributes:
         vectors: [v, K + 1] float64; the last column multiplies the bias.
         value_vector, value_class: [s] which vector and which class make a value.
-        row_start: [m + 1]; row i consists of the entries row_start[i] .. row_start[i + 1] - 1 of
-        row_value, row_coefficient: [nnz].
-        lower, upper: [m] float64.
-        claims: cover the rows in order.
         weights: [classes, K + 1] float64, as they were before the edit.
         edited: the classes whose weights may change, sorted.
     """
@@ -47,19 +42,8 @@ class Program:
     vectors: Tensor
     value_vector: Tensor
     value_class: Tensor
-    row_start: Tensor
-    row_value: Tensor
-    row_coefficient: Tensor
-    lower: Tensor
-    upper: Tensor
-    claims: tuple[Claim, ...]
     weights: Tensor
     edited: tuple[int, ...]
-
-    @cached_property
-    def row_of_entry(self) -> Tensor:
-        """[nnz]: the row each entry belongs to."""
-        return torch.repeat_interleave(torch.arange(len(self.lower)), self.row_start.diff())
 
     def values(self, weights: Tensor) -> Tensor:
         """The value of every row for weights [classes, K + 1], in float64 without error control."""
@@ -83,11 +67,6 @@ class Program:
         """[m] bool: which rows hold for these weights (measured, not proven)."""
         value = self.values(weights)
         return (self.lower <= value) & (value <= self.upper)
-
-    def name_of(self, row: int) -> str:
-        """The claim of a row and the row's number inside it."""
-        claim = next(c for c in self.claims if c.start <= row < c.stop)
-        return claim.name if claim.stop - claim.start == 1 else f"{claim.name} [row {row - claim.start}]"
 
     def blocks(self) -> Iterator[Block]:
         """The independent parts. Rows without any edited class belong to a block without classes."""

@@ -8,8 +8,10 @@ decided by whoever compiles the rows.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -30,7 +32,36 @@ class Claim:
     stop: int
 
 
-class Rows:
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Rows lower <= sum_k coefficient_k * value_k <= upper over values that a subclass defines.
+
+    Attributes:
+        row_start: [m + 1]; row i consists of the entries row_start[i] .. row_start[i + 1] - 1 of
+        row_value, row_coefficient: [nnz].
+        lower, upper: [m] float64.
+        claims: cover the rows in order.
+    """
+
+    row_start: Tensor
+    row_value: Tensor
+    row_coefficient: Tensor
+    lower: Tensor
+    upper: Tensor
+    claims: tuple[Claim, ...]
+
+    @cached_property
+    def row_of_entry(self) -> Tensor:
+        """[nnz]: the row each entry belongs to."""
+        return torch.repeat_interleave(torch.arange(len(self.lower)), self.row_start.diff())
+
+    def name_of(self, row: int) -> str:
+        """The claim of a row and the row's number inside it."""
+        claim = next(c for c in self.claims if c.start <= row < c.stop)
+        return claim.name if claim.stop - claim.start == 1 else f"{claim.name} [row {row - claim.start}]"
+
+
+class Rows(ABC):
     """Collects rows; a subclass says what a functional's values are."""
 
     def __init__(self) -> None:
@@ -39,17 +70,17 @@ class Rows:
         self.bounds: list[tuple[Tensor, Tensor]] = []
         self.claims: list[Claim] = []
 
+    @abstractmethod
     def values_of(self, functional: Functional) -> Tensor:
         """Indices of the functional's values."""
-        raise NotImplementedError
 
+    @abstractmethod
     def now(self, functional: Functional) -> Tensor:
         """The functional's values before the edit, in float64."""
-        raise NotImplementedError
 
+    @abstractmethod
     def classified(self, constraint: Classified) -> None:
         """Rows under which one output exceeds all others."""
-        raise NotImplementedError
 
     def state(self, constraints: Sequence[Constraint], extremes: Mapping[int, tuple[int, int]]) -> None:
         """Adds the rows of every constraint; `extremes` as in `compile_program`."""

@@ -25,7 +25,7 @@ from torch import Tensor
 from soundly.editing.candidate import Failure, Norm
 from soundly.editing.constraints import Classified, Constraint, Functional, Outputs, Point
 from soundly.editing.evidence import Evidence, joined, key_of, quantity
-from soundly.editing.rows import Claim, Rows
+from soundly.editing.rows import Rows, Table
 from soundly.editing.solve import least_change
 from soundly.errors import InvalidInput
 from soundly.graph.network import Network
@@ -42,29 +42,17 @@ DESCENT, STRIDE = 300, 0.03
 
 
 @dataclass(frozen=True, eq=False)
-class Requirements:
-    """Rows lower <= sum_k coefficient_k * value_k <= upper over the values [P * V] of some evidence.
+class Requirements(Table):
+    """Rows over the values [P * V] of some evidence.
 
     Attributes:
         network: the quantities of one point, [V], as a function of the input.
         points: in the order of the evidence; for an area one of its points.
-        row_start, row_value, row_coefficient, lower, upper, claims: as in `program.Program`.
     """
 
     network: Network
     evidence: Evidence
     points: tuple[Point, ...]
-    row_start: Tensor
-    row_value: Tensor
-    row_coefficient: Tensor
-    lower: Tensor
-    upper: Tensor
-    claims: tuple[Claim, ...]
-
-    @cached_property
-    def row_of_entry(self) -> Tensor:
-        """[nnz]: the row each entry belongs to."""
-        return torch.repeat_interleave(torch.arange(len(self.lower)), self.row_start.diff())
 
     @property
     def width(self) -> int:
@@ -109,11 +97,6 @@ class Requirements:
         size = share * self.magnitude(self.evidence(self.evidence.theta)[0])
         gap = torch.minimum(size, (self.upper - self.lower) / 4)
         return replace(self, lower=self.lower + gap, upper=self.upper - gap)
-
-    def name_of(self, row: int) -> str:
-        """The claim of a row and the row's number inside it."""
-        claim = next(c for c in self.claims if c.start <= row < c.stop)
-        return claim.name if claim.stop - claim.start == 1 else f"{claim.name} [row {row - claim.start}]"
 
 
 class _Builder(Rows):
@@ -187,7 +170,8 @@ def require(
     points = tuple(build.points)
     whole = joined(network, [made for made, _ in build.quantities.values()])
     evidence = Evidence.of(whole, [p.x for p in points], free)
-    return Requirements(whole, evidence, points, start, place[value], factor, lower, upper, tuple(build.claims))
+    table = (start, place[value], factor, lower, upper, tuple(build.claims))
+    return Requirements(*table, network=whole, evidence=evidence, points=points)
 
 
 @dataclass(frozen=True, eq=False)

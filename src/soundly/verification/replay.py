@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -103,7 +104,7 @@ def witness_text(inputs: Tensor, outputs: Tensor) -> str:
     return "sat\n(" + "\n ".join(f"({name} {value!r})" for name, value in values) + ")\n"
 
 
-class _Judge:
+class _Judge(ABC):
     """Evaluates the original model and asks the claim."""
 
     dtype: torch.dtype = torch.float64
@@ -112,9 +113,9 @@ class _Judge:
     def __init__(self, claim: Claim) -> None:
         self.claim, self.scale = claim, 1.0
 
+    @abstractmethod
     def outputs(self, x: Tensor) -> tuple[Tensor, ...]:
         """The flat outputs at a flat point, in float64: all of them have to violate the claim."""
-        raise NotImplementedError
 
     def __call__(self, x: Tensor) -> tuple[Replay | None, float]:
         """The replay if x is a counterexample, and how deep it lies if it is not too far off to tell."""
