@@ -24,7 +24,7 @@ from soundly.bounds.interval import interval_bounds
 from soundly.bounds.linear import linear_bounds
 from soundly.bounds.lower import lower
 from soundly.bounds.optimise import raised
-from soundly.bounds.program import Affine, Function, Program, Times
+from soundly.bounds.program import Affine, Function, Program, Step, Times
 from soundly.certificate.verification import replay
 from soundly.graph.load import load
 from soundly.graph.network import Network
@@ -220,8 +220,12 @@ def planes(subject: Subject, r: random.Random) -> Iterator[str]:
     if bool(frame.infeasible.any()):
         yield "the search takes the box for empty"
         return
-    for i, value in enumerate(subject.steps):
-        if _escapes(value, frame.lower[i][0], frame.upper[i][0], subject.room):
+    for i, (step, value) in enumerate(zip(program.steps, subject.steps, strict=True)):
+        # Rounding below a step may be amplified by it: what it reads must lie inside to the last digit.
+        inside = torch.ones(len(points), dtype=torch.bool)
+        for j in _sources(step):
+            inside &= ((subject.steps[j] >= frame.lower[j]) & (subject.steps[j] <= frame.upper[j])).all(1)
+        if _escapes(value[inside], frame.lower[i][0], frame.upper[i][0], subject.room[inside]):
             yield f"step {i} of the program: a value outside its interval"
             return
     generator = torch.Generator().manual_seed(r.getrandbits(30))
@@ -250,6 +254,17 @@ def planes(subject: Subject, r: random.Random) -> Iterator[str]:
             yield from _below(subject, bounder, frame, defaults, start, f"step {i} under splits", splits)
     if not frame.factors and len(program.steps) > 2 and r.random() < 0.3:
         yield from _raised(subject, bounder, frame)
+
+
+def _sources(step: Step) -> list[int]:
+    match step:
+        case Affine(parts):
+            return [source for _, source in parts]
+        case Function(source):
+            return [source]
+        case Times(left, right):
+            return [left, right]
+    return []
 
 
 def _chosen_steps(program: Program, r: random.Random) -> set[int]:
