@@ -6,7 +6,6 @@ can be ended.
 
 from __future__ import annotations
 
-import itertools
 import multiprocessing
 import time
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,9 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
 from soundly.auditing.faults import FAULTS, Fault, planted
-from soundly.auditing.fuzzing import fuzz
+from soundly.auditing.fuzzing import examine
+from soundly.auditing.generation import recipe
+from soundly.auditing.oracles import ORACLES
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,20 @@ class Mutant:
 
 
 def hunt(fault: Fault, *, seconds: float, first: int = 0) -> Mutant:
-    """Fuzzes soundly with the fault, in this process, from a seed on until it is found or time is up."""
+    """Examines soundly with the fault, in this process, until it is found or time is up.
+
+    Every oracle goes through the seeds at its own pace, and that which has taken the least time so far is next: cheap
+    ones see many recipes while a dear one sees a few.
+    """
     started = time.monotonic()
+    spent, seeds = dict.fromkeys(ORACLES, 0.0), dict.fromkeys(ORACLES, first)
     with planted(fault):
-        for finding in fuzz(itertools.count(first), seconds=seconds, shrink=False):
-            spent = time.monotonic() - started
-            return Mutant(fault, True, spent, finding.oracle, finding.seed, finding.text[:200])
+        while (begun := time.monotonic()) < started + seconds:
+            name = min(spent, key=lambda name: spent[name])
+            seed, seeds[name] = seeds[name], seeds[name] + 1
+            for _, text in examine(recipe(seed), seed, oracles={name: ORACLES[name][1]}):
+                return Mutant(fault, True, time.monotonic() - started, name, seed, text[:200])
+            spent[name] += time.monotonic() - begun
     return Mutant(fault, False, time.monotonic() - started)
 
 
