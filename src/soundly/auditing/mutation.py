@@ -33,14 +33,14 @@ class Mutant:
 def hunt(fault: Fault, *, seconds: float, first: int = 0) -> Mutant:
     """Examines soundly with the fault, in this process, until it is found or time is up.
 
-    Every oracle goes through the seeds at its own pace, and that which has taken the least time so far is next: cheap
-    ones see many recipes while a dear one sees a few.
+    Every oracle goes through the seeds at its own pace. Next is always that which has taken the least of the time due to
+    it, and more is due to cheap ones: they see many recipes while a dear one sees a few.
     """
     started = time.monotonic()
     spent, seeds = dict.fromkeys(ORACLES, 0.0), dict.fromkeys(ORACLES, first)
     with planted(fault):
         while (begun := time.monotonic()) < started + seconds:
-            name = min(spent, key=lambda name: spent[name])
+            name = min(spent, key=lambda name: spent[name] / ORACLES[name][0])
             seed, seeds[name] = seeds[name], seeds[name] + 1
             for _, text in examine(recipe(seed), seed, oracles={name: ORACLES[name][1]}):
                 return Mutant(fault, True, time.monotonic() - started, name, seed, text[:200])
