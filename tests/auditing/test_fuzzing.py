@@ -98,7 +98,9 @@ def test_planted_faults_are_found() -> None:
 
 
 def test_a_fault_that_changes_nothing_is_not_found() -> None:
-    harmless = Fault("none", "search", "bounds.batch:Bounder.backward", "alone = len(frame) == 1", "alone = len(frame) == 1")
+    harmless = Fault(
+        "none", "search", "bounds.batch:Bounder.backward", "alone = len(frame) == 1", "alone = len(frame) == 1"
+    )
     assert not hunt(harmless, seconds=1.0).found
 
 

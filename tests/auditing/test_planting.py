@@ -1,4 +1,4 @@
-"""Planted instances are what they say: the point violates the claim, nothing else near it does, and robust ones hold."""
+"""Planted instances are what they say: the point violates the claim, nothing away from it does, robust ones hold."""
 
 import itertools
 import math
@@ -80,7 +80,14 @@ def test_the_answer_is_exact_in_rational_arithmetic() -> None:
 
 
 def test_what_cannot_be_told_apart_is_refused() -> None:
-    for wrong in ({"margin": 1e-13}, {"margin": 0.0}, {"radius": -1.0}, {"position": "edge"}, {"host": "?"}, {"bump": "?"}):
+    for wrong in (
+        {"margin": 1e-13},
+        {"margin": 0.0},
+        {"radius": -1.0},
+        {"position": "edge"},
+        {"host": "?"},
+        {"bump": "?"},
+    ):
         with pytest.raises(InvalidInput):
             instance(**{"shape": (1, 4), **wrong})
 

@@ -1,14 +1,13 @@
 """Soundness bugs, one at a time: small wrongs in operations, relaxations, splitting, clipping, claims and certificates.
 
-A fault is a function of soundly and a piece of its source that is exchanged; all else stays as it is. If the piece is no
-longer there exactly once, the fault says so, and has to be adapted. The checker's own catalogue, which is finer, is in
-tests/certificate/test_planted_faults.py, that of every operation in tests/ops/test_seeded_faults.py; this one asks
+A fault is a function of soundly and a piece of its source that is exchanged; all else stays as it is. If the piece is
+no longer there exactly once, the fault says so, and has to be adapted. The checker's own catalogue, which is finer, is
+in tests/certificate/test_planted_faults.py, that of every operation in tests/ops/test_seeded_faults.py; this one asks
 whether the fuzzer, which knows of no particular place, would notice.
 """
 
 from __future__ import annotations
 
-import __future__ as future
 import importlib
 import inspect
 import sys
@@ -56,8 +55,8 @@ def broken(fault: Fault) -> Any:
     source = source[source.index("def ") :]  # what decorates it has been done
     if source.count(fault.old) != 1:
         raise InvalidInput(f"fault {fault.name!r}: {fault.old!r} is not in {fault.where} exactly once; adapt it.")
-    flags = future.annotations.compiler_flag
-    code = compile(source.replace(fault.old, fault.new), f"<{fault.name}>", "exec", flags=flags, dont_inherit=True)
+    # Compiled as this module is: annotations are not evaluated.
+    code = compile(source.replace(fault.old, fault.new), f"<{fault.name}>", "exec")
     made: dict[str, Any] = {}
     exec(code, module.__dict__, made)
     return made[name]
@@ -100,7 +99,8 @@ FAULTS: tuple[Fault, ...] = (
           "b - a if not include_pad else"),
     Fault("asymmetric padding of transposed convolutions", _OPS, "graph.aten_layers:_conv_transpose",
           "- 2 * p + d", "- p + d"),
-    Fault("maximum of the other difference", _OPS, "graph.composite:Maximum.expand", "subtract(a, b)", "subtract(b, a)"),
+    Fault("maximum of the other difference", _OPS, "graph.composite:Maximum.expand", "subtract(a, b)",
+          "subtract(b, a)"),
     Fault("a tap of the maximum forgotten", _OPS, "graph.composite:MaxPool.expand", "taps[1:]", "taps[2:]"),
     Fault("normalisation without eps", _OPS, "graph.composite:Normalise.expand", "Fill(self.eps,", "Fill(0.0,"),
     Fault("softmax that ignores the others", _OPS, "graph.composite:Softmax.enclose",
@@ -127,7 +127,8 @@ FAULTS: tuple[Fault, ...] = (
     # bounds of the search
     Fault("biases lost", _SEARCH, "bounds.batch:Bounder.backward", "d = d + here @ bias", "pass"),
     Fault("slopes exchanged in passes", _SEARCH, "bounds.batch:Bounder.backward",
-          "up * of(line.slope_low) + down * of(line.slope_high)", "up * of(line.slope_high) + down * of(line.slope_low)"),
+          "up * of(line.slope_low) + down * of(line.slope_high)",
+          "up * of(line.slope_high) + down * of(line.slope_low)"),
     Fault("the chord's intercept for positive coefficients", _SEARCH, "bounds.batch:Bounder.backward",
           "(here.clamp(max=0) * of(line.offset_high))", "(here.clamp(min=0) * of(line.offset_high))"),
     Fault("splits with the wrong sign", _SEARCH, "bounds.batch:Bounder.backward", "here = here - of(force)",
@@ -151,7 +152,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault("products of forms without their radii", _SEARCH, "bounds.forms:Forms.follow", "+ wide_a * wide_b", ""),
     # splitting and clipping
     Fault("right halves begin too late", _SPLIT, "verification.input_split:InputSplit._halved",
-          "children.lower[1::2].scatter_(1, entry, at)", "children.lower[1::2].scatter_(1, entry, at + 0.2 * (high - at))"),
+          "children.lower[1::2].scatter_(1, entry, at)",
+          "children.lower[1::2].scatter_(1, entry, at + 0.2 * (high - at))"),
     Fault("clips cut a tenth too far", _SPLIT, "verification.input_split:_cut", "(low + reach + room)",
           "(low + 0.9 * reach + room)"),
     Fault("boxes closed below their slack", _SPLIT, "verification.input_split:InputSplit._treat",

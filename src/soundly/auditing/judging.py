@@ -18,7 +18,7 @@ from soundly.auditing.suite import Answer
 from soundly.errors import InvalidInput
 from soundly.verification.bench import GRACE, SLACK, Instance, measure
 
-OWN = f"{shlex.quote(sys.executable)} -m soundly verify {{onnx}} {{vnnlib}} --timeout {{timeout}} --format vnncomp --quiet"
+OWN = f"{shlex.quote(sys.executable)} -m soundly verify {{onnx}} {{vnnlib}} --timeout {{timeout}} --format vnncomp"
 """soundly's own command."""
 
 Claimed = Literal["unsat", "sat", "unknown"]
@@ -91,7 +91,7 @@ def judge(
             limit = None if memory is None else int(SLACK * memory)
             done = measure(command, timeout=instance.limit + GRACE, memory=limit)
             text = results.read_text(errors="replace") if results.is_file() else done.out
-        claimed, detail = ("unknown", done.killed) if done.killed else _said(text, done.err, done.code)
+        claimed, detail = _said("" if done.killed else text, done.killed or done.err, done.code)
         made = Judgement(instance.name, answers[instance.name], claimed, detail, done.seconds, done.cpu)
         if progress is not None:
             progress(made)

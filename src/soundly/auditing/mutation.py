@@ -20,7 +20,7 @@ from soundly.auditing.oracles import ORACLES
 
 @dataclass(frozen=True)
 class Mutant:
-    """What became of a fault: whether it was found, after how many seconds, by which oracle and seed, and what it said."""
+    """What became of a fault: whether it was found, after how many seconds, by which oracle and seed, and its words."""
 
     fault: Fault
     found: bool
@@ -33,8 +33,8 @@ class Mutant:
 def hunt(fault: Fault, *, seconds: float, first: int = 0) -> Mutant:
     """Examines soundly with the fault, in this process, until it is found or time is up.
 
-    Every oracle goes through the seeds at its own pace. Next is always that which has taken the least of the time due to
-    it, and more is due to cheap ones: they see many recipes while a dear one sees a few.
+    Every oracle goes through the seeds at its own pace. Next is always that which has taken the least of the time due
+    to it, and more is due to cheap ones: they see many recipes while a dear one sees a few.
     """
     started = time.monotonic()
     spent, seeds = dict.fromkeys(ORACLES, 0.0), dict.fromkeys(ORACLES, first)

@@ -168,7 +168,9 @@ def capture(subject: Subject, r: random.Random) -> Iterator[str]:
         want = torch.zeros_like(point[0]) if slope is None else slope
         with torch.no_grad():
             got = subject.network(*(p.detach() for p in point))
-        kinks = any(bool((v.double().abs() < 1e-12).any()) for v in subject.recipe.run([p.detach() for p in point])[count:])
+        kinks = any(
+            bool((v.double().abs() < 1e-12).any()) for v in subject.recipe.run([p.detach() for p in point])[count:]
+        )
         if not kinks and not _near(got, want):
             yield f"the gradient and autograd differ by {float((got - want).abs().max()):.3g}"
 
@@ -192,7 +194,9 @@ def intervals(subject: Subject, r: random.Random) -> Iterator[str]:
     part = interval_bounds(network, {n: (a.reshape(n.shape), b.reshape(n.shape)) for n, a, b in parts})
     for node in nodes:
         slack = ROUNDING * (1 + torch.maximum(whole[node].lower.abs(), whole[node].upper.abs()))
-        if bool((part[node].lower < whole[node].lower - slack).any() | (part[node].upper > whole[node].upper + slack).any()):
+        if bool(
+            (part[node].lower < whole[node].lower - slack).any() | (part[node].upper > whole[node].upper + slack).any()
+        ):
             yield f"{node!r}: the interval over a part of the box is not within that over the box"
 
 
@@ -251,16 +255,21 @@ def planes(subject: Subject, r: random.Random) -> Iterator[str]:
     for i in _chosen_steps(program, r):
         size = program.steps[i].size
         rows = torch.cat([torch.eye(size, dtype=F64)[:6], torch.randn(2, size, generator=generator, dtype=F64)])
-        start = Start({i: torch.cat([rows, -rows])}, torch.zeros(2 * len(rows), dtype=F64), torch.zeros(2 * len(rows), dtype=torch.int64))
+        start = Start(
+            {i: torch.cat([rows, -rows])},
+            torch.zeros(2 * len(rows), dtype=F64),
+            torch.zeros(2 * len(rows), dtype=torch.int64),
+        )
         yield from _below(subject, bounder, frame, defaults, start, f"step {i}")
         plain = plainly(frame, start)
-        reached = subject.steps[i] @ start.a[i].T
-        if bool((reached.amin(0) < plain - subject.room.max()).any()):
+        inside = ((subject.steps[i] >= frame.lower[i]) & (subject.steps[i] <= frame.upper[i])).all(1)
+        reached = subject.steps[i][inside] @ start.a[i].T
+        if bool((reached < plain - subject.room[inside][:, None]).any()):
             yield f"step {i}: a row below what its intervals say"
         free = bounder.free(frame, upto=i + 1)
         if free:
             slopes = {}
-            for (j, side) in free:
+            for j, side in free:
                 line = defaults[j]
                 own = line[2 * side] if isinstance(bounder.steps[j], Function) else torch.ones_like(frame.lower[j])
                 slopes[j, side] = own * torch.rand(own.shape, generator=generator, dtype=F64)
@@ -295,7 +304,7 @@ def _below(
     splits: Mapping[int, Split] | None = None,
 ) -> Iterator[str]:  # fmt: skip
     """That the planes of a pass lie below its rows, wherever the splits allow."""
-    found = bounder.backward(frame, lines, start, splits=splits)  # type: ignore[arg-type]
+    found = bounder.backward(frame, lines, start, splits=splits, keep=True)  # type: ignore[arg-type]
     least = found.least(frame.lower[0], frame.upper[0])
     known = torch.isfinite(found.d) & torch.isfinite(found.a).all(1)
     if not bool(known.any()):
@@ -310,14 +319,17 @@ def _below(
     finite = torch.stack([torch.isfinite(v).all(1) for v in values]).all(0) & allowed
     size = torch.stack([v.abs().amax(1) for v in values]).amax(0)[finite]
     rows = sum((values[i][finite] @ v[known].T for i, v in start.a.items()), start.d[known])
-    room = ROUNDING * (1 + size[:, None]) * (1 + a.abs().sum(1) + d.abs())
+    steep = sum((v[known].abs().sum(1) for v in found.kept.values()), a.abs().sum(1) + d.abs())  # amplifies rounding
+    room = ROUNDING * (1 + size[:, None]) * (1 + steep)
     if bool((rows < points[finite] @ a.T + d - room).any()):
         yield f"{what}: a plane above its row"
     elif bool((rows < least - room).any()):
         yield f"{what}: a row below its bound"
 
 
-def _splits(subject: Subject, bounder: Bounder, r: random.Random, generator: torch.Generator, upto: int) -> dict[int, Split]:
+def _splits(
+    subject: Subject, bounder: Bounder, r: random.Random, generator: torch.Generator, upto: int
+) -> dict[int, Split]:
     """Random halves of values that functions and products read, with random multipliers."""
     read = [i for i in range(upto) if bounder.read[i]]
     found = {}
@@ -366,7 +378,10 @@ def splitting(subject: Subject, r: random.Random) -> Iterator[str]:
         level = float(values.min()) + share * spread + room
         claim = subject.claim(level, entry)
         problem = problem_of(claim)
-        bad = subject.kept[problem.rows.worst(problem.rows.at(problem.program.evaluate(subject.kept)[-1], subject.kept)).amin(1) <= -room / 4]
+        bad = subject.kept[
+            problem.rows.worst(problem.rows.at(problem.program.evaluate(subject.kept)[-1], subject.kept)).amin(1)
+            <= -room / 4
+        ]
         inputs = InputSplit(problem, Bounder(problem.program, together=r.random() < 0.5))
         values_at = problem.program.evaluate(bad)
         for i, t in inputs.jumps.points:  # on which side of a jump a point is counts beyond rounding only
@@ -458,7 +473,9 @@ def verdicts(subject: Subject, r: random.Random) -> Iterator[str]:
 
 def exact(subject: Subject, r: random.Random) -> Iterator[str]:
     """For piecewise linear programs: bounds lie below the exact minimum, which mixed-integer programming finds."""
-    if not all(isinstance(s, Affine) or (isinstance(s, Function) and s.op.name in _PIECES) for s in subject.program.steps[1:]):
+    if not all(
+        isinstance(s, Affine) or (isinstance(s, Function) and s.op.name in _PIECES) for s in subject.program.steps[1:]
+    ):
         return
     if len(subject.program.steps) < 3 or sum(s.size for s in subject.program.steps) > 80:
         return
@@ -471,7 +488,10 @@ def exact(subject: Subject, r: random.Random) -> Iterator[str]:
         return
     bounder = Bounder(subject.program)
     frame = bounder.refresh(low[None], high[None])
-    start = Start({len(bounder.steps) - 1: step_rows(torch.tensor([entry]), subject.program.outputs, low)}, torch.zeros(1, dtype=F64))
+    start = Start(
+        {len(bounder.steps) - 1: step_rows(torch.tensor([entry]), subject.program.outputs, low)},
+        torch.zeros(1, dtype=F64),
+    )
     bound = float(bounder.backward(frame, frame.known, start).least(low, high))
     room = 1e-5 * (1 + abs(found) + float(subject.room.max()))
     if bound > found + room:

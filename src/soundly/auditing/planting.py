@@ -1,10 +1,10 @@
-"""Networks whose answer is known: exact counterexamples planted where attacks do not look, and robust ones beside them.
+"""Networks whose answer is known: exact counterexamples planted where attacks do not look, and robust ones besides.
 
-A planted network is a host that is robust, plus a bump: a small network that is 1 at one point and 0 (or nearly) a short
-way off, times the height that just violates the claim there. Outside the bump gradients are the host's, so nothing leads
-to the point. The host is a sum of functions that grow away from the centre, entry by entry, through one increasing
-function, so that its least margin over a box is taken at corners that are known: the same construction, with the bump
-too low or the box smaller, is robust by a margin that is known as well.
+A planted network is a host that is robust, plus a bump: a small network that is 1 at one point and 0 (or nearly) a
+short way off, times the height that just violates the claim there. Outside the bump gradients are the host's, so
+nothing leads to the point. The host falls away from the centre, entry by entry, through one increasing function, so
+that its least margin over a box is taken at a corner that is known: the same construction, with the bump too low, or
+without a bump, holds by a margin that is known as well.
 
 Nothing here uses soundly's bounds: truths come from the construction, and from evaluating single points.
 
@@ -221,9 +221,9 @@ def instance(
         parts = _two(Fraction(margin if holds else -margin) - worst, down=not holds)
         raised = add(base, *(b.constant(torch.tensor([[part]])) for part in parts))
         network = b.network(Concat(1)(raised, zero), name)
-        least = float(worst + sum(map(Fraction, parts)))
+        by = float(worst + sum(map(Fraction, parts)))
         witness = None if holds else corner
-        return _checked(Instance(name, network, centre - wide, centre + wide, holds, least if holds else -least, witness))
+        return _checked(Instance(name, network, centre - wide, centre + wide, holds, by if holds else -by, witness))
     top = b.constant(torch.tensor([[float(1 - worst)]]))
     hump = _bump(b, point, radius, bump)
     wall = add(base, top)
@@ -235,7 +235,9 @@ def instance(
         one, two = _two(height, down=True)
         truth = float(least - (Fraction(one) + Fraction(two)) * peak)
         result = Combine((one, two))(hump, hump)
-        return _checked(Instance(name, b.network(Concat(1)(wall, result), name), centre - wide, centre + wide, True, truth))
+        return _checked(
+            Instance(name, b.network(Concat(1)(wall, result), name), centre - wide, centre + wide, True, truth)
+        )
     one, two = _two((there + Fraction(margin)) / peak, down=False)
     result = Combine((one, two))(hump, hump)
     depth = float((Fraction(one) + Fraction(two)) * peak - there)
@@ -265,4 +267,3 @@ def _checked(made: Instance) -> Instance:
         if not inside or not float(y[1] - y[0]) > made.margin / 2:
             raise InvalidInput(f"{made.name}: the planted point is no counterexample; this is a defect of soundly.")
     return made
-

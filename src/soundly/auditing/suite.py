@@ -1,7 +1,8 @@
 """Suites of instances with known answers: files to hand out, and the answers under seal.
 
-What is handed out is what VNN-COMP hands out: ONNX, VNN-LIB and instances.csv, with names that say nothing. The answers,
-with the planted points, are a file of their own; its SHA-256 is handed out too, so that nobody can change them later.
+What is handed out is what VNN-COMP hands out: ONNX, VNN-LIB and instances.csv, with names that say nothing. The
+answers, with the planted points, are a file of their own; its SHA-256 is handed out too, so that nobody can change them
+later.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import itertools
 import json
 import random
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def write(folder: Path, instances: Iterable[Instance], *, timeout: float = 60.0)
     for k, made in enumerate(instances):
         number = f"{k:04d}"
         onnx, spec = f"onnx/{number}.onnx", f"vnnlib/{number}.vnnlib"
-        to_onnx(made.network, folder / onnx)
+        to_onnx(replace(made.network, name="network"), folder / onnx)  # its own name tells the answer
         (folder / spec).write_text(vnnlib(made), encoding="utf-8")
         lines.append(f"{onnx},{spec},{timeout:g}")
         witness = () if made.witness is None else tuple(made.witness.flatten().tolist())
@@ -111,4 +112,3 @@ def read_answers(folder: Path, *, answers: Path | None = None) -> dict[str, Answ
         if isinstance(problem, InvalidInput):
             raise
         raise InvalidInput(f"{path} with its {SEAL} cannot be read: {problem}.") from problem
-

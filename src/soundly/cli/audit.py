@@ -24,9 +24,10 @@ def add(verbs: Verbs) -> None:
     )
     kinds = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    planted = kinds.add_parser("planted", help="make a suite with known answers",
-                               description="Write instances with known answers: planted counterexamples and robust ones, "
-                               "with the answers under seal.")  # fmt: skip
+    planted = kinds.add_parser(
+        "planted", help="make a suite with known answers",
+        description="Write planted counterexamples and robust instances, with the answers under seal.",
+    )  # fmt: skip
     planted.add_argument("folder", metavar="DIR", type=Path, help="a new folder")
     planted.add_argument("--count", type=int, default=100, metavar="N", help="how many; default: 100")
     planted.add_argument("--seed", type=int, default=0, metavar="S", help="default: 0")
@@ -54,8 +55,10 @@ def add(verbs: Verbs) -> None:
     fuzz.add_argument("--keep", type=Path, metavar="DIR", help="write each finding, made small, as a file there")
     fuzz.set_defaults(run=_fuzz)
 
-    mutate = kinds.add_parser("mutate", help="plant faults in soundly",
-                              description="Plant each fault of a catalogue in soundly and see whether fuzzing notices.")  # fmt: skip
+    mutate = kinds.add_parser(
+        "mutate", help="plant faults in soundly",
+        description="Plant each fault of a catalogue in soundly and see whether fuzzing notices.",
+    )  # fmt: skip
     mutate.add_argument("--seconds", type=positive, default=60.0, metavar="S", help="for each fault; default: 60")
     mutate.add_argument("--only", default="", metavar="TEXT", help="faults whose name or part contains this")
     mutate.set_defaults(run=_mutate)
