@@ -354,7 +354,8 @@ def _raised(subject: Subject, bounder: Bounder, frame: Frame) -> Iterator[str]:
         return
     found = raised(bounder, frame, start, slopes, rounds=5, goal=torch.full((1,), math.inf, dtype=F64))
     reached = (subject.steps[last] @ rows.T).amin()
-    if bool((found.bound > reached + subject.room.max()).any()):
+    steep = max(float(v.abs().max()) for v in slopes.values())  # amplifies rounding
+    if bool((found.bound > reached + (1 + steep) * subject.room.max()).any()):
         yield "an optimised bound above its row"
 
 
