@@ -359,7 +359,7 @@ class NeuronSplit:
         """
         _, found, frame, _ = self._bound(parts, keep=True)
         lines = self.bounder.lines(frame, self._slopes(parts))
-        x = torch.where(found.a > 0, frame.lower[0], frame.upper[0])
+        x = found.lowest(frame.lower[0], frame.upper[0])
         values = self.bounder.follow(lines, found, x)
         neurons, points, here, worst, force = [], [], [], [], []
         for j, step in enumerate(self.steps):
