@@ -133,7 +133,7 @@ def in_ball(c: Certificate, lower: np.ndarray, upper: np.ndarray, x: np.ndarray,
     way = rng.standard_normal(x.shape) * (rng.random(x.shape) < rng.choice([0.2, 0.5, 1.0], (len(x), 1)))
     y = np.concatenate([np.divide(x - centre, radius, out=np.zeros_like(x), where=radius > 0), 100 * way])
     y = y / np.maximum(1 + 1e-12, np.linalg.norm(y, order, axis=1, keepdims=True))
-    found = centre + radius * y
+    found = np.where(radius > 0, centre + radius * y, np.concatenate([x, x]))
     return found[((found >= lower) & (found <= upper)).all(axis=1)]
 
 

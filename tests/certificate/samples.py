@@ -207,7 +207,8 @@ def ball_certificate(seed: int) -> Certificate:
         radius[0] = 0.0
     ball = (["l1", "l2"][seed // 2 % 2], centre, radius)
     rooms = [-0.1, -0.01, -1e-3, -1e-5, 1e-5, 1e-3, 0.01, 0.1]
-    claim = tightly(steps, arrays, centre - near * radius, centre + far * radius, rooms, seed, ball)
+    wide = np.where(radius > 0, radius, 0.2)
+    claim = tightly(steps, arrays, centre - near * wide, centre + far * wide, rooms, seed, ball)
     claim.trees = [(0, 0, len(claim.cases[0][2]), random_tree(rng, claim))]
     return claim.certificate()
 

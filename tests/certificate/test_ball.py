@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.certificate.claims import Claim, Node, changed, mlp
-from tests.certificate.meaning import checker, in_ball, untrue
+from tests.certificate.claims import Claim, Node, affine, changed, mlp
+from tests.certificate.meaning import checker, evaluate_all, in_ball, untrue
 from tests.certificate.samples import ball_certificate, grown, tightly, widest
 
 from soundly.certificate import Certificate, check
@@ -71,7 +71,9 @@ def escapes(with_: Any, seed: int) -> bool:
                 return True
         ends = zip(x, low.tolist(), high.tolist(), strict=True)
         if all(Fraction(p) <= v <= Fraction(q) for v, p, q in ends):
-            if not all(Fraction(p) <= v <= Fraction(q) for v, p, q in zip(x, left.tolist(), right.tolist(), strict=True)):
+            if not all(
+                Fraction(p) <= v <= Fraction(q) for v, p, q in zip(x, left.tolist(), right.tolist(), strict=True)
+            ):
                 return True
         near = np.array([float(v) for v in x])
         if inside(norm, [Fraction(v) for v in near.tolist()], centre, radius):
@@ -148,8 +150,8 @@ def test_boxes_outside_the_ball_need_no_proof():
     [
         ({"ball": "linf"}, {}, "neither"), ({"ball": None}, {}, "neither"), ({"ball": 2}, {}, "neither"),
         ({}, {"ball_radius": np.array([-1.0, 1.0])}, "negative"), ({}, {"ball_radius": np.ones(3)}, "shape"),
-        ({}, {"ball_centre": np.array([np.nan, 0.0])}, "finite"), ({}, {"ball_radius": np.array([1e-310, 1.0])}, "small"),
-        ({}, {"ball_centre": np.zeros(2, np.float32)}, "expected"),
+        ({}, {"ball_centre": np.array([np.nan, 0.0])}, "finite"),
+        ({}, {"ball_radius": np.array([1e-310, 1.0])}, "small"), ({}, {"ball_centre": np.zeros(2, np.float32)}, "expected"),
     ],
 )  # fmt: skip
 def test_balls_that_make_no_sense_are_refused(header, arrays, problem):
@@ -169,8 +171,41 @@ def test_a_ball_without_numbers_and_numbers_without_a_ball_are_refused():
 def test_samples_reach_the_sphere():
     """The test of the tests: points of balls lie on their boundary, too."""
     c = ball_claim("l1").certificate()
-    x = in_ball(c, np.full(2, -1.0), np.ones(2), np.random.default_rng(0).uniform(-1, 1, (400, 2)), np.random.default_rng(1))
+    x = in_ball(
+        c, np.full(2, -1.0), np.ones(2), np.random.default_rng(0).uniform(-1, 1, (400, 2)), np.random.default_rng(1)
+    )
     size = np.abs(x).sum(1)
     assert size.max() > 1 - 1e-9
     assert size.max() <= 1
     assert (np.abs(x).max(1) > 0.999).any()
+
+
+def test_parts_of_a_ball_belong_to_places(monkeypatch):
+    """Neurons of a convolution see a window of the ball, each its own; with another's something is lost."""
+    shape = {"shape": [1, 1, 2, 2], "wide": [1, 5, 5], "narrow": [1, 4, 4], "stride": [1, 1], "padding": [0, 0],
+             "dilation": [1, 1], "groups": 1, "transposed": False}  # fmt: skip
+    steps = [{"step": "variable", "size": 25},
+             affine(1, 16, [{"map": "convolution", "from": 0, "array": "w0", **shape}], "b0"),
+             {"step": "function", "from": 1, "size": 16, "function": "relu"},
+             affine(3, 1, [{"map": "matrix", "from": 2, "array": "w1", "blocks": 1}], "b1")]  # fmt: skip
+    rng = np.random.default_rng(0)
+    arrays = {"w0": np.ones(4), "b0": np.zeros(16), "w1": np.ones((1, 16)), "b1": np.zeros(1)}
+    centre, radius = rng.uniform(-1, 1, 25), rng.uniform(0.1, 0.6, 25)
+    row = [[(np.ones(1), np.zeros(25), 1.0, 0.0)]]
+    claim = Claim(steps, arrays, [(centre - radius, centre + radius, row)], [(0, 0, 1, Node())],
+                  ball=("l2", centre, radius))  # fmt: skip
+    c = claim.certificate()
+    x = in_ball(c, centre - radius, centre + radius, rng.uniform(-1, 1, (500, 25)), rng)
+    values = evaluate_all(c, x)[1]
+
+    def lost() -> bool:
+        proof = importlib.import_module("soundly.certificate.reading").read(c)
+        frame, _ = importlib.import_module("soundly.certificate.intervals").refresh(
+            proof.program, proof.lower, proof.upper, None, np.array([-1]), proof.stored
+        )
+        return bool((values < frame.lower[1]).any() or (values > frame.upper[1]).any())
+
+    assert not lost()
+    take = ball.Ball.take
+    monkeypatch.setattr(ball.Ball, "take", lambda self, rows: take(self, np.sort(rows)[::-1]))
+    assert lost()

@@ -119,11 +119,7 @@ class Pass:
 
     def lowest(self, lower: Tensor, upper: Tensor) -> Tensor:
         """Points [rows, inputs] of boxes where the rows' planes are least."""
-        return (
-            torch.where(self.a > 0, lower, upper)
-            if self.ball is None
-            else self.ball.lowest(self.a, lower, upper)
-        )
+        return torch.where(self.a > 0, lower, upper) if self.ball is None else self.ball.lowest(self.a, lower, upper)
 
 
 Relaxations: TypeAlias = Mapping[int, Lines | Planes]

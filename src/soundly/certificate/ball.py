@@ -1,4 +1,4 @@
-"""Balls in the norms l1 and l2, rigorous: what a row is at least on a ball met with a box, and what a ball leaves of one.
+"""Balls in the norms l1 and l2, rigorous: what a row is at least on a ball and a box, and what a ball leaves of a box.
 
 Whatever h is, <h, x> is at most its value at the centre plus the dual norm of h times the radius, on the whole ball.
 So only the roundings of that sum matter, and none of those with which h was chosen. docs/certificates.md says more.

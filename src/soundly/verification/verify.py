@@ -182,14 +182,18 @@ class _Run:
                 problem.rows.y[first:last], problem.rows.x[first:last], problem.rows.constant[first:last], clause
             )
             region = self.claim.region
-            project = None
+            project = lowest = None
             if len(problem.lower) == 1 and getattr(region, "norm", "linf") != "linf":
 
                 def project(x: Tensor) -> Tensor:
                     return region.project(x.double().reshape(-1, *region.shape)).reshape(len(x), -1)
 
+                def lowest(a: Tensor) -> Tensor:
+                    assert problem.ball is not None
+                    return problem.ball.lowest(a, problem.lower, problem.upper)
+
             self.attacks[case] = Attack(
-                problem.program.to(torch.float32), rows, problem.lower[case], problem.upper[case], 0, project
+                problem.program.to(torch.float32), rows, problem.lower[case], problem.upper[case], 0, project, lowest
             )
         return self.attacks[case]
 
