@@ -151,7 +151,8 @@ def test_boxes_outside_the_ball_need_no_proof():
         ({"ball": "linf"}, {}, "neither"), ({"ball": None}, {}, "neither"), ({"ball": 2}, {}, "neither"),
         ({}, {"ball_radius": np.array([-1.0, 1.0])}, "negative"), ({}, {"ball_radius": np.ones(3)}, "shape"),
         ({}, {"ball_centre": np.array([np.nan, 0.0])}, "finite"),
-        ({}, {"ball_radius": np.array([1e-310, 1.0])}, "small"), ({}, {"ball_centre": np.zeros(2, np.float32)}, "expected"),
+        ({}, {"ball_radius": np.array([1e-310, 1.0])}, "small"),
+        ({}, {"ball_centre": np.zeros(2, np.float32)}, "expected"),
     ],
 )  # fmt: skip
 def test_balls_that_make_no_sense_are_refused(header, arrays, problem):
