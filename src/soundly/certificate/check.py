@@ -17,6 +17,7 @@ import numpy as np
 
 from soundly.certificate.format import (
     DTYPES,
+    FLOAT32,
     HEAD_EDIT,
     NETWORK,
     REALS,
@@ -99,7 +100,8 @@ def check(
     """Prove every row of a certificate again, trusting nothing but its numbers.
 
     Guarantee: a row counted as proven holds in real arithmetic, for exactly the stored numbers: lower <= row <= upper
-    for a head edit; for a verification, its clause on the whole box of its case. The names of claims and whether the
+    for a head edit; for a verification, its clause on the whole box of its case, in float32 as well if `arithmetic`
+    says so. The names of claims and whether the
     numbers belong to a network are the maker's words, not checked.
 
     Args:
@@ -324,9 +326,8 @@ class HeadEdit:
 class Verification:
     """Rows of a network's outputs and inputs over boxes, with split trees: `soundly.certificate.verification`."""
 
-    arithmetic = NETWORK
-
     def __init__(self, certificate: Certificate) -> None:
+        self.arithmetic = FLOAT32 if certificate.header.get("arithmetic") == FLOAT32 else NETWORK
         self.replay = replay(certificate)
 
     def problems(self) -> Iterator[str]:

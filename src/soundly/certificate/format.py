@@ -35,6 +35,7 @@ HEAD_EDIT = "head edit"
 VERIFICATION = "verification"
 REALS = "over the reals, for the stored features and weights"
 NETWORK = "over the reals, for the stored network"
+FLOAT32 = "over the reals and in float32 in any order of summation, for the stored network"
 DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
     {"bf16": np.dtype("<u2"), "f4": np.dtype("<f4"), "f8": np.dtype("<f8"), "i8": np.dtype("<i8")}
 )

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from soundly.certificate.ball import L1, L2, Ball
-from soundly.certificate.format import DTYPES, NETWORK, Certificate
+from soundly.certificate.format import DTYPES, FLOAT32, NETWORK, Certificate
 from soundly.certificate.functions import Function
 from soundly.certificate.program import (
     Affine,
@@ -53,7 +53,8 @@ class Proof:
     """A certificate's contents, valid in themselves.
 
     pair_start [cases + 1]: the clauses of each case; pair_rows [pairs + 1]: the rows of each clause.
-    start, column, value, constant, slack: the rows. The tree's arrays are those of the file.
+    start, column, value, constant, slack: the rows; float32: whether they are claimed of what that computes, too.
+    The tree's arrays are those of the file.
     """
 
     program: Program
@@ -85,6 +86,7 @@ class Proof:
     force_start: Array
     force: Array
     stored: Stored
+    float32: bool
 
 
 class _Reader:
@@ -133,8 +135,8 @@ def read(certificate: Certificate) -> Proof:
     header, arrays = certificate.header, _Reader(certificate.arrays)
     if set(header) - {"ball"} != ENTRIES:
         _refuse(f"missing or unknown entries: {sorted((set(header) - {'ball'}) ^ ENTRIES)!s:.200}")
-    if header["arithmetic"] != NETWORK:
-        _refuse(f"claimed {header['arithmetic']!r:.80}; this checker proves {NETWORK!r}")
+    if header["arithmetic"] not in (NETWORK, FLOAT32):
+        _refuse(f"claimed {header['arithmetic']!r:.80}; this checker proves {NETWORK!r} or {FLOAT32!r}")
     if not isinstance(header["claim"], str) or not isinstance(header["made_with"], dict):
         _refuse("claim must be a text and made_with an object")
     if not isinstance(header["model"], dict) or not all(isinstance(v, str) for v in header["model"].values()):
@@ -158,7 +160,9 @@ def read(certificate: Certificate) -> Proof:
         _refuse(f"flags: {rows} rows of one case with {inputs} inputs are too many to clip with")
     if unused := set(certificate.arrays) - arrays.used:
         _refuse(f"arrays that nothing refers to: {sorted(unused)!s:.200}")
-    return Proof(program=program, stored=stored, **cases, **trees)
+    return Proof(
+        program=program, stored=stored, float32=header["arithmetic"] == FLOAT32, **cases, **trees
+    )  # fmt: skip
 
 
 def _list(value: object, name: str) -> list[Any]:

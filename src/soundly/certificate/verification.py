@@ -7,7 +7,7 @@ an empty box or an empty interval. Nodes are replayed in batches, deepest first,
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from soundly.certificate.bounding import Bound, Exceptions, Frame, Pieces, Splits, View, pieces, relax, tangent
 from soundly.certificate.conditional import Conditions, tighten
+from soundly.certificate.float32 import row_errors
 from soundly.certificate.format import Certificate
 from soundly.certificate.forms import INPUTS as FORMS
 from soundly.certificate.intervals import in_time, refresh
@@ -95,10 +96,13 @@ class _Replayer:
 
     def run(self) -> Replay:
         proof, pairs = self.proof, int(self.proof.pair_start[-1])
+        self.narrow = max(1, FRAME // int(proof.program.offsets[-1]))
+        if proof.float32:
+            changes = row_errors(proof, at_once=self.narrow, deadline=self.deadline)
+            proof = self.proof = replace(proof, slack=(proof.slack + changes) * (1 + 4 * U))
         self.failed: dict[tuple[int, int], tuple[Array, Array, Array]] = {}
         self.margin = np.full(pairs, np.inf)
         self.left_open = [np.zeros(last - first, bool) for first, last in proof.tree_clause.tolist()]
-        self.narrow = max(1, FRAME // int(proof.program.offsets[-1]))
         self.batch = max(1, min(self.narrow, BATCH))
         vary = (proof.upper > proof.lower).sum(axis=1)
         self.formed = (vary <= FORMS) & (vary * int(proof.program.offsets[-1]) <= NUMBERS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,14 +14,17 @@ from soundly.bounds.ball import Ball
 from soundly.bounds.interval import interval_bounds
 from soundly.bounds.lower import lower
 from soundly.bounds.program import Program
-from soundly.graph.composite import Softmax
+from soundly.errors import InvalidInput
+from soundly.graph.composite import Maximum, MaxPool, Softmax
 from soundly.graph.linear import Reshape
 from soundly.graph.network import Network
-from soundly.graph.node import Node
+from soundly.graph.node import Composite, Node, dependents, topological
 from soundly.spec.claim import Claim, Property
 from soundly.spec.region import Ball as Region
 from soundly.spec.region import Union
 from soundly.verification.rows import Rows, rows_of
+
+Arithmetic: TypeAlias = Literal["real", "float32"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +39,8 @@ class Problem:
         rows: all rows; their clauses are numbered through.
         slack: [rows], not negative.
         spans: [cases, 2], the clauses of each box: first to last - 1.
+        arithmetic: "float32" if what float32 computes is claimed, too; the slack covers how far that is from the reals.
+        stated: [rows], the slack without that.
         ball: in the norm l1 or l2, where all points of the region lie; None where boxes say it all.
     """
 
@@ -45,6 +51,8 @@ class Problem:
     slack: Tensor
     spans: Tensor
     ball: Ball | None = None
+    arithmetic: Arithmetic = "real"
+    stated: Tensor | None = None
 
     @cached_property
     def row_spans(self) -> Tensor:
@@ -76,7 +84,7 @@ class Problem:
         return torch.arange(self.most_clauses) < counts[cases, None]
 
 
-def problem_of(claim: Claim) -> Problem:
+def problem_of(claim: Claim, arithmetic: Arithmetic = "real") -> Problem:
     """The claim over the boxes of its region, or a box and a ball.
 
     Args:
@@ -84,7 +92,11 @@ def problem_of(claim: Claim) -> Problem:
 
     Raises:
         MissingRule: an operation that no program can hold.
+        InvalidInput: float32 is asked for, of a network in another type or with an operation whose roundings are not
+            known.
     """
+    if arithmetic == "float32":
+        _require_known(claim)
     network, region = claim.network, claim.region
     assert isinstance(network, Network)
     ball = None
@@ -102,8 +114,9 @@ def problem_of(claim: Claim) -> Problem:
     sizes = [math.prod(node.shape) for node in network.inputs]
     split = zip(network.inputs, *(end.split(sizes) for end in ends), strict=True)
     hull = {node: (a.reshape(node.shape), b.reshape(node.shape)) for node, a, b in split}
-    scores = _scores(network, claim.property)
-    program = lower(network, None if scores is None else [scores], region=hull)
+    real = arithmetic == "real"
+    scores = _scores(network, claim.property) if real else None
+    program = lower(network, None if scores is None else [scores], region=hull, executed=not real)
     rows = rows_of(claim.property)
     slack = torch.zeros_like(rows.constant)
     if claim.property.inexact is not None:
@@ -112,7 +125,22 @@ def problem_of(claim: Claim) -> Problem:
         found = claim.property.slack(outputs, torch.maximum(ends[0].abs(), ends[1].abs()))
         counts = torch.bincount(claim.property.clause, minlength=claim.property.clauses)
         slack[counts[rows.clause] > 0] = found.nan_to_num(nan=math.inf, posinf=math.inf)
-    return Problem(program, low, high, rows, slack, spans, ball)
+    return Problem(program, low, high, rows, slack, spans, ball, arithmetic)
+
+
+def _require_known(claim: Claim) -> None:
+    network = claim.network
+    assert isinstance(network, Network)
+    if network.dtype != torch.float32:
+        raise InvalidInput(f'arithmetic="float32": the network is in {network.dtype}; load it in float32.')
+    order = topological(network.outputs)
+    varying = dependents(order, network.inputs)
+    for node in order:
+        if node in varying and isinstance(node.op, Composite) and not isinstance(node.op, (Maximum, MaxPool)):
+            raise InvalidInput(
+                f'arithmetic="float32": how {node!r} is rounded is not known. Claim something of what it reads, or use '
+                'arithmetic="real".'
+            )
 
 
 def _scores(network: Network, property: Property) -> Node | None:

@@ -27,10 +27,11 @@ from soundly.certificate.verification import replay as replay_proof
 from soundly.errors import InvalidInput, MissingRule
 from soundly.spec.claim import Claim
 from soundly.verification.attack import Attack
+from soundly.verification.float32 import with_float32
 from soundly.verification.input_split import InputSplit
 from soundly.verification.journal import Journal
 from soundly.verification.neuron_split import NeuronSplit, piecewise
-from soundly.verification.problem import Problem, problem_of
+from soundly.verification.problem import Arithmetic, Problem, problem_of
 from soundly.verification.proof import certificate, identity
 from soundly.verification.replay import Replay, replay
 from soundly.verification.rows import Rows
@@ -64,6 +65,7 @@ def verify(
     attack: bool = True,
     journal: str | os.PathLike[str] | None = None,
     progress: Callable[[Progress], None] | None = None,
+    arithmetic: Arithmetic = "real",
 ) -> Verdict:
     """Decides whether a claim holds for every input of its region.
 
@@ -78,20 +80,25 @@ def verify(
         journal: a file that keeps the search, written every few seconds; with the same claim the search goes on from
             there.
         progress: called now and then.
+        arithmetic: what a proof covers: "real", or "float32" as well: every evaluation in float32, at its numbers in
+            the region, whatever the order of sums and with or without fused products (see docs/verification.md).
 
     Returns:
-        Proved: for all real inputs of the region the network, in real arithmetic, satisfies the claim; its certificate
+        Proved: for all real inputs of the region the network, in that arithmetic, satisfies the claim; its certificate
         was accepted by `soundly.check`. Refuted: with a witness. Unknown: with a reason. Empty: there is no input.
         Interrupting (Ctrl-C) returns what is known.
 
     Raises:
-        InvalidInput: an argument is of the wrong type, or the journal is that of another claim.
+        InvalidInput: an argument is of the wrong type, or the journal is that of another claim; the network is not in
+            float32, or how one of its operations is rounded is not known, where float32 is asked for.
     """
     if not isinstance(claim, Claim):
         raise InvalidInput(f"claim is a {type(claim).__name__}; give a Claim, as soundly.robust or read_vnnlib return.")
     if timeout is not None and not timeout > 0:
         raise InvalidInput(f"timeout is {timeout}; give seconds above 0, or None.")
-    run = _Run(claim, model, timeout, memory, attack, journal, progress)
+    if arithmetic not in ("real", "float32"):
+        raise InvalidInput(f'arithmetic is {arithmetic!r}; give "real" or "float32".')
+    run = _Run(claim, model, timeout, memory, attack, journal, progress, arithmetic)
     with torch.no_grad():
         return run.verdict()
 
@@ -116,6 +123,7 @@ class _Run:
     attacking: bool
     journal_path: str | os.PathLike[str] | None
     progress: Callable[[Progress], None] | None
+    arithmetic: Arithmetic = "real"
 
     def __post_init__(self) -> None:
         self.begun = time.monotonic()
@@ -135,7 +143,7 @@ class _Run:
             return Empty(self._effort("empty region" if self.claim.is_empty else "no property"))
         try:
             try:
-                problem = self.problem = problem_of(self.claim)
+                problem = self.problem = self._problem()
             except MissingRule as error:
                 self._attack_network()
                 raise _Stop(f"no bounds for this network: {error}") from error
@@ -155,6 +163,18 @@ class _Run:
             reason = "interrupted"
         self.journal.write(now=True)
         return Unknown(min(self.bound, 0.0), self.open, reason, self._effort("unknown"))
+
+    def _problem(self) -> Problem:
+        problem = problem_of(self.claim, self.arithmetic)
+        if self.arithmetic == "real":
+            return problem
+        try:
+            problem = with_float32(problem, self.deadline)
+        except TimeoutError as late:
+            raise OutOfTime from late
+        if not bool(torch.isfinite(problem.slack).all()):
+            raise _Stop("what float32 rounds has no bound on this region: a value may overflow, or be undefined")
+        return problem
 
     def _effort(self, settled: str) -> Effort:
         return Effort(time.monotonic() - self.begun, self.subproblems, settled)
