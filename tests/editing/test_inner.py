@@ -15,7 +15,7 @@ from torch import nn
 
 import soundly
 from soundly.editing.acceptance import promise
-from soundly.editing.constraints import Gradient, Output
+from soundly.editing.functionals import Gradient, Output
 from soundly.editing.evidence import unknowns
 from soundly.editing.sequential import Mover, require
 

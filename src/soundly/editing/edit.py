@@ -28,14 +28,13 @@ from soundly.editing.constraints import (
     Bounded,
     Constraint,
     Expression,
-    Functional,
     Goal,
     Normalised,
-    Outputs,
     Point,
     at,
     points_of,
 )
+from soundly.editing.functionals import Functional, Outputs
 from soundly.editing.inner import Inner, Status, edit_inside
 from soundly.editing.program import Program, compile_program
 from soundly.editing.trunk import ModuleTrunk, NotLast, Trunk, trunk_of

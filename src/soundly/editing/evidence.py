@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import vjp
 
-from soundly.editing.constraints import (
+from soundly.editing.functionals import (
     Coordinates,
     Directional,
     Functional,

@@ -17,12 +17,11 @@ from soundly.editing.constraints import (
     Bounded,
     Classified,
     Constraint,
-    Functional,
     Normalised,
-    Output,
     Point,
     TopMask,
 )
+from soundly.editing.functionals import Functional, Output
 from soundly.editing.rows import Rows, Table
 from soundly.editing.trunk import Trunk
 from soundly.errors import InvalidInput

@@ -16,7 +16,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from soundly.editing.constraints import Bounded, Classified, Constraint, Expression, Functional, Normalised, TopMask
+from soundly.editing.constraints import Bounded, Classified, Constraint, Expression, Normalised, TopMask
+from soundly.editing.functionals import Functional
 from soundly.errors import InvalidInput
 
 GRID = 2.0**40

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from soundly.editing.candidate import Failure, Norm
-from soundly.editing.constraints import Classified, Constraint, Functional, Outputs, Point
+from soundly.editing.constraints import Classified, Constraint, Point
 from soundly.editing.evidence import Evidence, joined, key_of, quantity
+from soundly.editing.functionals import Functional, Outputs
 from soundly.editing.rows import Rows, Table
 from soundly.editing.solve import least_change
 from soundly.errors import InvalidInput
