@@ -1,12 +1,13 @@
 """What an edit must achieve: constraints on outputs, gradients and explanations at points.
 
 With the edited layer last, each quantity below is an affine function of its weights, so each constraint is a few
-linear rows. A functional names vectors v with value w_c . v (+ b_c); an `Expression` is a fixed linear combination
-of such values; a `Constraint` bounds expressions. Nothing is evaluated before `soundly.edit` asks.
+linear rows, or a cone of them. A functional names vectors v with value w_c . v (+ b_c); an `Expression` is a fixed
+linear combination of such values; a `Constraint` bounds expressions. Nothing is evaluated before `soundly.edit` asks.
 
     p = at(image)
     p.classified(3)
     p.gradcam(of=3, layer="features").normalised_near(target, eps=0.01)
+    p.gradcam(of=3, layer="features").cosine_at_least(0.95, teacher=map)
     (p.gradient(of=3, entries=[0, 4]) - at(other).gradient(of=3, entries=[0, 4])).within(-0.1, 0.1)
 
 References: Tao and Thakur, "Provable Gradient Editing of Deep Neural Networks", NeurIPS 2025 (the problem); the linear
@@ -250,6 +251,42 @@ class Expression:
             raise InvalidInput(f"keeps_top: margin must be at least 0 and finite, not {margin}.")
         return TopMask(self, flat, margin, name or f"top {int(flat.sum())} of {self.name}")
 
+    def norm_at_most(self, radius: Expression | float, *, name: str | None = None) -> Cone:
+        """The Euclidean norm of all entries together is at most `radius`: (map - teacher).norm_at_most(0.1).
+
+        Args:
+            radius: a positive number, or an expression of one entry.
+        """
+        name = name or f"norm of {self.name}" + (f" at most {radius:g}" if isinstance(radius, float | int) else "")
+        if not isinstance(radius, Expression):
+            if not 0 < radius < math.inf:
+                raise InvalidInput(
+                    f"norm_at_most: the radius of {self.name} must be positive and finite, not {radius}."
+                )
+            radius = Expression((), _numbers(radius))
+        return Cone(self, radius, name)
+
+    def cosine_at_least(
+        self, cosine: float, *, teacher: Tensor, length: float | None = None, name: str | None = None
+    ) -> Cosine:
+        """The cosine of the angle between the map and a teacher's is at least `cosine`.
+
+        Args:
+            cosine: 0 < cosine < 1.
+            teacher: a map of the same number of entries, not zero.
+            length: the map's component along the teacher must stay at least this; by default a tenth of the map's norm
+                before the edit. Without it the zero map would be allowed.
+        """
+        flat = teacher.detach().double().reshape(-1)
+        if not bool(torch.isfinite(flat).all()) or not bool(flat.any()):
+            raise InvalidInput(f"cosine_at_least: the teacher of {self.name} must be finite and not zero.")
+        if not 0 < cosine < 1 or not (length is None or 0 < length < math.inf):
+            raise InvalidInput(
+                f"cosine_at_least: {self.name} needs a cosine between 0 and 1, not {cosine}, and a positive length."
+            )
+        flat = flat * 2.0 ** -math.frexp(float(flat.abs().max()))[1]  # exact: only the direction matters
+        return Cosine(self, flat, cosine, length, name or f"cosine of {self.name} to its teacher at least {cosine:g}")
+
 
 @dataclass(frozen=True, eq=False)
 class Bounded:
@@ -298,6 +335,26 @@ class TopMask:
 
 
 @dataclass(frozen=True, eq=False)
+class Cone:
+    """|expression| <= radius, a quantity of one entry, in the Euclidean norm: a second-order cone."""
+
+    expression: Expression
+    radius: Expression
+    name: str
+
+
+@dataclass(frozen=True, eq=False)
+class Cosine:
+    """<teacher, map> >= cosine |teacher| |map|, and >= length |teacher|."""
+
+    expression: Expression
+    teacher: Tensor
+    cosine: float
+    length: float | None
+    name: str
+
+
+@dataclass(frozen=True, eq=False)
 class Classified:
     """One output exceeds all others."""
 
@@ -311,11 +368,16 @@ def _numbers(value: Tensor | float) -> Tensor:
     return torch.as_tensor(value, dtype=torch.float64).detach().reshape(-1).clone()
 
 
-Constraint = Bounded | Normalised | TopMask | Classified
+Constraint = Bounded | Normalised | TopMask | Cone | Cosine | Classified
 
 
 def points_of(c: Constraint) -> list[Point]:
     """The points and areas that a constraint is about."""
     if isinstance(c, Classified):
         return [c.point]
-    return list(dict.fromkeys(t.functional.point for t in c.expression.terms))
+    return list(dict.fromkeys(t.functional.point for t in terms_of(c)))
+
+
+def terms_of(c: Bounded | Normalised | TopMask | Cone | Cosine) -> tuple[Term, ...]:
+    """The terms of all expressions of a constraint."""
+    return (*c.expression.terms, *(c.radius.terms if isinstance(c, Cone) else ()))

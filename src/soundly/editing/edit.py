@@ -350,6 +350,7 @@ def _certificate(trunk: Trunk, program: Program, candidate: Candidate, model: Ne
         row_coefficient=program.row_coefficient.numpy(),
         lower=program.lower.numpy(),
         upper=program.upper.numpy(),
+        cones=program.cones.numpy(),
         margin=candidate.margins.numpy(),
         error=program.rounding(stored.double()).numpy(),
         claims=[{"name": c.name, "rows": [c.start, c.stop]} for c in program.claims],

@@ -91,6 +91,7 @@ def edit_inside(
     """
     free = unknowns(network, layers)
     whole = require(network, constraints, free, extremes=extremes)
+    promise(whole, {})  # what cannot be claimed is not looked for
     wished = Goals(require(network, goals, free), goal_weight) if goals else None
     seconds = {"solve": 0.0, "check": 0.0}
     wide = [c for c in constraints if _areas(c)]

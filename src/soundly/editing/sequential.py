@@ -160,7 +160,7 @@ def require(
     """
     build = _Builder(network)
     build.state(constraints, extremes or {})
-    start, value, factor, lower, upper = build.table()
+    start, value, factor, lower, upper, cones = build.table()
     offset, spans = 0, {}
     for key, (_, size) in build.quantities.items():
         spans[key] = slice(offset, offset + size)
@@ -171,7 +171,7 @@ def require(
     points = tuple(build.points)
     whole = joined(network, [made for made, _ in build.quantities.values()])
     evidence = Evidence.of(whole, [p.x for p in points], free)
-    table = (start, place[value], factor, lower, upper, tuple(build.claims))
+    table = (start, place[value], factor, lower, upper, cones, tuple(build.claims))
     return Requirements(*table, network=whole, evidence=evidence, points=points)
 
 

@@ -36,7 +36,7 @@ STEPS = 1000
 
 DEMANDS: Mapping[str, str] = {
     "within": "", "at_least": "", "at_most": "", "equals": "tolerance", "normalised_near": "eps spread",
-    "keeps_top": "margin",
+    "keeps_top": "margin", "norm_at_most": "", "cosine_at_least": "teacher length",
 }  # fmt: skip
 """What may be demanded of an expression, and the options of each demand."""
 QUANTITIES = ("output", "gradient", "directional", "gradcam", "integrated_gradients", "coordinates", "sum")
@@ -325,6 +325,16 @@ class _Reader:
                 if mask.numel() != size or not bool(((mask == 0) | (mask == 1)).all()):
                     value.fail(f"expected a mask of {size} numbers, each true or false, 1 or 0.")
                 return e.keeps_top(mask, margin=option("margin", 1e-6), name=name)
+            case "norm_at_most":
+                return e.norm_at_most(value.number(0.0, above=True), name=name)
+            case "cosine_at_least":
+                if "teacher" not in parts:
+                    value.fail('it needs a "teacher", a map.')
+                teacher = parts["teacher"].array()
+                if teacher.numel() != size:
+                    parts["teacher"].fail(f"expected a map of {size} numbers, not {teacher.numel()}.")
+                length = option("length", above=True) if "length" in parts else None
+                return e.cosine_at_least(value.number(0.0, above=True), teacher=teacher, length=length, name=name)
         raise AssertionError(demand)
 
     def goal(self, value: Value, here: Point) -> Goal:
