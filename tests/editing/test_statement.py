@@ -111,6 +111,15 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
         {"directional": {"of": 2, "directions": "cat.npy", "place": "x"}, "at_least": 0},
         lambda p: p.directional(2, torch.tensor(CAT)[None], place="x").at_least(0),
     ),
+    "derivative": (
+        {"derivative": {"of": 2, "along": [3, 3]}, "at_least": 0},
+        lambda p: p.derivative(2, [3, 3]).at_least(0),
+    ),
+    "laplacian": ({"laplacian": {"of": 2}, "at_least": 0}, lambda p: p.laplacian(2).at_least(0)),
+    "laplacian of some": (
+        {"laplacian": {"of": 2, "entries": [0, 5]}, "at_least": 0},
+        lambda p: p.laplacian(2, entries=[0, 5]).at_least(0),
+    ),
     "gradcam": (
         {"gradcam": {"of": 0, "layer": "features"}, "normalised_near": "map.npy", "eps": 0.2},
         lambda p: p.gradcam(0, "features").normalised_near(torch.tensor(MAP), eps=0.2),
@@ -297,6 +306,10 @@ def one(item: Any) -> dict[str, Any]:
         (one({**CAM, "keeps_top": [2] * 16}), "keeps_top:", "true or false"),
         (one({**CAM, "keeps_top": [1] * 16}), "keeps_top:", "leave out some"),
         (one({**CAM, "norm_at_most": 0}), "norm_at_most:", "0"),
+        (one({"derivative": {"of": 0, "along": []}, "at_most": 0}), "along:", ""),
+        (one({"derivative": {"of": 0, "along": [16]}, "at_most": 0}), "along[0]:", "16"),
+        (one({"derivative": {"of": 0, "along": [1] * 5}, "at_most": 0}), "along:", "order 5"),
+        (one({"laplacian": {"of": 9}, "at_most": 0}), "of:", "9"),
         (one({**CAM, "cosine_at_least": 1.5, "teacher": MAP.tolist()}), "cosine_at_least:", "between 0 and 1"),
         (one({**CAM, "cosine_at_least": 0.5}), "cosine_at_least:", "teacher"),
         (one({**CAM, "cosine_at_least": 0.5, "teacher": [1, 2]}), "teacher:", "16 numbers"),

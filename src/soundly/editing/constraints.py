@@ -72,7 +72,42 @@ class Point:
         Args:
             directions: [m, *shape] of the input, or of the value at `place`.
         """
-        return Expression.of(Directional(self, of, place, directions), f"directional derivative of {of} at {self.name}")
+        functional = Directional(self, of, place, (directions,))
+        return Expression.of(functional, f"directional derivative of {of} at {self.name}")
+
+    def derivative(self, of: int, along: Sequence[int | Tensor]) -> Expression:
+        """One derivative of y_of, of any order: a term of a linear differential operator, such as a PDE's residual.
+
+        Args:
+            along: an entry of the input, flattened, or a direction of its shape, for each time that y_of is
+                differentiated: [0, 1, 1] for the third derivative once in entry 0 and twice in entry 1.
+        """
+        if not along:
+            raise InvalidInput(f"derivative of {of} at {self.name}: say along what; y itself is `output`.")
+        directions = tuple(self._unit(d)[None] if isinstance(d, int) else d[None] for d in along)
+        said = ", ".join(str(d) if isinstance(d, int) else "a direction" for d in along)
+        return Expression.of(Directional(self, of, None, directions), f"derivative of {of} along {said} at {self.name}")
+
+    def laplacian(self, of: int, *, entries: Sequence[int] | None = None) -> Expression:
+        """The Laplacian of y_of: the sum of its second derivatives in single entries of the input.
+
+        Args:
+            entries: in which flat entries (those of space, say); all if None.
+        """
+        chosen = range(self.x.numel()) if entries is None else entries
+        if not len(chosen):
+            raise InvalidInput(f"entries: a Laplacian at {self.name} needs at least one.")
+        units = torch.stack([self._unit(i) for i in chosen])
+        expression = Expression.of(Directional(self, of, None, (units, units)), f"Laplacian of {of} at {self.name}")
+        return expression.combined(torch.ones(1, len(chosen)))
+
+    def _unit(self, entry: int) -> Tensor:
+        """The direction of one entry of the input."""
+        if not 0 <= entry < self.x.numel():
+            raise InvalidInput(f"entries of the input at {self.name} are 0..{self.x.numel() - 1}, not {entry}.")
+        unit = torch.zeros(self.x.numel(), dtype=torch.float64, device=self.x.device)
+        unit[entry] = 1.0
+        return unit.reshape(self.x.shape)
 
     def gradcam(self, of: int, layer: str) -> Expression:
         """The Grad-CAM map of y_of at a layer [1, C, *size], without its ReLU, flattened: sum_k mean(dy/dF_k) F_k.

@@ -71,9 +71,9 @@ class Outputs:
         raise InvalidInput(f"{self.point.name}: outputs of an edited last layer are constrained one by one.")
 
 
-def _moved(trunk: Trunk, point: Point, place: str | None, directions: Tensor) -> Tensor:
+def _moved(trunk: Trunk, point: Point, place: str | None, *along: Tensor) -> Tensor:
     """D h[d] at the point's position, [m, K + 1]; the bias has no derivative."""
-    rows = trunk.tangents(point.x, place, directions)
+    rows = trunk.tangents(point.x, place, *along)
     return _widen(rows[:, _position(rows, point)], 0.0)
 
 
@@ -91,15 +91,15 @@ class Coordinates:
 
 @dataclass(frozen=True, eq=False)
 class Directional:
-    """D y_c[d] = w_c . D h[d]."""
+    """D y_c[d] = w_c . D h[d], or with more than one tensor of directions D^2 y_c[d, e] = w_c . D^2 h[d, e], and on."""
 
     point: Point
     of: int
     place: str | None
-    directions: Tensor
+    along: tuple[Tensor, ...]
 
     def vectors(self, trunk: Trunk) -> Tensor:
-        return _moved(trunk, self.point, self.place, self.directions)
+        return _moved(trunk, self.point, self.place, *self.along)
 
 
 @dataclass(frozen=True, eq=False)

@@ -39,7 +39,12 @@ DEMANDS: Mapping[str, str] = {
     "keeps_top": "margin", "norm_at_most": "", "cosine_at_least": "teacher length",
 }  # fmt: skip
 """What may be demanded of an expression, and the options of each demand."""
-QUANTITIES = ("output", "gradient", "directional", "gradcam", "integrated_gradients", "coordinates", "sum")
+QUANTITIES = (
+    "output", "gradient", "directional", "derivative", "laplacian", "gradcam", "integrated_gradients", "coordinates",
+    "sum",
+)  # fmt: skip
+ORDER = 4
+"""The highest order of a derivative."""
 CHANGES = "at combined times plus"
 
 
@@ -221,6 +226,18 @@ class _Reader:
         if directions.dim() < 1 or tuple(directions.shape[1:]) != shape or not len(directions):
             parts["directions"].fail(f"expected shape [number, {str(list(shape))[1:]}, not {list(directions.shape)}.")
         return here.directional(of, directions, place=place), len(directions)
+
+    def _derivative(self, value: Value, here: Point) -> tuple[Expression, int]:
+        parts = value.object("of along")
+        along = parts["along"].integers(math.prod(self.shape))
+        if len(along) > ORDER:
+            parts["along"].fail(f"derivatives of order {len(along)}; at most {ORDER}.")
+        return here.derivative(parts["of"].integer(0, self.classes), along), 1
+
+    def _laplacian(self, value: Value, here: Point) -> tuple[Expression, int]:
+        parts = value.object("of", "entries")
+        entries = parts["entries"].integers(math.prod(self.shape)) if "entries" in parts else None
+        return here.laplacian(parts["of"].integer(0, self.classes), entries=entries), 1
 
     def _gradcam(self, value: Value, here: Point) -> tuple[Expression, int]:
         parts = value.object("of layer")
