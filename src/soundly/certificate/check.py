@@ -327,7 +327,8 @@ class HeadEdit:
             total_magnitude = np.bincount(row, np.abs(coefficient) * magnitude[term], rows) + FLOOR
             # docs/certificates.md derives it: n + length roundings, 8 more for the roundings of the bound itself.
             error = (n + length + 8) * U * total_magnitude
-            return np.nextafter(total - error, -np.inf), np.nextafter(total + error, np.inf)
+            low, high = np.nextafter(total - error, -np.inf), np.nextafter(total + error, np.inf)
+            return np.where(length > 0, low, 0.0), np.where(length > 0, high, 0.0)  # an empty sum is 0
 
     def model_problems(self, model: str) -> Iterator[str]:
         layer, weights = self.header["model"]["layer"], self.arrays["weights"]

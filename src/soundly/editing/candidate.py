@@ -75,7 +75,8 @@ class Search:
             if not block.classes:
                 wrong = block.rows[~program.satisfied(program.weights)[block.rows]].tolist()
                 if wrong:
-                    return Failure("infeasible", f"{program.name_of(wrong[0])} involves no edited output", (wrong[0],))
+                    why = f"{program.name_of(wrong[0])} is the same whatever the edited weights are"
+                    return Failure("infeasible", why, (wrong[0],))
                 continue
             margin = self._margin(program, block, rounding[block.rows], caution)
             solved = self._solve(program, block, margin)

@@ -181,7 +181,10 @@ class _Builder(Rows):
     def values_of(self, functional: Functional) -> Tensor:
         start, vectors = self.vectors_of(functional)
         count = len(vectors)
-        return self.new_values(torch.arange(start, start + count), torch.full((count,), functional.of))
+        values = self.new_values(torch.arange(start, start + count), torch.full((count,), functional.of))
+        distinct, group = vectors.unique(dim=0, return_inverse=True)
+        first = torch.full((len(distinct),), count).scatter_reduce(0, group, torch.arange(count), "amin")
+        return torch.where(vectors.any(1), values[first[group]], -1)
 
     def now(self, functional: Functional) -> Tensor:
         return self.vectors_of(functional)[1] @ self.weights[functional.of]

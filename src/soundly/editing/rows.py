@@ -97,7 +97,7 @@ class Rows(ABC):
 
     @abstractmethod
     def values_of(self, functional: Functional) -> Tensor:
-        """Indices of the functional's values."""
+        """Indices of the functional's values: equal ones for values that are always equal, -1 for those always 0."""
 
     @abstractmethod
     def now(self, functional: Functional) -> Tensor:
@@ -136,7 +136,7 @@ class Rows(ABC):
         """Adds rows 0..len(lower)-1 of a claim, given as entries; the first `cone` rows form one."""
         if cone:
             self.cones.append((self.count, self.count + cone))
-        keep = factor != 0
+        keep = (factor != 0) & (value >= 0)
         self.entries.append((row[keep] + self.count, value[keep], factor[keep].double()))
         self.bounds.append((lower.double(), upper.double()))
         self.claims.append(Claim(name, self.count, self.count + len(lower)))
@@ -223,12 +223,14 @@ class Rows(ABC):
         end = torch.tensor([spread], dtype=torch.float64)
         name = f"{c.name} within {c.eps:g} of its target (smallest entry {p}, largest {q}, range >= {spread:.3g})"
         # The map's entries may themselves be combinations of values.
-        base = torch.zeros(n, len(base_row), dtype=torch.float64)
-        base[base_row, torch.arange(len(base_row))] = base_factor
+        # Entries that are the same value share its column, so that they cancel; on the grid, exactly.
+        values, place = base_value.unique(return_inverse=True)
+        base = torch.zeros(n, len(values), dtype=torch.float64)
+        base.index_put_((base_row, place), base_factor, accumulate=True)
         combined = matrix @ base
         row, column = combined.nonzero(as_tuple=True)
         self.add(
-            name, row, base_value[column], combined[row, column],
+            name, row, values[column], combined[row, column],
             torch.cat([lower.reshape(-1), end]), torch.cat([upper.reshape(-1), end * math.inf]),
         )  # fmt: skip
 
