@@ -6,13 +6,14 @@ ignore is refused, and sizes are checked before anything is allocated.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
+from soundly.certificate.ball import L1, L2, Ball
 from soundly.certificate.format import DTYPES, NETWORK, Certificate
 from soundly.certificate.functions import Function
 from soundly.certificate.program import (
@@ -130,8 +131,8 @@ class _Reader:
 def read(certificate: Certificate) -> Proof:
     """Everything in the certificate, checked. Raises Refused with the first problem."""
     header, arrays = certificate.header, _Reader(certificate.arrays)
-    if set(header) != ENTRIES:
-        _refuse(f"missing or unknown entries: {sorted(set(header) ^ ENTRIES)!s:.200}")
+    if set(header) - {"ball"} != ENTRIES:
+        _refuse(f"missing or unknown entries: {sorted((set(header) - {'ball'}) ^ ENTRIES)!s:.200}")
     if header["arithmetic"] != NETWORK:
         _refuse(f"claimed {header['arithmetic']!r:.80}; this checker proves {NETWORK!r}")
     if not isinstance(header["claim"], str) or not isinstance(header["made_with"], dict):
@@ -147,6 +148,8 @@ def read(certificate: Certificate) -> Proof:
     slopes = arrays.get("slopes", "f4", None, len(slots))
     if not (np.abs(slopes) < np.inf).all():
         _refuse("slopes are not finite")
+    if "ball" in header:
+        program = replace(program, ball=_ball(arrays, header["ball"], inputs))
     cases = _cases(arrays, inputs, outputs)
     stored = _stored(arrays, slopes, neurons)
     trees = _trees(arrays, program, cases["pair_start"], cases["pair_rows"], stored)
@@ -296,6 +299,15 @@ def _convolution(arrays: _Reader, part: Mapping[str, Any], where: str) -> Convol
         _refuse(f"{where}: the convolution's sizes disagree, or are too large")
     weight = arrays.numbers(part.get("array"), math.prod(shape), dtypes="f4 f8").reshape(shape)
     return Convolution(weight, wide, narrow, lists["stride"], lists["padding"], lists["dilation"], groups, transposed)
+
+
+def _ball(arrays: _Reader, norm: object, inputs: int) -> Ball:
+    if norm not in (L1, L2):
+        _refuse(f"ball: {norm!r:.40} is neither {L1!r} nor {L2!r}")
+    centre, radius = arrays.numbers("ball_centre", inputs), arrays.numbers("ball_radius", inputs)
+    if ((radius != 0) & (radius < 1 / FAR)).any():
+        _refuse("ball_radius is negative, or too small to divide by")
+    return Ball(centre[None], radius[None], str(norm))
 
 
 def _cases(arrays: _Reader, inputs: int, outputs: int) -> dict[str, Array]:

@@ -55,7 +55,7 @@ def replay(certificate: Certificate, *, deadline: float | None = None) -> Replay
     Args:
         deadline: on the clock of `time.monotonic`.
 
-    Guarantee: a clause that counts as proven has, for every real point x of its case's box, a row with
+    Guarantee: a clause that counts as proven has, for every real point x of its case's box and the ball, a row with
     s(x) > slack, for the stored network and every network within its stated errors, in real arithmetic.
     """
     try:
@@ -111,7 +111,7 @@ class _Replayer:
         number = number.reshape(-1)[order]
         for begin in range(0, len(unique), self.narrow):
             some = unique[begin : begin + self.narrow]
-            lower, upper = proof.lower[some[:, 0]], proof.upper[some[:, 0]]
+            lower, upper = self._narrowed(proof.lower[some[:, 0]], proof.upper[some[:, 0]])
             row_of: dict[int, tuple[Frame, int, bool]] = {}
             for forms, which in self._alike(self._followed(some[:, 0], some[:, 2])):
                 frame, dead = self._refresh(lower[which], upper[which], None, some[which, 1], forms)
@@ -141,6 +141,11 @@ class _Replayer:
             base = proof.pair_start[case]
             proven[base + first : base + last] |= ~left
         return Replay(proven, self.margin, proof.pair_start, sorted(self.failed), remaining=self.failed)
+
+    def _narrowed(self, lower: Array, upper: Array) -> tuple[Array, Array]:
+        """What the ball, if there is one, leaves of boxes [k, n]."""
+        ball = self.proof.program.ball
+        return (lower, upper) if ball is None else ball.narrowed(lower, upper)
 
     def _followed(self, case: Array, flags: Array) -> Array:
         """What is followed besides intervals: 0 for nothing, 1 for affine forms, 2 for those of factors as well."""
@@ -346,7 +351,10 @@ class _Replayer:
         found = self._pieces(frame, slopes)
         factors = frame.factors if together else {}
         found |= {i: tangent(proof.program, i, frame) for i in factors}
-        return View(proof.program, frame, found, frame.lower[0], frame.upper[0], {}, self._splits(nodes), factors)
+        return View(
+            proof.program, frame, found, frame.lower[0], frame.upper[0], {}, self._splits(nodes), factors,
+            proof.program.ball,
+        )  # fmt: skip
 
     def _pieces(self, frame: Frame, slopes: Array | None) -> dict[int, Pieces]:
         program = self.proof.program
@@ -378,7 +386,7 @@ class _Replayer:
             for i, step in enumerate(program.steps):
                 if isinstance(step, Apply) and (splits.step == step.source).any():
                     exceptions[i] = self._exceptions(i, step, frame, slopes, splits)
-        return View(program, frame, relaxed, lower, upper, exceptions, splits)
+        return View(program, frame, relaxed, lower, upper, exceptions, splits, ball=program.ball)
 
     def _exceptions(self, i: int, step: Apply, frame: Frame, slopes: Array | None, splits: Splits) -> Exceptions:
         """What step i is in the nodes where a neuron that it reads was split."""
@@ -492,7 +500,8 @@ class _Replayer:
                 else:
                     lower = lower.copy()
                     lower[what] = max(lower[what], at)
-                if lower[what] > upper[what]:
+                (lower,), (upper,) = self._narrowed(lower[None], upper[None])
+                if (lower > upper).any():
                     continue
             else:
                 splits = (*splits, (step, entry, at, sign))

@@ -63,8 +63,7 @@ class Grown:
 
 def certificate(problem: Problem, grown: Sequence[Grown], *, claim: str, model: Mapping[str, str]) -> Certificate:
     """The certificate of a search that left nothing open."""
-    header, arrays = _program(problem.program)
-    arrays |= _cases(problem)
+    header, arrays = _question(problem)
     arrays |= _trees(problem.program, grown)
     return Certificate(
         {
@@ -77,21 +76,29 @@ def certificate(problem: Problem, grown: Sequence[Grown], *, claim: str, model: 
 
 def identity(problem: Problem) -> dict[str, Array]:
     """The numbers of a problem: equal for equal problems."""
-    header, arrays = _program(problem.program)
-    text = np.frombuffer(json.dumps(header, sort_keys=True).encode(), dtype=np.uint8)
-    return arrays | _cases(problem) | {"header": text}
+    header, arrays = _question(problem)
+    return arrays | {"header": np.frombuffer(json.dumps(header, sort_keys=True).encode(), dtype=np.uint8)}
 
 
 def differences(proof: Certificate, problem: Problem) -> list[str]:
     """How a certificate's network, boxes and rows differ from those of a problem; none if it proves exactly that."""
-    header, arrays = _program(problem.program)
-    arrays |= _cases(problem)
-    found = [f"{name} differs" for name, value in header.items() if proof.header.get(name) != value]
+    header, arrays = _question(problem)
+    names = [*header, *({"ball"} - set(header))]
+    found = [f"{name} differs" for name in names if proof.header.get(name) != header.get(name)]
     for name, array in arrays.items():
         other = proof.arrays.get(name)
         if other is None or other.dtype != array.dtype or not np.array_equal(other, array):
             found.append(f"array {name!r} differs")
     return found
+
+
+def _question(problem: Problem) -> tuple[dict[str, Any], dict[str, Array]]:
+    header, arrays = _program(problem.program)
+    ball = problem.ball
+    if ball is not None:
+        header["ball"] = ball.norm
+        arrays |= {"ball_centre": _f8(ball.centre[0]), "ball_radius": _f8(ball.radius[0])}
+    return header, arrays | _cases(problem)
 
 
 def _f8(x: Tensor) -> Array:

@@ -22,6 +22,7 @@ from torch import Tensor
 from soundly.bounds.batch import Bounder, OutOfTime
 from soundly.bounds.conditional import with_rows
 from soundly.bounds.optimise import refine
+from soundly.bounds.program import Program
 from soundly.certificate.verification import replay as replay_proof
 from soundly.errors import InvalidInput, MissingRule
 from soundly.spec.claim import Claim
@@ -181,14 +182,18 @@ class _Run:
                 problem.rows.y[first:last], problem.rows.x[first:last], problem.rows.constant[first:last], clause
             )
             region = self.claim.region
-            project = None
+            project = lowest = None
             if len(problem.lower) == 1 and getattr(region, "norm", "linf") != "linf":
 
                 def project(x: Tensor) -> Tensor:
                     return region.project(x.double().reshape(-1, *region.shape)).reshape(len(x), -1)
 
+                def lowest(a: Tensor) -> Tensor:
+                    assert problem.ball is not None
+                    return problem.ball.lowest(a, problem.lower, problem.upper)
+
             self.attacks[case] = Attack(
-                problem.program.to(torch.float32), rows, problem.lower[case], problem.upper[case], 0, project
+                problem.program.to(torch.float32), rows, problem.lower[case], problem.upper[case], 0, project, lowest
             )
         return self.attacks[case]
 
@@ -231,9 +236,13 @@ class _Run:
 
     # ---------------------------------------------------------------- the strategy
 
+    def _bounder(self, program: Program, *, together: bool = False) -> Bounder:
+        assert self.problem is not None
+        return Bounder(program, together=together, deadline=self.deadline, ball=self.problem.ball)
+
     def _decide(self, problem: Problem) -> Verdict:
         cases = len(problem.lower)
-        wide, margin = Bounder(problem.program.to(torch.float32), together=True, deadline=self.deadline), MARGIN
+        wide, margin = self._bounder(problem.program.to(torch.float32), together=True), MARGIN
         for case in range(min(cases, 4)):
             self._try(case, min(max(0.05, wide.cost * PATIENCE), 2.0))
         vary = int((problem.upper > problem.lower).sum(1).max())
@@ -277,7 +286,7 @@ class _Run:
             if len(points):
                 self._offer(case, points)
             if search.margin > 0 and search.stack and bool((search.stack[-1].bound > -search.margin).any()):
-                search.bounder = Bounder(search.problem.program, together=True, deadline=self.deadline)
+                search.bounder = self._bounder(search.problem.program, together=True)
                 search.margin = 0.0
             if time.monotonic() - self.told > 0.5:
                 self.told = time.monotonic()
@@ -322,10 +331,11 @@ class _Run:
             problem.program, every.y[first:last], every.x[first:last] if every.reads_inputs else None,
             every.constant[first:last],
         )  # fmt: skip
-        narrow, margin = Bounder(program.to(torch.float32), deadline=self.deadline), MARGIN
+        narrow, margin = self._bounder(program.to(torch.float32)), MARGIN
         if narrow.cost <= SMALL:
-            narrow, margin = Bounder(program, deadline=self.deadline), 1e-9
-        lower, upper = (v[case : case + 1].to(narrow.dtype) for v in (problem.lower, problem.upper))
+            narrow, margin = self._bounder(program), 1e-9
+        box = problem.narrowed(problem.lower[case : case + 1], problem.upper[case : case + 1])
+        lower, upper = (v.to(narrow.dtype) for v in box)
         root = narrow.refresh(lower, upper)
         clauses = list(range(int(problem.spans[case, 1] - problem.spans[case, 0])))
         search = NeuronSplit(problem, narrow, case, root, clauses, margin=margin)
@@ -400,7 +410,7 @@ class _Run:
                     if not search.reopen(mine):
                         raise _Stop("the certificate was not accepted: a leaf is open that the search takes for proved")
                     if isinstance(search, InputSplit):
-                        search.bounder = Bounder(problem.program, together=True, deadline=self.deadline)
+                        search.bounder = self._bounder(problem.program, together=True)
                         search.margin = 0.0
                         self._work_inputs(search)
                         refused = search.stuck
