@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from soundly.bounds.batch import Bounder, Frame, Relaxations, Start, copied, factors
+from soundly.bounds.batch import Bounder, Frame, Start, copied, factors
 from soundly.bounds.lines import band, kink, lines
 from soundly.bounds.products import Planes, planes
 from soundly.bounds.program import Function, Times, Variable
+from soundly.bounds.relaxation import Lines
 from soundly.graph.elementwise import Elementwise
 
 ROOM = 2**26
@@ -61,77 +62,83 @@ class Shared:
 
     def __init__(self, bounder: Bounder, whole: Frame, lower: Tensor, upper: Tensor, start: Start) -> None:
         self.bounder, self.whole = bounder, whole
-        self.carried: dict[int, tuple[Tensor, Carried]] = {}
-        self.known: dict[int, Relaxations] = {}
-        frame = Frame([], [], torch.zeros(1, dtype=torch.bool))
-        self.slopes: Relaxations = {}
-        self._follow(frame, lower[None], upper[None], first=True)
-        self.frame = frame
+        self.entries = self._carriable()
+        self.needed = self._needed()
+        self.carried: dict[int, Carried] = {}
+        self.slopes: dict[int, Lines | Planes] = {}
+        frame, _ = self._follow(lower[None], upper[None], choose=True)
         self.rows = self._carry(frame, start)
 
     def least(self, lower: Tensor, upper: Tensor) -> Tensor:
         """Lower bounds of the rows over boxes within the whole [batch, inputs]: [batch, rows]."""
-        frame = Frame([], [], torch.zeros(len(lower), dtype=torch.bool))
-        offsets = self._follow(frame, lower, upper)
+        _, offsets = self._follow(lower, upper)
         return self.rows.least(lower, upper, offsets)
 
-    def _follow(
-        self, frame: Frame, lower: Tensor, upper: Tensor, *, first: bool = False
-    ) -> dict[int, tuple[Tensor, Tensor]]:
-        """Fills the frame step by step; the offsets of functions and products on it. At the reference the slopes are
-        chosen and the rows of inner steps carried back."""
-        bounder, whole = self.bounder, self.whole
-        offsets: dict[int, tuple[Tensor, Tensor]] = {}
-        chosen: dict[int, object] = {}
+    def _carriable(self) -> dict[int, Tensor]:
+        """Which entries of which steps get bounds from rows: those on which a relaxation may depend."""
+        bounder, found = self.bounder, {}
         for i, step in enumerate(bounder.steps):
-            if isinstance(step, Variable):
-                low, high = lower, upper
-            else:
-                low, high = bounder.forward(step, frame)
-                low, high = torch.maximum(low, whole.lower[i]), torch.minimum(high, whole.upper[i])
+            if bounder.read[i] and not bounder.exact[i] and copied(step) is None:
+                entry = bounder.loose(i, self.whole)[0].nonzero()[:, 0]
+                if len(entry) and 2 * len(entry) * bounder.widest <= ROOM:
+                    found[i] = entry
+        return found
+
+    def _needed(self) -> set[int]:
+        """The steps whose intervals are asked for: what functions and products read, and what those come from."""
+        needed: set[int] = set()
+        for i in reversed(range(len(self.bounder.steps))):
+            step = self.bounder.steps[i]
+            if isinstance(step, (Function, Times)) or (i in needed and i not in self.entries):
+                needed.update(step.sources)
+        return needed
+
+    def _follow(
+        self, lower: Tensor, upper: Tensor, *, choose: bool = False
+    ) -> tuple[Frame, dict[int, tuple[Tensor, Tensor]]]:
+        """Intervals of the steps that are needed, and the offsets of functions and products. At the reference the
+        slopes are chosen on the way, and the rows of inner steps carried back."""
+        bounder, whole = self.bounder, self.whole
+        frame = Frame([lower], [upper], torch.zeros(len(lower), dtype=torch.bool))
+        offsets: dict[int, tuple[Tensor, Tensor]] = {}
+        for i, step in enumerate(bounder.steps[1:], 1):
+            assert not isinstance(step, Variable)
+            low, high = whole.lower[i], whole.upper[i]
+            if i in self.needed and i not in self.entries:
+                least, greatest = bounder.forward(step, frame)
+                low, high = torch.maximum(low, least), torch.minimum(high, greatest)
             if isinstance(step, Function):
                 ends = frame.lower[step.source], frame.upper[step.source]
-                if first:
-                    chosen[i] = lines(step.op, *ends)
-                    self.slopes = chosen  # type: ignore[assignment]
-                line = self.slopes[i]
-                offsets[i] = (
-                    _offset(step.op, *ends, line.slope_low, 0),  # type: ignore[union-attr]
-                    _offset(step.op, *ends, line.slope_high, 1),  # type: ignore[union-attr]
-                )
+                line = self.slopes.setdefault(i, lines(step.op, *ends)) if choose else self.slopes[i]
+                assert isinstance(line, Lines)
+                offsets[i] = _offset(step.op, *ends, line.slope_low, 0), _offset(step.op, *ends, line.slope_high, 1)
             elif isinstance(step, Times):
-                rectangle = factors(step, frame)
-                if first:
-                    chosen[i] = planes(*rectangle)
-                    self.slopes = chosen  # type: ignore[assignment]
-                offsets[i] = _corner(rectangle, self.slopes[i])  # type: ignore[arg-type]
-            if first and bounder.read[i] and not bounder.exact[i] and copied(step) is None:
-                entry = bounder.loose(i, whole)[0].nonzero()[:, 0]
-                if len(entry) and 2 * len(entry) * bounder.widest <= ROOM:
-                    here = Frame([*frame.lower, low], [*frame.upper, high], frame.infeasible)
-                    both = bounder._both(i, entry, torch.zeros_like(entry))
-                    self.carried[i] = entry, self._carry(here, both)
-            if i in self.carried:
-                entry, rows = self.carried[i]
-                least, greatest = rows.least(lower, upper, offsets).chunk(2, 1)
-                low, high = low.expand(len(lower), -1).clone(), high.expand(len(lower), -1).clone()
+                sides = factors(step, frame)
+                plane = self.slopes.setdefault(i, planes(*sides)) if choose else self.slopes[i]
+                assert isinstance(plane, Planes)
+                offsets[i] = _corner(sides, plane)
+            if i in self.entries and i in self.needed:
+                entry = self.entries[i]
+                if choose:
+                    self.carried[i] = self._carry(frame, bounder._both(i, entry, torch.zeros_like(entry)))
+                least, greatest = self.carried[i].least(lower, upper, offsets).chunk(2, 1)
+                low, high = low.repeat(len(lower), 1), high.repeat(len(lower), 1)
                 low[:, entry] = torch.maximum(low[:, entry], least)
                 high[:, entry] = torch.minimum(high[:, entry], -greatest)
-                low, high = torch.minimum(low, high), torch.maximum(low, high)  # apart only by rounding
-            frame.lower.append(low)
-            frame.upper.append(high)
-        return offsets
+            frame.lower.append(torch.minimum(low, high))  # apart only by rounding
+            frame.upper.append(torch.maximum(low, high))
+        return frame, offsets
 
     def _carry(self, frame: Frame, start: Start) -> Carried:
         """Rows back to the inputs without any offset: those are a box's own."""
-        bare: dict[int, object] = {}
+        bare: dict[int, Lines | Planes] = {}
         for j, line in self.slopes.items():
             zero = torch.zeros_like(line[0])
             if isinstance(line, Planes):
                 bare[j] = line._replace(c_low=zero, c_high=zero)
             else:
                 bare[j] = line._replace(offset_low=zero, offset_high=zero)
-        found = self.bounder.backward(frame, bare, start, keep=True)  # type: ignore[arg-type]
+        found = self.bounder.backward(frame, bare, start, keep=True)
         return Carried(found.a, found.d, found.kept)
 
 
@@ -139,8 +146,7 @@ def _offset(f: Elementwise, lower: Tensor, upper: Tensor, slope: Tensor, side: i
     """The least (side 0) or greatest of f(t) - slope t on intervals [batch, n], for slopes [1, n]."""
     slopes = kink(f)
     if slopes is None:
-        flat = slope.expand(lower.shape)
-        return band(f, lower, upper, flat)[side].reshape(lower.shape)
+        return band(f, lower, upper, slope.expand(lower.shape))[side].reshape(lower.shape)
     inside = torch.zeros_like(lower).clamp(lower, upper)
     points = torch.stack([lower, upper, inside])
     left, right = slopes

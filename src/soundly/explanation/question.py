@@ -63,12 +63,14 @@ class Question:
         counts[1].index_add_(0, self.member, torch.ones_like(self.member))
         parts = (counts[0] > 0) & (counts[0] < counts[1])
         if bool(parts.any()):
-            raise InvalidInput(f"mask keeps feature {int(parts.nonzero()[0])} in parts; keep all of its entries or none.")
+            raise InvalidInput(
+                f"mask keeps feature {int(parts.nonzero()[0])} in parts; keep all of its entries or none."
+            )
         return counts[0] > 0
 
     def spread(self, features: Tensor) -> Tensor:
         """Values of features [..., features] at their entries [..., entries]."""
-        return features[..., self.member]
+        return features if self.features == len(self.member) else features[..., self.member]
 
     def freed(self, kept: Tensor) -> Claim:
         """The same claim where only the features that are not kept may move."""

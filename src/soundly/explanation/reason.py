@@ -13,7 +13,6 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from soundly.spec.region import Box
 from soundly.verification.problem import problem_of
 from soundly.verification.replay import replay
 from soundly.verification.verdict import Proved, Refuted, Verdict
-from soundly.verification.verify import MARGIN, SMALL, verify
+from soundly.verification.verify import MARGIN, SMALL, verify, verify_part
 
 PREFIXES = 48
 """How many sets of growing size are bounded at once."""
@@ -37,6 +36,8 @@ WORTH = 0.05
 """Blocks are freed as long as one of them holds this share of what is left."""
 NUMBERS = 2**24
 """How many numbers the values of all candidates of a batch may take."""
+PATIENCE = 30.0
+"""Seconds for the proof of a set that bounds say is sufficient."""
 STEPS = 12
 """Of the descent towards counterexamples."""
 
@@ -328,7 +329,7 @@ class _Search:
                 self.minimal = False
                 return
             seconds = min(self.search, left)
-            verdict = verify(self._claim(i), timeout=None if seconds == math.inf else seconds)
+            verdict = verify_part(self._claim(i), self.screen.problem, timeout=None if seconds == math.inf else seconds)
             if isinstance(verdict, Proved):
                 self.free = self.free.clone()
                 self.free[i] = True
@@ -367,8 +368,7 @@ class _Search:
             claim = self.about.freed(~self.free)
             if self.proof is not None and torch.equal(self.proof[0], self.free):
                 return self.proof[1], claim
-            left = None if self.deadline == math.inf else max(self.deadline - time.monotonic(), 1.0)
-            verdict = verify(claim, attack=False, timeout=left if self.search != 0 or left is not None else 10.0)
+            verdict = verify_part(claim, self.screen.problem, attack=False, timeout=PATIENCE)
             if isinstance(verdict, Proved) or not bool(self.free.any()):
                 return verdict, claim
             if isinstance(verdict, Refuted):
@@ -394,7 +394,9 @@ def descend(screen: Screen, lower: Tensor, upper: Tensor, steps: int = STEPS) ->
         with torch.enable_grad():
             point = x.detach().requires_grad_()
             measure = rows.worst(rows.at(program.evaluate(point)[-1], point)).amin(1)
-            (slope,) = torch.autograd.grad(measure.sum(), point)
+            slope = torch.zeros_like(x)
+            if measure.requires_grad:  # not where the claim is about a function that is constant in pieces
+                (slope,) = torch.autograd.grad(measure.sum(), point)
         better = measure.detach() < value
         best, value = torch.where(better[:, None], x, best), torch.where(better, measure.detach(), value)
         size = (upper - lower) * (0.5 / (1 + k))

@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -95,6 +95,18 @@ def verify(
         return run.verdict()
 
 
+def verify_part(claim: Claim, whole: Problem, *, timeout: float | None = None, attack: bool = True) -> Verdict:
+    """`verify` for claims that differ in their box alone.
+
+    Args:
+        claim: its region is a Box.
+        whole: the problem of the same claim over a box that contains this one.
+    """
+    run = _Run(claim, None, timeout, None, attack, None, None, whole)
+    with torch.no_grad():
+        return run.verdict()
+
+
 class _Found(Exception):
     """A counterexample was confirmed."""
 
@@ -115,6 +127,7 @@ class _Run:
     attacking: bool
     journal_path: str | os.PathLike[str] | None
     progress: Callable[[Progress], None] | None
+    whole: Problem | None = None
 
     def __post_init__(self) -> None:
         self.begun = time.monotonic()
@@ -134,7 +147,7 @@ class _Run:
             return Empty(self._effort("empty region" if self.claim.is_empty else "no property"))
         try:
             try:
-                problem = self.problem = problem_of(self.claim)
+                problem = self.problem = problem_of(self.claim) if self.whole is None else self._part(self.whole)
             except MissingRule as error:
                 self._attack_network()
                 raise _Stop(f"no bounds for this network: {error}") from error
@@ -154,6 +167,13 @@ class _Run:
             reason = "interrupted"
         self.journal.write(now=True)
         return Unknown(min(self.bound, 0.0), self.open, reason, self._effort("unknown"))
+
+    def _part(self, whole: Problem) -> Problem:
+        """The whole's program, which holds on every box within."""
+        box = self.claim.region.box
+        lower, upper = (end.reshape(1, -1) for end in (box.lower, box.upper))
+        assert bool((lower >= whole.lower).all() & (upper <= whole.upper).all())
+        return replace(whole, lower=lower, upper=upper)
 
     def _effort(self, settled: str) -> Effort:
         return Effort(time.monotonic() - self.begun, self.subproblems, settled)
