@@ -28,8 +28,14 @@ if TYPE_CHECKING:
     from soundly.editing.constraints import over as over
     from soundly.editing.edit import Edit as Edit
     from soundly.editing.edit import edit as edit
+    from soundly.explanation.attribution import cam as cam
+    from soundly.explanation.attribution import contributions as contributions
     from soundly.explanation.attribution import gradcam as gradcam
     from soundly.explanation.attribution import integrated_gradients as integrated_gradients
+    from soundly.explanation.attribution import smoothgrad as smoothgrad
+    from soundly.explanation.certified import certify_change as certify_change
+    from soundly.explanation.certified import certify_map as certify_map
+    from soundly.explanation.certified import certify_top_k as certify_top_k
     from soundly.explanation.question import top_mask as top_mask
     from soundly.explanation.reason import Reason as Reason
     from soundly.explanation.reason import certify_mask as certify_mask
@@ -70,8 +76,14 @@ _HOME = {
     "to_torch": "graph.to_torch",
     "to_onnx": "graph.to_onnx",
     # explanations
+    "contributions": "explanation.attribution",
+    "cam": "explanation.attribution",
     "gradcam": "explanation.attribution",
     "integrated_gradients": "explanation.attribution",
+    "smoothgrad": "explanation.attribution",
+    "certify_map": "explanation.certified",
+    "certify_top_k": "explanation.certified",
+    "certify_change": "explanation.certified",
     # bounds
     "Interval": "bounds.interval",
     "interval_bounds": "bounds.interval",
