@@ -85,8 +85,11 @@ class Lemmas(NeuronSplit):
         rows = Rows(y, none.expand(many, program.inputs), -sign * ends.level, torch.arange(many))
         spans = torch.zeros(len(problem.lower), 2, dtype=torch.int64)
         spans[main.case, 1], spans[main.case + 1 :] = many, many
-        part = Problem(program, problem.lower, problem.upper, rows, torch.zeros(many, dtype=torch.float64), spans)
-        own = Bounder(with_rows(program, y, None, rows.constant).to(main.dtype), deadline=main.bounder.deadline)
+        part = Problem(
+            program, problem.lower, problem.upper, rows, torch.zeros(many, dtype=torch.float64), spans, problem.ball
+        )
+        whole = with_rows(program, y, None, rows.constant).to(main.dtype)
+        own = Bounder(whole, deadline=main.bounder.deadline, ball=problem.ball)
         frame = Frame(main.root.lower[: i + 1], main.root.upper[: i + 1], main.root.infeasible)
         last = own.steps[-1]
         assert isinstance(last, Affine)

@@ -227,7 +227,7 @@ class NeuronSplit:
         """Both children of the best split of each subproblem, [2k] in turn; who could not be split; worst points."""
         _, found, frame, _ = self._bound(parts, keep=True)
         lines = self.bounder.lines(frame, self._slopes(parts))
-        x = torch.where(found.a > 0, frame.lower[0], frame.upper[0])
+        x = found.lowest(frame.lower[0], frame.upper[0])
         neurons, points, scores, force = candidates(self.bounder, frame, lines, found, x, self.offset)
         k = len(parts)
         if len(neurons) == 0:
@@ -318,7 +318,7 @@ class NeuronSplit:
         """Whether splits alone have cost as much as it would cost to tighten the roots' intervals, and did not do."""
         passes = 4 * ROUNDS * sum(map(len, self.loose.values()))
         patience = len(self.roots) * passes > PASSES * self.subproblems
-        return not (self.squeezing or patience or passes * self.bounder.cost > TURN)
+        return bool(self.loose) and not (self.squeezing or patience or passes * self.bounder.cost > TURN)
 
     def squeeze(self, rounds: int) -> None:
         """Begins anew with the trees that are not done, and tightens intervals from now on."""
