@@ -29,6 +29,7 @@ from soundly.bounds.compose import (
     work,
 )
 from soundly.bounds.interval import Interval, interval_bounds
+from soundly.bounds.lines import jumps
 from soundly.bounds.program import Affine, Convolution, Function, Map, Matrix, Program, Sparse, Step, Times, Variable
 from soundly.errors import CaptureMismatch, InvalidInput, MissingRule
 from soundly.graph.composite import Rounding
@@ -234,6 +235,12 @@ class _Lowering:
         return self._whole(self._applied(op, self._step(value)))
 
     def _applied(self, op: Elementwise, source: int) -> int:
+        if source == 0 and jumps(op):  # which side of a jump holds is said of steps, never of inputs
+            if (copy := ("inputs",)) not in self.made:
+                size = self.steps[0].size
+                parts = ((identity(size), 0),)
+                self.made[copy] = self._append(Affine(parts, torch.zeros(size, dtype=torch.float64)))
+            source = self.made[copy]
         if (op, source) not in self.made:
             self.made[op, source] = self._append(Function(source, op, self.steps[source].size))
         return self.made[op, source]

@@ -353,7 +353,7 @@ class View:
             a = coefficients.pop(i, None)
             if self.splits is not None:
                 a = self._split(i, a, owner, bound)
-            if a is None:
+            if a is None or not a.shape[1]:
                 continue
             step = program.steps[i]
             if isinstance(step, Affine):

@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -103,6 +103,18 @@ def verify(
         return run.verdict()
 
 
+def verify_part(claim: Claim, whole: Problem, *, timeout: float | None = None, attack: bool = True) -> Verdict:
+    """`verify` for claims that differ in their box alone.
+
+    Args:
+        claim: its region is a Box.
+        whole: the problem of the same claim over a box that contains this one.
+    """
+    run = _Run(claim, None, timeout, None, attack, None, None, whole=whole)
+    with torch.no_grad():
+        return run.verdict()
+
+
 class _Found(Exception):
     """A counterexample was confirmed."""
 
@@ -124,6 +136,7 @@ class _Run:
     journal_path: str | os.PathLike[str] | None
     progress: Callable[[Progress], None] | None
     arithmetic: Arithmetic = "real"
+    whole: Problem | None = None
 
     def __post_init__(self) -> None:
         self.begun = time.monotonic()
@@ -165,6 +178,8 @@ class _Run:
         return Unknown(min(self.bound, 0.0), self.open, reason, self._effort("unknown"))
 
     def _problem(self) -> Problem:
+        if self.whole is not None:
+            return self._part(self.whole)
         problem = problem_of(self.claim, self.arithmetic)
         if self.arithmetic == "real":
             return problem
@@ -175,6 +190,14 @@ class _Run:
         if not bool(torch.isfinite(problem.slack).all()):
             raise _Stop("what float32 rounds has no bound on this region: a value may overflow, or be undefined")
         return problem
+
+    def _part(self, whole: Problem) -> Problem:
+        """The whole's program, which holds on every box within."""
+        box = self.claim.region.box
+        lower, upper = (end.reshape(1, -1) for end in (box.lower, box.upper))
+        if not bool((lower >= whole.lower).all() & (upper <= whole.upper).all()):
+            raise InvalidInput("whole: the claim's box is not inside this problem's box.")
+        return replace(whole, lower=lower, upper=upper)
 
     def _effort(self, settled: str) -> Effort:
         return Effort(time.monotonic() - self.begun, self.subproblems, settled)
