@@ -33,8 +33,8 @@ from soundly.verification.verify import REFINING, SMALL, TOGETHER, WORK, verify
 
 ROUNDS = 20
 """How often the slopes of each bound are improved."""
-ROOM = 4e-5
-"""By how much a claim is weaker than the bound it comes from, of sizes 1 and below absolute."""
+ROOM = 1e-3
+"""By how much claims are weaker than the bounds they come from, of how far the values move."""
 PAIRS = 2**16
 """The most comparisons of two cells."""
 
@@ -90,10 +90,11 @@ def certify_map(attribution: Network, region: Box | Ball, *, timeout: float | No
         timeout: seconds for the proof.
     """
     shape = attribution.output.shape
-    found = _least(problem_of(within(attribution, _box(region), 0.0, 0.0)))
-    lower, upper = (v.reshape(shape) for v in (found - _room(found)).chunk(2))
-    claim = within(attribution, region, lower, -upper)
-    return MapBounds(lower, -upper, verify(claim, timeout=timeout, attack=False), claim)
+    lower, low = _least(problem_of(within(attribution, _box(region), 0.0, 0.0))).chunk(2)
+    unit = _unit(-low - lower, lower)
+    lower, upper = (lower - ROOM * unit).reshape(shape), (ROOM * unit - low).reshape(shape)
+    claim = _scaled(within(attribution, region, lower, upper), unit)
+    return MapBounds(lower, upper, verify(claim, timeout=timeout, attack=False), claim)
 
 
 def certify_top_k(attribution: Network, x: Tensor, region: Box | Ball, k: int, *, timeout: float | None = None) -> TopK:
@@ -109,9 +110,10 @@ def certify_top_k(attribution: Network, x: Tensor, region: Box | Ball, k: int, *
     cells = values.argsort(descending=True, stable=True)[:k].tolist()
     pairs = [(p, q) for p in cells for q in range(n) if p != q]
     bound = _least(problem_of(_larger(attribution, _box(region), pairs))) if pairs else torch.empty(0)
-    proved = [pair for pair, b, room in zip(pairs, bound.tolist(), _room(bound).tolist(), strict=True) if b > room]
+    unit = _unit(values.max() - values.min() - bound, bound)
+    proved = [pair for pair, b in zip(pairs, bound.tolist(), strict=True) if b > ROOM * unit]
     certain = tuple(p for p in cells if sum(a == p for a, _ in proved) >= n - k)
-    claim = _larger(attribution, region, [pair for pair in proved if pair[0] in certain])
+    claim = _scaled(_larger(attribution, region, [pair for pair in proved if pair[0] in certain]), unit)
     claim = replace(claim, name=f"cells {list(certain)} among the {k} largest")
     return TopK(tuple(cells), certain, verify(claim, timeout=timeout, attack=False), claim)
 
@@ -146,14 +148,14 @@ def certify_change(
     square, unit = norm == "l2", size if relative else 1.0
     change = _change(attribution, base, norm)
     problem = problem_of(within(change, _box(region), None, 0.0))
-    found = -_least(problem)
-    limit = float((found + _room(found)).max())
+    limit = (1 + ROOM) * float((-_least(problem)).max())
+    room = _unit(torch.tensor([limit]), base)
     reached, worst = _reached(change, problem, region, limit)
-    claim = within(change, region, None, limit)
+    claim = _scaled(within(change, region, None, limit), room)
     verdict = verify(claim, timeout=timeout, attack=False)
     until = time.monotonic() + tighten
     while isinstance(verdict, Proved) and (left := until - time.monotonic()) > 0 and limit > 1.02 * reached:
-        closer = within(change, region, None, (limit + reached) / 2)
+        closer = _scaled(within(change, region, None, (limit + reached) / 2), room)
         match verify(closer, timeout=left):
             case Proved() as outcome:
                 claim, verdict, limit = closer, outcome, (limit + reached) / 2
@@ -203,8 +205,18 @@ def _box(region: Box | Ball) -> Box:
     return region.box
 
 
-def _room(bound: Tensor) -> Tensor:
-    return ROOM * bound.abs().clamp(min=1.0)
+def _unit(moves: Tensor, values: Tensor) -> float:
+    """A power of two that says how far values move, or their size where they do not."""
+    finite = moves[torch.isfinite(moves)]
+    size = max(finite.amax().item() if len(finite) else 0.0, 1e-6 * values.nan_to_num(0.0, 0.0, 0.0).abs().sum().item())
+    return math.ldexp(1.0, math.frexp(size)[1]) if size > 0 else 1.0
+
+
+def _scaled(claim: Claim, unit: float) -> Claim:
+    """The same claim with its rows in another unit, a power of two: a search stops at margins of size one."""
+    rows = claim.property
+    y = replace(rows.y, value=rows.y.value / unit)
+    return replace(claim, property=replace(rows, y=y, b=rows.b / unit, exact=None))
 
 
 # -- bounds
