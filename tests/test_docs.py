@@ -43,7 +43,8 @@ def test_the_examples_of_the_page_on_editing(capsys: pytest.CaptureFixture[str])
     model = nn.Sequential(nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / "editing.md").read_text(encoding="utf-8"), re.DOTALL)
     u = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 1))
-    names: dict[str, Any] = {"model": model, "x": torch.full((1, 3), 0.5), "u": u, "torch": torch}
+    v = nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 1))
+    names: dict[str, Any] = {"model": model, "x": torch.full((1, 3), 0.5), "u": u, "v": v, "torch": torch}
     for i, block in enumerate(blocks):
         exec(compile(block, f"editing.md, example {i + 1}", "exec"), names)
     promised = re.findall(r"^ *print\(.*\) +# (.*)$", "".join(blocks), re.MULTILINE)

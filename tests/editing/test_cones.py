@@ -307,3 +307,20 @@ def test_what_does_not_fit_is_refused():
             soundly.edit(model, [constraint], layer="fc")
     with pytest.raises(InvalidInput, match="last layer"):
         soundly.edit(soundly.load(model, x), [map.norm_at_most(0.1)], layer="b")
+
+
+def test_a_radius_near_the_smallest_possible_one(monkeypatch):
+    """More cuts than there is patience for: the answer keeps the cone, but is not called the smallest."""
+    model, x = made(Mlp)
+    map, limit = at(x).gradient(1), float(gradient(model.eval(), x, 1).norm())
+    demand = (map - gradient(made(Mlp, 7)[0].eval(), x, 1)).norm_at_most(0.05 * limit)
+    patient = soundly.edit(model, [demand], layer="fc")
+    assert patient.status == "proved" and patient.smallest
+    monkeypatch.setattr(search, "CUTS", 28)
+    hasty = soundly.edit(model, [demand], layer="fc")
+    assert hasty.status == "proved" and not hasty.smallest and all(meant(hasty.certificate))
+    least = float(patient.delta[1].norm())
+    assert least * (1 - 1e-6) <= float(hasty.delta[1].norm()) <= 1.05 * least
+    monkeypatch.setattr(search, "CUTS", 2)
+    edit = soundly.edit(model, [demand], layer="fc")
+    assert edit.status == "limit" and edit.model is None

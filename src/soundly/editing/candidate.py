@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -20,6 +20,8 @@ from soundly.editing.solve import Solution, least_change
 Norm = Literal["l2", "l1", "linf"]
 CUTS = 1000
 """Rounds of cutting planes before a program with cones is given up."""
+SHARES = (1e-6, 1e-2)
+"""The parts of a radius that are given away, so that finitely many cuts are enough; the second after CUTS rounds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,25 +119,36 @@ class Search:
             return Failure(
                 "infeasible", f"{reason}{float(margin[i]):.3g} that proof in {self.dtype} needs; widen it", (row,)
             )
+        for share in SHARES:
+            found = self._cut(program, block, lower, upper, margin / 2, [replace(c, share=share) for c in cones])
+            if isinstance(found, tuple):
+                return found[0], found[1] and share == SHARES[0]
+            if isinstance(found, Failure) and share == SHARES[0]:
+                return found
+        late = time.perf_counter() > self.deadline
+        why = "the time limit was reached" if late else "the solver did not reach the accuracy it needs"
+        return Failure("limit", f"{why} before the program was solved")
+
+    def _cut(
+        self, program: Program, block: Block, lower: Tensor, upper: Tensor, slack: Tensor, cones: list[SecondOrderCone]
+    ) -> tuple[Tensor, bool] | Failure | None:
+        """The least change within the rows and cones, cut by cut; None if time, accuracy or patience runs out."""
+        w = program.weights[list(block.classes)].reshape(-1)
         retain = None if self.retain is None else torch.block_diag(*[self.retain] * len(block.classes))
         bound = self.bound
         if bound is not None:  # rounding adds to a change; where it may add more than allowed, nothing can change
             bound = max(bound - self._unit * float(w.abs().max() + bound), 1e-300)
-        matrix, slack, side, rounds = block.matrix, margin / 2, None, 0
+        matrix, side = block.matrix, torch.zeros(len(lower), dtype=torch.int8)
         owner, new = list(range(len(lower))), [(k, cone.first()) for k, cone in enumerate(cones)]
-        while True:
+        for _ in range(CUTS):
             owner += [int(block.cones[k, 1]) for k, _ in new]
             matrix = torch.cat([matrix, *(cut.row[None] for _, cut in new)])
-            lower, upper = (
-                torch.cat([lower, lower.new_tensor([cut.lower for _, cut in new])]),
-                torch.cat([upper, upper.new_full((len(new),), math.inf)]),
-            )
+            lower = torch.cat([lower, lower.new_tensor([cut.lower for _, cut in new])])
+            upper = torch.cat([upper, upper.new_full((len(new),), math.inf)])
             slack = torch.cat([slack, slack.new_tensor([cones[k].room / 2 for k, _ in new])])
-            if side is not None:
-                side = torch.cat([side, side.new_zeros(len(new))])
             left = self.deadline - time.perf_counter()
-            if left <= 0 or rounds > CUTS:
-                break
+            if left <= 0:
+                return None
             solution = least_change(
                 matrix,
                 lower,
@@ -144,7 +157,7 @@ class Search:
                 bound=bound,
                 retain=retain,
                 retain_weight=self.retain_weight,
-                side=side,
+                side=torch.cat([side, side.new_zeros(len(new))]),
                 time_limit=None if math.isinf(left) else left,
             )
             if solution.status == "infeasible":
@@ -154,15 +167,13 @@ class Search:
             assert solution.delta is not None
             value = matrix @ solution.delta
             if not bool(((value >= lower - slack) & (value <= upper + slack)).all()):
-                break
+                return None
             seen = [(k, cone.cut(solution.delta)) for k, cone in enumerate(cones)]
             new = [(k, cut) for k, cut in seen if not cut.excess <= 0]
             if not new:
                 return solution.delta, solution.status == "optimal"
-            side, rounds = solution.side, rounds + 1
-        late = time.perf_counter() > self.deadline
-        why = "the time limit was reached" if late else "the solver did not reach the accuracy it needs"
-        return Failure("limit", f"{why} before the program was solved")
+            side = solution.side
+        return None
 
     def _cones(
         self, program: Program, block: Block, now: Tensor, margin: Tensor

@@ -14,9 +14,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-SHARE = 1e-6
-"""The part of the radius that is given away, so that finitely many cuts are enough."""
-
 
 @dataclass(frozen=True, eq=False)
 class Cut:
@@ -29,13 +26,14 @@ class Cut:
 
 @dataclass(frozen=True, eq=False)
 class SecondOrderCone:
-    """|rows d - [lower, upper]| <= (1 - SHARE) (radius . d + spare) - room, for a change d of the weights.
+    """|rows d - [lower, upper]| <= (1 - share) (radius . d + spare) - room, for a change d of the weights.
 
     Attributes:
         rows: [k, n]; lower, upper: [k].
         radius: [n].
         spare: the radius before the change.
         room: what rounding may add to the distance and take from the radius.
+        share: the part of the radius that is given away, so that finitely many cuts are enough.
     """
 
     rows: Tensor
@@ -44,6 +42,7 @@ class SecondOrderCone:
     radius: Tensor
     spare: float
     room: float
+    share: float = 1e-6
 
     def cut(self, delta: Tensor) -> Cut:
         """The supporting row at a change: the norm of what is missed is at least its product with any unit vector."""
@@ -53,12 +52,12 @@ class SecondOrderCone:
         unit = missed / distance if distance > 0 else missed
         # unit . missed >= unit . (rows d - ends) on the sides that are missed now, and what is not missed counts 0.
         ends = float((unit * (value - missed)).sum())
-        share = 1 - SHARE
-        row = share * self.radius - unit @ self.rows
+        kept = 1 - self.share
+        row = kept * self.radius - unit @ self.rows
         spare = float(self.radius @ delta) + self.spare
-        return Cut(row, self.room - share * self.spare - ends, distance - spare + self.room / 2)
+        return Cut(row, self.room - kept * self.spare - ends, distance - spare + self.room / 2)
 
     def first(self) -> Cut:
         """That the radius is not negative."""
-        share = 1 - SHARE
-        return Cut(share * self.radius, self.room - share * self.spare, math.inf)
+        kept = 1 - self.share
+        return Cut(kept * self.radius, self.room - kept * self.spare, math.inf)

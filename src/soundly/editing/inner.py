@@ -156,6 +156,12 @@ def _areas(c: Constraint) -> list[Area]:
     return [p for p in points_of(c) if isinstance(p, Area)]
 
 
+def sampled(constraints: Sequence[Constraint]) -> list[Constraint]:
+    """Constraints at points only: those on a region at some of its points."""
+    samples = {area: _first(area) for c in constraints for area in _areas(c)}
+    return [part for c in constraints for part in _instances(c, samples)]
+
+
 def _first(area: Area) -> list[Tensor]:
     """Some points of a region: its middle, corners, random ones."""
     return [area.x, *area.region.corners(FIRST // 3), *area.region.samples(FIRST)]

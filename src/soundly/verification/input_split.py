@@ -409,8 +409,11 @@ class InputSplit:
             start = self._start(which, who)
             found = bounder.backward(frame, lines, start, keep=len(self.jumps) > 0)
             box = frame.lower[0][who], frame.upper[0][who]
-            bounds.append(torch.maximum(found.least(*box), plainly(frame, start)).double())
-            bases.append(replace(found, ball=None).least(*box).double())
+            base = least = replace(found, ball=None).least(*box)
+            if found.ball is not None:
+                least = torch.maximum(base, found.least(*box))
+            bounds.append(torch.maximum(least, plainly(frame, start)).double())
+            bases.append(base.double())
             planes.append(found.a.double())
             points.append(found.lowest(now.lower[who], now.upper[who]))
             losses.append(self.jumps.losses(lines, found, who).double())
