@@ -227,7 +227,7 @@ class NeuronSplit:
         """Both children of the best split of each subproblem, [2k] in turn; who could not be split; worst points."""
         _, found, frame, _ = self._bound(parts, keep=True)
         lines = self.bounder.lines(frame, self._slopes(parts))
-        x = torch.where(found.a > 0, frame.lower[0], frame.upper[0])
+        x = found.lowest(frame.lower[0], frame.upper[0])
         neurons, points, scores, force = candidates(self.bounder, frame, lines, found, x, self.offset)
         k = len(parts)
         if len(neurons) == 0:
@@ -258,10 +258,14 @@ class NeuronSplit:
         self.subproblems += len(index)
         return children, stuck, x
 
+    def _urgent(self, batch: int) -> Tensor:
+        """Which subproblems come next: where the bound is worst."""
+        return self.waiting.bound.topk(batch, largest=False, sorted=False).indices
+
     def step(self, batch: int, rounds: int) -> Tensor:
         """Splits the worst subproblems; returns points where their bounds are worst."""
         if len(self.waiting) > batch:
-            worst = self.waiting.bound.topk(batch, largest=False, sorted=False).indices
+            worst = self._urgent(batch)
             rest = torch.ones(len(self.waiting), dtype=torch.bool)
             rest[worst] = False
             now, later = self.waiting.pick(worst), self.waiting.pick(rest)
