@@ -32,6 +32,7 @@ from soundly.graph.node import Node
 from soundly.graph.to_onnx import to_onnx
 from soundly.spec.claim import Claim, within
 from soundly.spec.region import Box, join
+from soundly.verification.forest import BOUND, REFRESH
 from soundly.verification.input_split import InputSplit
 from soundly.verification.neuron_split import NeuronSplit
 from soundly.verification.problem import Problem, problem_of
@@ -398,6 +399,8 @@ def splitting(subject: Subject, r: random.Random) -> Iterator[str]:
                 yield f"splitting inputs lost a counterexample of output {entry} >= {level:.9g}"
                 return
             if turn in (0, 3):
+                for part in inputs.stack:  # the checker shall bound what the search has not closed
+                    inputs.forest.flags[part.node.numpy()] = REFRESH | BOUND
                 yield from _certified(problem, [inputs.grown([0])], entry, level)
         if share and r.random() < 0.5:
             yield from _neurons(problem, bad, entry, level, subject.approximate)
