@@ -17,10 +17,13 @@ from soundly.auditing.fuzzing import examine
 from soundly.auditing.generation import recipe
 from soundly.auditing.oracles import ORACLES
 
+PATIENCE = 10.0
+"""How many times its CPU time a process may take on a busy machine."""
+
 
 @dataclass(frozen=True)
 class Mutant:
-    """What became of a fault: whether it was found, after how many seconds, by which oracle and seed, and its words."""
+    """What became of a fault: whether it was found, after how many CPU seconds, by which oracle and seed, and its words."""
 
     fault: Fault
     found: bool
@@ -33,19 +36,22 @@ class Mutant:
 def hunt(fault: Fault, *, seconds: float, first: int = 0) -> Mutant:
     """Examines soundly with the fault, in this process, until it is found or time is up.
 
-    Every oracle goes through the seeds at its own pace. Next is always that which has taken the least of the time due
-    to it, and more is due to cheap ones: they see many recipes while a dear one sees a few.
+    Every oracle goes through the seeds at its own pace, and that which has taken the least time so far is next: cheap
+    ones see many recipes while a dear one sees a few.
+
+    Args:
+        seconds: of CPU time.
     """
-    started = time.monotonic()
+    started = time.process_time()
     spent, seeds = dict.fromkeys(ORACLES, 0.0), dict.fromkeys(ORACLES, first)
     with planted(fault):
-        while (begun := time.monotonic()) < started + seconds:
-            name = min(spent, key=lambda name: spent[name] / ORACLES[name][0])
+        while (begun := time.process_time()) < started + seconds:
+            name = min(spent, key=lambda name: spent[name])
             seed, seeds[name] = seeds[name], seeds[name] + 1
             for _, text in examine(recipe(seed), seed, oracles={name: ORACLES[name][1]}):
-                return Mutant(fault, True, time.monotonic() - started, name, seed, text[:200])
-            spent[name] += time.monotonic() - begun
-    return Mutant(fault, False, time.monotonic() - started)
+                return Mutant(fault, True, time.process_time() - started, name, seed, text[:200])
+            spent[name] += time.process_time() - begun
+    return Mutant(fault, False, time.process_time() - started)
 
 
 def _child(pipe: Connection, index: int, seconds: float) -> None:
@@ -57,7 +63,7 @@ def mutate(faults: Sequence[Fault] = FAULTS, *, seconds: float = 60.0) -> Iterat
 
     Args:
         faults: members of FAULTS.
-        seconds: wall-clock time for each.
+        seconds: CPU time for each; one that takes far more time than that has not ended.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["soundly.auditing.mutation"])
@@ -68,7 +74,7 @@ def mutate(faults: Sequence[Fault] = FAULTS, *, seconds: float = 60.0) -> Iterat
         process.start()
         sending.close()
         try:
-            if receiving.poll(seconds + 20.0):
+            if receiving.poll(PATIENCE * seconds + 20.0):
                 yield receiving.recv()
             else:
                 yield Mutant(fault, False, time.monotonic() - started, text="did not end")

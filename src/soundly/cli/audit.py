@@ -59,7 +59,9 @@ def add(verbs: Verbs) -> None:
         "mutate", help="plant faults in soundly",
         description="Plant each fault of a catalogue in soundly and see whether fuzzing notices.",
     )  # fmt: skip
-    mutate.add_argument("--seconds", type=positive, default=60.0, metavar="S", help="for each fault; default: 60")
+    mutate.add_argument(
+        "--seconds", type=positive, default=60.0, metavar="S", help="of CPU time for each fault; default: 60"
+    )
     mutate.add_argument("--only", default="", metavar="TEXT", help="faults whose name or part contains this")
     mutate.set_defaults(run=_mutate)
 
