@@ -23,7 +23,8 @@ PATIENCE = 10.0
 
 @dataclass(frozen=True)
 class Mutant:
-    """What became of a fault: whether it was found, after how many CPU seconds, by which oracle and seed, and its words."""
+    """What became of a fault: whether it was found, after how many CPU seconds, by which oracle at which seed, and what
+    that said."""
 
     fault: Fault
     found: bool
