@@ -15,7 +15,6 @@ from tests.certificate.test_ball import escapes
 from tests.certificate.test_conditional import misplaced, tightened_certificate
 from tests.certificate.test_intervals import escaped
 from tests.certificate.test_jumps import jumps, untrue_at_jumps
-from tests.certificate.test_lemmas import lemma_certificate, misplaced_lemmas
 from tests.certificate.test_malformed import malformed
 from tests.certificate.test_products_together import (
     above_least,
@@ -33,7 +32,7 @@ def broken(old: str, new: str) -> Any:
     """The checker with one piece of its source exchanged."""
     folder = Path(checker.__file__).parent
     names = ("rings", "ball", "functions", "products", "program", "bounding", "forms", "intervals", "conditional",
-             "reading", "lemmas", "verification")  # fmt: skip
+             "reading", "verification")  # fmt: skip
     sources = {name: (folder / f"{name}.py").read_text(encoding="utf-8") for name in names}
     assert sum(s.count(old) for s in sources.values()) == 1, f"{old!r} is not in the checker exactly once: adapt this"
     for name in names:
@@ -78,8 +77,6 @@ def faults(with_: Any) -> Iterator[str]:
         "misplaces tightened intervals": (lambda _: misplaced(with_), [0]),
         "proves an untruth of tightened intervals": (
             lambda seed: untrue(tightened_certificate(seed), seed, with_) != [], range(40)),
-        "proves an untruth of lemmas": (lambda seed: untrue(lemma_certificate(seed), seed, with_) != [], range(40)),
-        "misplaces lemmas": (lambda _: misplaced_lemmas(with_), [0]),
         "proves an untruth of neuron splits": (
             lambda seed: untrue(neuron_certificate(seed), seed, with_) != [], range(40)),
         "proves an untruth of quadratic forms": (
@@ -140,11 +137,6 @@ FAULTS = {
     "clip to the smallest clause": ("((np.minimum, left), (np.maximum, right))",
                                     "((np.maximum, left), (np.minimum, right))"),
     "input split exchanged": ("upper[what] = min(upper[what], at)", "upper[what] = min(upper[what], at - 0.4)"),
-    "lemmas believed": ("if not self.failed:", "if True:"),
-    "lemmas about the other end": ("sign = np.where(lower, 1.0, -1.0)", "sign = np.where(lower, -1.0, 1.0)"),
-    "lemmas without their level": ("least >= sign[some] * proof.tree_level[trees[some]]", "least >= -99.0"),
-    "lemmas of other cases used": ("row, level = cases == proof.tree_case[tree],", "row, level = cases == cases,"),
-    "lemmas not used": ("before = None if lemmas.all()", "before = None if True"),
     "leaves forgotten": ("self.left_open[node.tree] |= node.open", "pass"),
     "right children forgotten": ("for side, sign in ((0, -1), (1, 1)):", "for side, sign in ((0, -1),):"),
     "left children forgotten": ("for side, sign in ((0, -1), (1, 1)):", "for side, sign in ((1, 1),):"),

@@ -55,7 +55,6 @@ class Proof:
     pair_start [cases + 1]: the clauses of each case; pair_rows [pairs + 1]: the rows of each clause.
     start, column, value, constant, slack: the rows; float32: whether they are claimed of what that computes, too.
     The tree's arrays are those of the file.
-    tree_lemma, tree_level: for trees that prove an end of a neuron's interval, 2 * neuron + side and that end; else -1.
     """
 
     program: Program
@@ -70,8 +69,6 @@ class Proof:
     slack: Array
     tree_case: Array
     tree_clause: Array
-    tree_lemma: Array
-    tree_level: Array
     tree_start: Array
     flags: Array
     kind: Array
@@ -371,14 +368,8 @@ def _trees(arrays: _Reader, program: Program, pair_start: Array, pair_rows: Arra
     case = arrays.indices("tree_case", None, len(pair_start) - 1)
     trees = len(case)
     clause = arrays.get("tree_clause", "i8", trees, 2)
-    lemma = arrays.indices("tree_lemma", trees, 2 * int(program.offsets[-1]), least=-1)
-    level = arrays.numbers("tree_level", trees)
-    proves = lemma >= 0
-    _about(program, lemma[proves] // 2, "tree_lemma")
-    if (clause[proves] != 0).any() or (level[~proves] != 0).any():
-        _refuse("tree_clause of a lemma, and tree_level of other trees, must be 0")
     most = np.diff(pair_start)[case]
-    if ((clause[:, 0] < 0) | ((clause[:, 0] >= clause[:, 1]) & ~proves) | (clause[:, 1] > most)).any():
+    if ((clause[:, 0] < 0) | (clause[:, 0] >= clause[:, 1]) | (clause[:, 1] > most)).any():
         _refuse("tree_clause must be a range of the case's clauses that is not empty")
     covered = np.zeros(pair_start[-1] + 1, int)
     np.add.at(covered, pair_start[case] + clause[:, 0], 1)
@@ -402,8 +393,6 @@ def _trees(arrays: _Reader, program: Program, pair_start: Array, pair_rows: Arra
         _refuse("flags: the root of a tree must be refreshed")
     if (clipped & ~bounded).any():
         _refuse("flags: a node is clipped that is not bounded")
-    if (clipped & np.repeat(proves, np.diff(start))).any():
-        _refuse("flags: a node of a lemma is clipped")
     if (together & ~(refreshed & bounded)).any() or (together.any() and program.together is None):
         _refuse("flags: products are bounded together where nothing is refreshed or bounded, or where there are none")
     if ((bound >= 0) & ~bounded).any() or ((group >= 0) & ~refreshed).any():
@@ -415,7 +404,9 @@ def _trees(arrays: _Reader, program: Program, pair_start: Array, pair_rows: Arra
         _refuse("what and at must be 0 in leaves")
     if ((what < 0) | (what >= np.where(split, program.offsets[-1], program.steps[0].size)))[~leaf].any():
         _refuse("what: no such input or neuron")
-    _about(program, what[split], "what")
+    step = np.searchsorted(program.offsets, what[split], side="right") - 1
+    if not np.isin(step, [i for i in program.bounded if i > 0]).all():
+        _refuse("what: a neuron is split that no function or product reads, or an input as a neuron")
     # In level order the children of the i-th split are nodes 1 + 2 i and 2 + 2 i: then every node is reached once.
     before = np.cumsum(~leaf) - ~leaf
     tree = np.repeat(np.arange(trees), np.diff(start))
@@ -434,18 +425,11 @@ def _trees(arrays: _Reader, program: Program, pair_start: Array, pair_rows: Arra
     if ((length != 0) & (length != depth)).any():
         _refuse("beta: one number for each neuron split above the node, or none")
     return {
-        "tree_case": case, "tree_clause": clause, "tree_lemma": lemma, "tree_level": level, "tree_start": start,
-        "flags": flags, "kind": kind, "what": what,
+        "tree_case": case, "tree_clause": clause, "tree_start": start, "flags": flags, "kind": kind, "what": what,
         "at": at, "child": child, "slopes_bound": bound, "slopes_refresh": group, "beta_start": beta_start,
         "beta": beta,
         **_tightened(arrays, program, stored, depth, rows[tree]),
     }  # fmt: skip
-
-
-def _about(program: Program, neuron: Array, name: str) -> None:
-    step = np.searchsorted(program.offsets, neuron, side="right") - 1
-    if not np.isin(step, [i for i in program.bounded if i > 0]).all():
-        _refuse(f"{name}: an input, or a neuron that no function or product reads")
 
 
 def _tightened(arrays: _Reader, program: Program, stored: Stored, depth: Array, rows: Array) -> dict[str, Array]:
@@ -460,7 +444,9 @@ def _tightened(arrays: _Reader, program: Program, stored: Stored, depth: Array, 
         _refuse("tighten_node decreases")
     if ((key < 0) | (key >= 2 * program.offsets[-1])).any():
         _refuse("tighten_key out of range")
-    _about(program, key // 2, "tighten_key")
+    step = np.searchsorted(program.offsets, key // 2, side="right") - 1
+    if not np.isin(step, [i for i in program.bounded if i > 0]).all():
+        _refuse("tighten_key: an input, or a neuron that no function or product reads")
     if (number < 0).any():
         _refuse("tighten_round is negative")
     same = (np.diff(node) == 0) & (np.diff(number) == 0)

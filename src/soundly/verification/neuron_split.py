@@ -258,14 +258,10 @@ class NeuronSplit:
         self.subproblems += len(index)
         return children, stuck, x
 
-    def _urgent(self, batch: int) -> Tensor:
-        """Which subproblems come next: where the bound is worst."""
-        return self.waiting.bound.topk(batch, largest=False, sorted=False).indices
-
     def step(self, batch: int, rounds: int) -> Tensor:
         """Splits the worst subproblems; returns points where their bounds are worst."""
         if len(self.waiting) > batch:
-            worst = self._urgent(batch)
+            worst = self.waiting.bound.topk(batch, largest=False, sorted=False).indices
             rest = torch.ones(len(self.waiting), dtype=torch.bool)
             rest[worst] = False
             now, later = self.waiting.pick(worst), self.waiting.pick(rest)

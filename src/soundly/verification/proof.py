@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,6 @@ class Grown:
         betas: node -> multipliers of the constraints on its path.
         root_slopes: 2 * neuron + side of a bound of the roots' intervals -> row of `slopes`.
         tightened: node -> how its intervals were tightened.
-        lemmas: tree -> 2 * neuron + side of the interval's end that it proves instead of clauses, and that end.
     """
 
     forest: Forest
@@ -60,7 +59,6 @@ class Grown:
     betas: Mapping[int, Array]
     root_slopes: Mapping[int, int]
     tightened: Mapping[int, Rounds]
-    lemmas: Mapping[int, tuple[int, float]] = field(default_factory=dict)
 
 
 def certificate(problem: Problem, grown: Sequence[Grown], *, claim: str, model: Mapping[str, str]) -> Certificate:
@@ -228,8 +226,7 @@ def _trees(program: Program, grown: Sequence[Grown]) -> dict[str, Array]:
     names += "tighten_node tighten_round tighten_key tighten_row tighten_force".split()
     parts: dict[str, list[Array]] = {name: [np.empty(0, np.int64)] for name in names}
     parts |= {name: [np.empty(0)] for name in ("beta", "tighten_force")}
-    parts["tree_lemma"] = [np.empty(0, np.int64)]
-    parts |= {"at": [], "tree_level": [np.empty(0)], "tree_clause": [np.empty((0, 2), np.int64)]}
+    parts |= {"at": [], "tree_clause": [np.empty((0, 2), np.int64)]}
     counts: list[int] = []
     tree_sizes: list[int] = []
     group_sizes: list[int] = []
@@ -276,11 +273,7 @@ def _trees(program: Program, grown: Sequence[Grown]) -> dict[str, Array]:
                     forces += [rounds.force.shape[1]] * len(rounds.key)
             before += len(nodes)
             parts["tree_case"].append(np.array([forest.case[t]], dtype=np.int64))
-            lemma, level = g.lemmas.get(t, (-1, 0.0))
-            clauses = (forest.first[t], forest.last[t]) if lemma < 0 else (0, 0)
-            parts["tree_clause"].append(np.array([clauses], dtype=np.int64))
-            parts["tree_lemma"].append(np.array([lemma], dtype=np.int64))
-            parts["tree_level"].append(np.array([level]))
+            parts["tree_clause"].append(np.array([[forest.first[t], forest.last[t]]], dtype=np.int64))
         first_row += len(g.slopes)
     slots = np.unique(np.concatenate([g.slots for g in grown])).astype(np.int64)
     slopes = np.zeros((first_row, len(slots)), np.float32)

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from soundly.bounds.batch import Bounder, Frame, OutOfTime
+from soundly.bounds.batch import Bounder, OutOfTime
 from soundly.bounds.conditional import with_rows
 from soundly.bounds.optimise import refine
 from soundly.bounds.program import Program
@@ -30,7 +30,6 @@ from soundly.verification.attack import Attack
 from soundly.verification.float32 import with_float32
 from soundly.verification.input_split import InputSplit
 from soundly.verification.journal import Journal
-from soundly.verification.lemmas import Lemmas, neck
 from soundly.verification.neuron_split import NeuronSplit, piecewise
 from soundly.verification.problem import Arithmetic, Problem, problem_of
 from soundly.verification.proof import certificate, identity
@@ -306,7 +305,8 @@ class _Run:
             if cases > 1:
                 own = InputSplit(problem, wide, torch.tensor([case]), margin=margin)
                 self.journal.follow(f"inputs {case}", own)
-            settled += self._case(problem, case, own if vary <= SOME and not (own and own.stuck) else None)
+            search = self._case(problem, case, own if vary <= SOME and not (own and own.stuck) else None)
+            settled.append((search, list(range(len(search.forest.root)))))
         return self._prove(problem, settled)
 
     def _work_inputs(self, search: InputSplit, *, rounds: int | None = None, until: float = math.inf) -> None:
@@ -345,50 +345,29 @@ class _Run:
             if self.attacked < SHARE / 2 * passed:
                 self._try(case, SHARE * passed)
 
-    def _case(self, problem: Problem, case: int, inputs: InputSplit | None) -> list[tuple[Search, list[int]]]:
-        """Settles one case by splitting neurons, or inputs, whichever is done first, with lemmas where there is a neck.
-
-        Returns:
-            what its proof consists of.
-        """
+    def _case(self, problem: Problem, case: int, inputs: InputSplit | None) -> Search:
+        """Settles one case by splitting neurons, or inputs, whichever is done first."""
         neurons: NeuronSplit | None = None
-        lemmas: Lemmas | None = None
-        used: list[int] = []
         turn = 1.0
         while True:
             end = time.monotonic() + turn
             if neurons is None:
                 neurons = self._rooted(problem, case)
-                self.journal.follow(f"neurons {case} {used}", neurons)
-                if len(neurons.waiting) and (ends := neck(neurons.bounder, neurons.root)) is not None:
-                    lemmas = Lemmas(neurons, ends)
-                    self.journal.follow(f"lemmas {case}", lemmas)
-            if lemmas is not None and len(lemmas.done) > len(used):
-                self.journal.forget(f"neurons {case} {used}")
-                used = lemmas.done
-                neurons = self._rooted(problem, case, lemmas.frame(used))
-                self.journal.follow(f"neurons {case} {used}", neurons)
-            seeking = lemmas is not None and len(lemmas.waiting) > 0
-            self._work_neurons(neurons, end if inputs is not None or seeking else math.inf)
+                self.journal.follow(f"neurons {case}", neurons)
+            self._work_neurons(neurons, end if inputs is not None else math.inf)
             if not len(neurons.waiting) and not neurons.stuck:
-                found: list[tuple[Search, list[int]]] = [(neurons, list(range(len(neurons.forest.root))))]
-                return found if lemmas is None or not used else [(lemmas, used), *found]
+                return neurons
             over = not len(neurons.waiting)
             if inputs is not None and not inputs.stuck:
                 self._work_inputs(inputs, until=math.inf if over else time.monotonic() + turn)
                 if not len(inputs):
-                    return [(inputs, list(range(len(inputs.forest.root))))]
+                    return inputs
             elif over:
                 self.bound = neurons.bound
                 raise _Stop("nothing is left to split: the claim neither holds nor fails by a margin")
-            if lemmas is not None and seeking:
-                if lemmas.fresh:
-                    lemmas.begin(50)
-                self._work_neurons(lemmas, time.monotonic() + 2 * turn, told=neurons)
             turn *= 2
 
-    def _rooted(self, problem: Problem, case: int, known: Frame | None = None) -> NeuronSplit:
-        """The search by neurons, begun with what is known of the intervals."""
+    def _rooted(self, problem: Problem, case: int) -> NeuronSplit:
         first, last = problem.row_spans[case].tolist()
         every = problem.rows
         program = with_rows(
@@ -400,7 +379,7 @@ class _Run:
             narrow, margin = self._bounder(program), 1e-9
         box = problem.narrowed(problem.lower[case : case + 1], problem.upper[case : case + 1])
         lower, upper = (v.to(narrow.dtype) for v in box)
-        root = narrow.refresh(lower, upper, inherited=known)
+        root = narrow.refresh(lower, upper)
         clauses = list(range(int(problem.spans[case, 1] - problem.spans[case, 0])))
         search = NeuronSplit(problem, narrow, case, root, clauses, margin=margin)
         search.begin(20)
@@ -418,8 +397,7 @@ class _Run:
             self.bound = search.bound
         return search
 
-    def _work_neurons(self, search: NeuronSplit, until: float, *, told: NeuronSplit | None = None) -> None:
-        """Steps until nothing waits, or until some time; what is told is the bound of a search for the claim."""
+    def _work_neurons(self, search: NeuronSplit, until: float) -> None:
         batch = 4
         while len(search.waiting):
             if time.monotonic() > until:
@@ -435,7 +413,7 @@ class _Run:
             self.subproblems += search.subproblems - before
             spent = time.monotonic() - start
             batch = int(max(1, min(PARTS, 2 * batch, batch * 0.7 / max(spent, 1e-3))))
-            self.bound = (told or search).bound
+            self.bound = search.bound
             if len(points):
                 self._offer(search.case, points)
             self._interleave(search.case if len(search.waiting) else None)
