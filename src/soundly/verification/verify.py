@@ -28,9 +28,10 @@ from soundly.spec.claim import Claim
 from soundly.verification.attack import Attack
 from soundly.verification.input_split import InputSplit
 from soundly.verification.journal import Journal
+from soundly.verification.lemmas import narrowed
 from soundly.verification.neuron_split import NeuronSplit, piecewise
 from soundly.verification.problem import Problem, problem_of
-from soundly.verification.proof import certificate, identity
+from soundly.verification.proof import Lemma, certificate, identity
 from soundly.verification.replay import Replay, replay
 from soundly.verification.rows import Rows
 from soundly.verification.verdict import Effort, Empty, Progress, Proved, Refuted, Unknown, Verdict
@@ -332,13 +333,23 @@ class _Run:
         search.begin(20)
         self.subproblems += search.subproblems
         self.bound = search.bound
+        lemmas: list[Lemma] = []
+        if len(search.waiting):
+            known = narrowed(problem, narrow, program, root, case)
+            root, lemmas = known.frame, known.lemmas
+            self.subproblems += known.subproblems
+            if lemmas:
+                search = NeuronSplit(problem, narrow, case, root, clauses, margin=margin, lemmas=lemmas)
+                search.begin(20)
+                self.subproblems += search.subproblems
+                self.bound = search.bound
         rows = sum(int(narrow.loose(i, root).sum()) for i in range(len(narrow.steps)) if narrow.read[i])
         # Slopes of products and smooth functions are many: their choice is shared.
         together = not all(piecewise(narrow.steps[j]) for j, _ in narrow.free(root))
         rounds = TOGETHER if together else REFINING
         if len(search.waiting) and 8 * rounds * rows * narrow.cost < WORK:
             refined = refine(narrow, root, rounds=rounds, together=together)
-            search = NeuronSplit(problem, narrow, case, root, clauses, margin=margin, refined=refined)
+            search = NeuronSplit(problem, narrow, case, root, clauses, margin=margin, refined=refined, lemmas=lemmas)
             search.begin(50)
             self.subproblems += search.subproblems
             self.bound = search.bound
