@@ -81,8 +81,9 @@ def refresh(
         dead = dead | _settle(frame, i)
         if tightened[i]:
             wanted = _wanted(program, i, low, frame.upper[i], apart, frame.sides(i)) & ~dead[:, None]
-            if wanted.any():
-                _tighten(program, crops, frame, i, *wanted.nonzero(), group, stored, deadline)
+            node, entry = wanted.nonzero()
+            if len(node):
+                _tighten(program, crops, frame, i, node, entry, group, stored, deadline)
                 dead = dead | _settle(frame, i)
         if narrow is not None:
             narrow(frame, i, crops)

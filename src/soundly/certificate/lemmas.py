@@ -76,8 +76,9 @@ class Narrowing:
                 every = [np.arange(starts[i + 1])] * len(which)
                 self._replay(self.program, bare, i, new[which], entry[which], every)
             else:
-                neurons = [np.concatenate([starts[j] + at[p] for j, at in enumerate(crop.index)]) for p in place.tolist()]
-                self._replay(crop.program, crop.view(whole, row[which], place).frame, i, new[which], inner, neurons)
+                every = [np.concatenate([s + at[p] for s, at in zip(starts, crop.index, strict=False)])
+                         for p in place.tolist()]  # fmt: skip
+                self._replay(crop.program, crop.view(whole, row[which], place).frame, i, new[which], inner, every)
 
     def _replay(
         self, program: Program, frame: Frame, i: int, numbers: Array, entry: Array, neurons: Sequence[Array]
@@ -118,14 +119,14 @@ class Narrowing:
         for node in range(first, last):
             path = paths.pop(node)
             if of.what[node] >= 0:
-                for side, sign in ((0, -1), (1, 1)):
+                for side, sign in enumerate((-1, 1)):
                     paths[int(of.child[node]) + side] = (*path, (int(of.what[node]), float(of.at[node]), sign))
                 continue
             stored, forces = of.slopes[slope : slope + len(slots)], of.beta[beta : beta + len(path)].tolist()
             beta, slope = beta + len(path), slope + len(slots)
             has, where, entry = _places(program, neurons, np.array([what for what, _, _ in path], int))
-            splits = [(j, e, t, sign, force) for known, j, e, (_, t, sign), force in
-                      zip(has.tolist(), where.tolist(), entry.tolist(), path, forces, strict=True) if known]  # fmt: skip
+            every = zip(has.tolist(), where.tolist(), entry.tolist(), path, forces, strict=True)
+            splits = [(j, e, t, sign, force) for own, j, e, (_, t, sign), force in every if own]
             yield _Leaf(owner, splits, [(j, side, at[some], stored[some]) for j, side, some in kept])
 
 
@@ -148,18 +149,18 @@ def _places(program: Program, neurons: Array, wanted: Array) -> tuple[Array, Arr
 def _clamped(frame: Frame, leaves: Sequence[_Leaf]) -> tuple[Frame, Splits | None, Array]:
     """The frame with the splits on the way to each leaf, one row each; these splits; which leaves hold no point."""
     rows = [(n, *split) for n, leaf in enumerate(leaves) for split in leaf.splits]
-    dead = np.zeros(len(leaves), bool)
+    empty = np.zeros(len(leaves), bool)
     if not rows:
-        return frame, None, dead
+        return frame, None, empty
     node, step, entry, at, sign, force = (np.array(v) for v in zip(*rows, strict=True))
     for i in np.unique(step).tolist():
         low, high = frame.lower[i].copy(), frame.upper[i].copy()
         right, left = (step == i) & (sign > 0), (step == i) & (sign < 0)
         np.maximum.at(low, (node[right], entry[right]), at[right])
         np.minimum.at(high, (node[left], entry[left]), at[left])
-        dead |= (low > high).any(axis=1)
+        empty |= (low > high).any(axis=1)
         frame.lower[i], frame.upper[i] = low, np.maximum(low, high)
-    return frame, Splits(node, step, entry, at.astype(float), sign, force.astype(float)), dead
+    return frame, Splits(node, step, entry, at.astype(float), sign, force.astype(float)), empty
 
 
 def _relaxed(program: Program, frame: Frame, j: int, leaves: Sequence[_Leaf]) -> Pieces:

@@ -475,12 +475,12 @@ def _lemmas(arrays: _Reader, program: Program, cases: int) -> Lemmas:
     slope_start = np.cumsum([0, *(leaves * np.diff(slot_start)).tolist()])
     beta_start = np.cumsum([0, *np.bincount(tree, np.where(inner, 0, depth), count).astype(int).tolist()])
     slopes = arrays.numbers("lemma_slopes", int(slope_start[-1]), dtypes="f4")
-    beta = arrays.numbers("lemma_beta", int(beta_start[-1]))
-    if (beta < 0).any():
+    force = arrays.numbers("lemma_beta", int(beta_start[-1]))
+    if not (force >= 0).all():
         _refuse("lemma_beta is negative")
     return Lemmas(
         case, step, key // 2 - starts[step], key % 2, value, start, what, at, child, slot_start, slots, slope_start,
-        slopes, beta_start, beta,
+        slopes, beta_start, force,
     )  # fmt: skip
 
 

@@ -464,12 +464,13 @@ def _scores(x: Node, axis: int) -> Node:
     apart = tuple(1 if i == node.op.axis else n for i, n in enumerate(node.shape))
     number = torch.arange(1.0, 1 + math.prod(apart), dtype=torch.float64).reshape(apart).expand(node.shape)
     seed = Input("softmax", node.shape)()
-    of = Plan([_replaced(x, node, seed)])({seed: number}, dtype=torch.float64, device=torch.device("cpu"))[0]
+    of = Plan([_above(x, node, seed)])({seed: number}, dtype=torch.float64, device=torch.device("cpu"))[0]
     same = bool((of != 0).all() & (of == of.narrow(axis, 0, 1)).all())
-    return _replaced(x, node, node.inputs[0]) if same else x
+    return _above(x, node, node.inputs[0]) if same else x
 
 
-def _replaced(x: Node, old: Node, new: Node) -> Node:
+def _above(x: Node, old: Node, new: Node) -> Node:
+    """The node with another one at the place of `old`."""
     return rebuild([x], lambda node, made: new if node is old else made)[x]
 
 

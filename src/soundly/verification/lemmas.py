@@ -84,7 +84,8 @@ def narrowed(problem: Problem, bounder: Bounder, exact: Program, root: Frame, ca
                 found.append(lemma)
                 fresh += 1
                 ends = (frame.lower, frame.upper)[wish.side]
-                ends[i] = ends[i].index_put((torch.tensor(0), torch.tensor(wish.entry)), ends[i].new_tensor(lemma.value))
+                ends[i] = ends[i].clone()
+                ends[i][0, wish.entry] = lemma.value
                 if fresh % TURN == 0:
                     frame = _onward(bounder, frame, i)
                     if _hold(problem, case, frame):
@@ -141,8 +142,8 @@ def _proved(bounder: Bounder, frame: Frame, case: int, i: int, wish: _Wish) -> t
     if part.cost > SMALL * bounder.cost or any(program.steps[j].size for j in crop.floor):
         return None, 0
     one = torch.zeros(1, dtype=torch.int64)
-    ends = ([crop.take(j, v[j], one, place).double() for j in range(i + 1)] for v in (frame.lower, frame.upper))
-    root = Frame(*ends, torch.zeros(1, dtype=torch.bool))
+    low, high = ([crop.take(j, v[j], one, place).double() for j in range(i + 1)] for v in (frame.lower, frame.upper))
+    root = Frame(low, high, torch.zeros(1, dtype=torch.bool))
     y = torch.zeros(1, program.outputs, dtype=torch.float64)
     y[0, inner] = sign
     nothing = torch.zeros(1, dtype=torch.float64)
@@ -155,15 +156,13 @@ def _proved(bounder: Bounder, frame: Frame, case: int, i: int, wish: _Wish) -> t
     if len(search.waiting) or search.stuck:
         return None, search.subproblems
     value = wish.jump + sign * MARGIN * wish.width / 2
-    starts = _offsets(bounder.program)
-    number = np.concatenate([start + index[int(place)].numpy() for start, index in zip(starts, crop.index, strict=False)])
+    starts = np.cumsum([0, *(step.size for step in bounder.steps)]).tolist()
+    number = np.concatenate([s + index[int(place)].numpy() for s, index in zip(starts, crop.index, strict=False)])
     key = 2 * (starts[i] + wish.entry) + wish.side
     return _recorded(search, case, key, value, number), search.subproblems
 
 
-def _recorded(
-    search: NeuronSplit, case: int, key: int, value: float, number: npt.NDArray[np.int64]
-) -> Lemma:
+def _recorded(search: NeuronSplit, case: int, key: int, value: float, number: npt.NDArray[np.int64]) -> Lemma:
     """A finished search, with the number of every neuron in the whole program."""
     grown, forest = search.grown([0]), search.forest
     nodes = forest.order(0)
@@ -174,11 +173,3 @@ def _recorded(
         2 * number[grown.slots // 2] + grown.slots % 2, grown.slopes[[grown.bound_slopes[n] for n in leaves]],
         np.concatenate([grown.betas[n] for n in leaves]),
     )  # fmt: skip
-
-
-def _offsets(program: Program) -> list[int]:
-    starts = [0]
-    for step in program.steps:
-        starts.append(starts[-1] + step.size)
-    return starts
-
