@@ -348,8 +348,7 @@ class _Run:
                 self._try(case, SHARE * passed)
 
     def _case(self, problem: Problem, case: int, inputs: InputSplit | None) -> Search:
-        """Settles one case by splitting neurons, or inputs, whichever is done first, with lemmas about its neck if it has
-        one."""
+        """Settles one case by splitting neurons, or inputs, whichever is done first, with lemmas about a neck."""
         neurons: NeuronSplit | None = None
         neck: NeckSplit | None = None
         used: list[int] = []
