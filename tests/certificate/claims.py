@@ -51,7 +51,8 @@ def levels(root: Node) -> list[Node]:
 
 @dataclass
 class Claim:
-    """A network, cases (lower, upper, clauses of rows (y, x, constant, slack)), and trees (case, first, last, root)."""
+    """A network, cases (lower, upper, clauses of rows (y, x, constant, slack)), and trees (case, first, last, root);
+    of trees that are lemmas 2 * neuron + side and the interval's end; perhaps a ball (norm, centre, radius)."""
 
     steps: list[dict[str, Any]]
     arrays: dict[str, np.ndarray]
@@ -60,6 +61,8 @@ class Claim:
     slots: Sequence[int] = ()
     slopes: Any = None
     groups: Sequence[Mapping[int, int]] = ()
+    lemmas: Mapping[int, tuple[int, float]] = field(default_factory=dict)
+    ball: tuple[str, Any, Any] | None = None
 
     def certificate(self) -> Certificate:
         a = dict(self.arrays)
@@ -101,6 +104,7 @@ class Claim:
         bounds = [(k, *bound) for k, n in enumerate(flat) for bound in n.tightened]
         integers = {
             "row_start": start, "row_column": column, "row_clause": clause, "case_rows": case_rows,
+            "tree_lemma": [self.lemmas.get(t, (-1, 0.0))[0] for t in range(len(self.trees))],
             "case_clauses": [len(c) for _, _, c in self.cases], "tree_case": [t[0] for t in self.trees],
             "tree_start": np.cumsum([0, *map(len, nodes)]), "flags": [n.flags for n in flat],
             "kind": [n.kind for n in flat], "what": [n.what for n in flat],
@@ -114,6 +118,7 @@ class Claim:
             "force_start": np.cumsum([0, *(len(b[4]) for b in bounds)]),
         }  # fmt: skip
         floats = {
+            "tree_level": [self.lemmas.get(t, (-1, 0.0))[1] for t in range(len(self.trees))],
             "box_lower": [c[0] for c in self.cases], "box_upper": [c[1] for c in self.cases], "row_value": value,
             "row_constant": constant, "row_slack": slack, "at": [n.at for n in flat],
             "beta": [b for n in flat for b in n.beta], "tighten_force": [g for b in bounds for g in b[4]],
@@ -126,6 +131,9 @@ class Claim:
             "format": FORMAT, "version": VERSION, "kind": VERIFICATION, "arithmetic": NETWORK, "claim": "a test",
             "model": {}, "made_with": {}, "program": steps, "functions": functions,
         }  # fmt: skip
+        if self.ball is not None:
+            header["ball"], centre, radius = self.ball
+            a |= {"ball_centre": np.array(centre, np.float64), "ball_radius": np.array(radius, np.float64)}
         return Certificate(header, a)
 
 

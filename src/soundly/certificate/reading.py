@@ -6,14 +6,15 @@ ignore is refused, and sizes are checked before anything is allocated.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
-from soundly.certificate.format import DTYPES, NETWORK, Certificate
+from soundly.certificate.ball import L1, L2, Ball
+from soundly.certificate.format import DTYPES, FLOAT32, NETWORK, Certificate
 from soundly.certificate.functions import Function
 from soundly.certificate.program import (
     Affine,
@@ -52,7 +53,9 @@ class Proof:
     """A certificate's contents, valid in themselves.
 
     pair_start [cases + 1]: the clauses of each case; pair_rows [pairs + 1]: the rows of each clause.
-    start, column, value, constant, slack: the rows. The tree's arrays are those of the file.
+    start, column, value, constant, slack: the rows; float32: whether they are claimed of what that computes, too.
+    The tree's arrays are those of the file.
+    tree_lemma, tree_level: for trees that prove an end of a neuron's interval, 2 * neuron + side and that end; else -1.
     """
 
     program: Program
@@ -67,6 +70,8 @@ class Proof:
     slack: Array
     tree_case: Array
     tree_clause: Array
+    tree_lemma: Array
+    tree_level: Array
     tree_start: Array
     flags: Array
     kind: Array
@@ -84,6 +89,7 @@ class Proof:
     force_start: Array
     force: Array
     stored: Stored
+    float32: bool
 
 
 class _Reader:
@@ -130,10 +136,10 @@ class _Reader:
 def read(certificate: Certificate) -> Proof:
     """Everything in the certificate, checked. Raises Refused with the first problem."""
     header, arrays = certificate.header, _Reader(certificate.arrays)
-    if set(header) != ENTRIES:
-        _refuse(f"missing or unknown entries: {sorted(set(header) ^ ENTRIES)!s:.200}")
-    if header["arithmetic"] != NETWORK:
-        _refuse(f"claimed {header['arithmetic']!r:.80}; this checker proves {NETWORK!r}")
+    if set(header) - {"ball"} != ENTRIES:
+        _refuse(f"missing or unknown entries: {sorted((set(header) - {'ball'}) ^ ENTRIES)!s:.200}")
+    if header["arithmetic"] not in (NETWORK, FLOAT32):
+        _refuse(f"claimed {header['arithmetic']!r:.80}; this checker proves {NETWORK!r} or {FLOAT32!r}")
     if not isinstance(header["claim"], str) or not isinstance(header["made_with"], dict):
         _refuse("claim must be a text and made_with an object")
     if not isinstance(header["model"], dict) or not all(isinstance(v, str) for v in header["model"].values()):
@@ -147,6 +153,8 @@ def read(certificate: Certificate) -> Proof:
     slopes = arrays.get("slopes", "f4", None, len(slots))
     if not (np.abs(slopes) < np.inf).all():
         _refuse("slopes are not finite")
+    if "ball" in header:
+        program = replace(program, ball=_ball(arrays, header["ball"], inputs))
     cases = _cases(arrays, inputs, outputs)
     stored = _stored(arrays, slopes, neurons)
     trees = _trees(arrays, program, cases["pair_start"], cases["pair_rows"], stored)
@@ -155,7 +163,9 @@ def read(certificate: Certificate) -> Proof:
         _refuse(f"flags: {rows} rows of one case with {inputs} inputs are too many to clip with")
     if unused := set(certificate.arrays) - arrays.used:
         _refuse(f"arrays that nothing refers to: {sorted(unused)!s:.200}")
-    return Proof(program=program, stored=stored, **cases, **trees)
+    return Proof(
+        program=program, stored=stored, float32=header["arithmetic"] == FLOAT32, **cases, **trees
+    )  # fmt: skip
 
 
 def _list(value: object, name: str) -> list[Any]:
@@ -298,6 +308,15 @@ def _convolution(arrays: _Reader, part: Mapping[str, Any], where: str) -> Convol
     return Convolution(weight, wide, narrow, lists["stride"], lists["padding"], lists["dilation"], groups, transposed)
 
 
+def _ball(arrays: _Reader, norm: object, inputs: int) -> Ball:
+    if norm not in (L1, L2):
+        _refuse(f"ball: {norm!r:.40} is neither {L1!r} nor {L2!r}")
+    centre, radius = arrays.numbers("ball_centre", inputs), arrays.numbers("ball_radius", inputs)
+    if ((radius != 0) & (radius < 1 / FAR)).any():
+        _refuse("ball_radius is negative, or too small to divide by")
+    return Ball(centre[None], radius[None], str(norm))
+
+
 def _cases(arrays: _Reader, inputs: int, outputs: int) -> dict[str, Array]:
     lower = arrays.numbers("box_lower", None, inputs)
     cases = len(lower)
@@ -352,8 +371,14 @@ def _trees(arrays: _Reader, program: Program, pair_start: Array, pair_rows: Arra
     case = arrays.indices("tree_case", None, len(pair_start) - 1)
     trees = len(case)
     clause = arrays.get("tree_clause", "i8", trees, 2)
+    lemma = arrays.indices("tree_lemma", trees, 2 * int(program.offsets[-1]), least=-1)
+    level = arrays.numbers("tree_level", trees)
+    proves = lemma >= 0
+    _about(program, lemma[proves] // 2, "tree_lemma")
+    if (clause[proves] != 0).any() or (level[~proves] != 0).any():
+        _refuse("tree_clause of a lemma, and tree_level of other trees, must be 0")
     most = np.diff(pair_start)[case]
-    if ((clause[:, 0] < 0) | (clause[:, 0] >= clause[:, 1]) | (clause[:, 1] > most)).any():
+    if ((clause[:, 0] < 0) | ((clause[:, 0] >= clause[:, 1]) & ~proves) | (clause[:, 1] > most)).any():
         _refuse("tree_clause must be a range of the case's clauses that is not empty")
     covered = np.zeros(pair_start[-1] + 1, int)
     np.add.at(covered, pair_start[case] + clause[:, 0], 1)
@@ -377,6 +402,8 @@ def _trees(arrays: _Reader, program: Program, pair_start: Array, pair_rows: Arra
         _refuse("flags: the root of a tree must be refreshed")
     if (clipped & ~bounded).any():
         _refuse("flags: a node is clipped that is not bounded")
+    if (clipped & np.repeat(proves, np.diff(start))).any():
+        _refuse("flags: a node of a lemma is clipped")
     if (together & ~(refreshed & bounded)).any() or (together.any() and program.together is None):
         _refuse("flags: products are bounded together where nothing is refreshed or bounded, or where there are none")
     if ((bound >= 0) & ~bounded).any() or ((group >= 0) & ~refreshed).any():
@@ -388,9 +415,7 @@ def _trees(arrays: _Reader, program: Program, pair_start: Array, pair_rows: Arra
         _refuse("what and at must be 0 in leaves")
     if ((what < 0) | (what >= np.where(split, program.offsets[-1], program.steps[0].size)))[~leaf].any():
         _refuse("what: no such input or neuron")
-    step = np.searchsorted(program.offsets, what[split], side="right") - 1
-    if not np.isin(step, [i for i in program.bounded if i > 0]).all():
-        _refuse("what: a neuron is split that no function or product reads, or an input as a neuron")
+    _about(program, what[split], "what")
     # In level order the children of the i-th split are nodes 1 + 2 i and 2 + 2 i: then every node is reached once.
     before = np.cumsum(~leaf) - ~leaf
     tree = np.repeat(np.arange(trees), np.diff(start))
@@ -409,11 +434,18 @@ def _trees(arrays: _Reader, program: Program, pair_start: Array, pair_rows: Arra
     if ((length != 0) & (length != depth)).any():
         _refuse("beta: one number for each neuron split above the node, or none")
     return {
-        "tree_case": case, "tree_clause": clause, "tree_start": start, "flags": flags, "kind": kind, "what": what,
+        "tree_case": case, "tree_clause": clause, "tree_lemma": lemma, "tree_level": level, "tree_start": start,
+        "flags": flags, "kind": kind, "what": what,
         "at": at, "child": child, "slopes_bound": bound, "slopes_refresh": group, "beta_start": beta_start,
         "beta": beta,
         **_tightened(arrays, program, stored, depth, rows[tree]),
     }  # fmt: skip
+
+
+def _about(program: Program, neuron: Array, name: str) -> None:
+    step = np.searchsorted(program.offsets, neuron, side="right") - 1
+    if not np.isin(step, [i for i in program.bounded if i > 0]).all():
+        _refuse(f"{name}: an input, or a neuron that no function or product reads")
 
 
 def _tightened(arrays: _Reader, program: Program, stored: Stored, depth: Array, rows: Array) -> dict[str, Array]:
@@ -428,9 +460,7 @@ def _tightened(arrays: _Reader, program: Program, stored: Stored, depth: Array, 
         _refuse("tighten_node decreases")
     if ((key < 0) | (key >= 2 * program.offsets[-1])).any():
         _refuse("tighten_key out of range")
-    step = np.searchsorted(program.offsets, key // 2, side="right") - 1
-    if not np.isin(step, [i for i in program.bounded if i > 0]).all():
-        _refuse("tighten_key: an input, or a neuron that no function or product reads")
+    _about(program, key // 2, "tighten_key")
     if (number < 0).any():
         _refuse("tighten_round is negative")
     same = (np.diff(node) == 0) & (np.diff(number) == 0)

@@ -2,12 +2,13 @@
 
 The file holds no bound that is believed: boxes come from the cases and the splits, intervals and bounds from
 `soundly.certificate.bounding`. A clause of a case is proven by a tree if below every leaf something closed it: a bound,
-an empty box or an empty interval. Nodes are replayed in batches, deepest first, so that memory stays bounded.
+an empty box or an empty interval. Lemmas, trees about one end of a neuron's interval, come first: the other trees of
+their case begin with them. Nodes are replayed in batches, deepest first, so that memory stays bounded.
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,11 @@ import numpy.typing as npt
 
 from soundly.certificate.bounding import Bound, Exceptions, Frame, Pieces, Splits, View, pieces, relax, tangent
 from soundly.certificate.conditional import Conditions, tighten
+from soundly.certificate.float32 import row_errors
 from soundly.certificate.format import Certificate
 from soundly.certificate.forms import INPUTS as FORMS
 from soundly.certificate.intervals import in_time, refresh
+from soundly.certificate.lemmas import holds, known
 from soundly.certificate.program import Affine, Apply, Times, nonlinear_sources
 from soundly.certificate.reading import BOUND, CLIP, INPUT, LEAF, REFRESH, TOGETHER, Proof, Refused, read
 from soundly.certificate.rings import U
@@ -55,7 +58,7 @@ def replay(certificate: Certificate, *, deadline: float | None = None) -> Replay
     Args:
         deadline: on the clock of `time.monotonic`.
 
-    Guarantee: a clause that counts as proven has, for every real point x of its case's box, a row with
+    Guarantee: a clause that counts as proven has, for every real point x of its case's box and the ball, a row with
     s(x) > slack, for the stored network and every network within its stated errors, in real arithmetic.
     """
     try:
@@ -95,33 +98,52 @@ class _Replayer:
 
     def run(self) -> Replay:
         proof, pairs = self.proof, int(self.proof.pair_start[-1])
+        self.narrow = max(1, FRAME // int(proof.program.offsets[-1]))
+        if proof.float32:
+            changes = row_errors(proof, at_once=self.narrow, deadline=self.deadline)
+            proof = self.proof = replace(proof, slack=(proof.slack + changes) * (1 + 4 * U))
         self.failed: dict[tuple[int, int], tuple[Array, Array, Array]] = {}
         self.margin = np.full(pairs, np.inf)
-        self.left_open = [np.zeros(last - first, bool) for first, last in proof.tree_clause.tolist()]
-        self.narrow = max(1, FRAME // int(proof.program.offsets[-1]))
+        # A lemma has one thing to prove, and no clause.
+        self.left_open = [np.zeros(max(last - first, 1), bool) for first, last in proof.tree_clause.tolist()]
         self.batch = max(1, min(self.narrow, BATCH))
         vary = (proof.upper > proof.lower).sum(axis=1)
         self.formed = (vary <= FORMS) & (vary * int(proof.program.offsets[-1]) <= NUMBERS)
         self.varying = int(vary[self.formed].max(initial=0))
-        roots = proof.tree_start[:-1]
+        self._follow(np.flatnonzero(proof.tree_lemma >= 0))
+        proven = np.zeros(pairs, bool)
+        if not self.failed:
+            others = np.flatnonzero(proof.tree_lemma < 0)
+            self._follow(others)
+            for tree in others.tolist():
+                base, (first, last) = proof.pair_start[proof.tree_case[tree]], proof.tree_clause[tree]
+                proven[base + first : base + last] |= ~self.left_open[tree]
+        return Replay(proven, self.margin, proof.pair_start, sorted(self.failed), remaining=self.failed)
+
+    def _follow(self, trees: Array) -> None:
+        """Replays some trees, with what lemmas say that have been proven before."""
+        proof, lemmas = self.proof, self.proof.tree_lemma[trees] >= 0
+        roots = proof.tree_start[trees]
         # Trees of one case that refresh the root alike share its intervals.
-        keys = np.stack([proof.tree_case, proof.slopes_refresh[roots], proof.flags[roots] & TOGETHER], axis=1)
+        keys = np.stack([proof.tree_case[trees], proof.slopes_refresh[roots], proof.flags[roots] & TOGETHER], axis=1)
         unique, number = np.unique(keys, axis=0, return_inverse=True)
         order = np.argsort(number.reshape(-1), kind="stable")
         number = number.reshape(-1)[order]
         for begin in range(0, len(unique), self.narrow):
             some = unique[begin : begin + self.narrow]
-            lower, upper = proof.lower[some[:, 0]], proof.upper[some[:, 0]]
+            lower, upper = self._narrowed(proof.lower[some[:, 0]], proof.upper[some[:, 0]])
             row_of: dict[int, tuple[Frame, int, bool]] = {}
             for forms, which in self._alike(self._followed(some[:, 0], some[:, 2])):
-                frame, dead = self._refresh(lower[which], upper[which], None, some[which, 1], forms)
+                before = None if lemmas.all() else known(proof, some[which, 0])
+                frame, dead = self._refresh(lower[which], upper[which], before, some[which, 1], forms)
                 row_of |= {key: (frame, row, bool(dead[row])) for row, key in enumerate(which.tolist())}
             first, last = np.searchsorted(number, [begin, begin + len(some)])
-            for tree, key in zip(order[first:last].tolist(), (number[first:last] - begin).tolist(), strict=True):
+            own = trees[order[first:last]].tolist()
+            for tree, key in zip(own, (number[first:last] - begin).tolist(), strict=True):
                 frame, row, gone = row_of[key]
                 if not gone:
                     open_ = np.ones(len(self.left_open[tree]), bool)
-                    node = _Node(tree, int(roots[tree]), 0, lower[key], upper[key], frame, row, (), open_)
+                    node = _Node(tree, int(proof.tree_start[tree]), 0, lower[key], upper[key], frame, row, (), open_)
                     self.pending.setdefault(0, []).append(node)
             while self.pending:
                 # Level by level, for large batches; where too much waits, the deepest first.
@@ -134,13 +156,11 @@ class _Replayer:
                     del self.pending[depth]
                 self._replay(batch)
             self.shared.clear()
-        proven = np.zeros(pairs, bool)
-        for case, (first, last), left in zip(
-            proof.tree_case.tolist(), proof.tree_clause.tolist(), self.left_open, strict=True
-        ):
-            base = proof.pair_start[case]
-            proven[base + first : base + last] |= ~left
-        return Replay(proven, self.margin, proof.pair_start, sorted(self.failed), remaining=self.failed)
+
+    def _narrowed(self, lower: Array, upper: Array) -> tuple[Array, Array]:
+        """What the ball, if there is one, leaves of boxes [k, n]."""
+        ball = self.proof.program.ball
+        return (lower, upper) if ball is None else ball.narrowed(lower, upper)
 
     def _followed(self, case: Array, flags: Array) -> Array:
         """What is followed besides intervals: 0 for nothing, 1 for affine forms, 2 for those of factors as well."""
@@ -346,7 +366,10 @@ class _Replayer:
         found = self._pieces(frame, slopes)
         factors = frame.factors if together else {}
         found |= {i: tangent(proof.program, i, frame) for i in factors}
-        return View(proof.program, frame, found, frame.lower[0], frame.upper[0], {}, self._splits(nodes), factors)
+        return View(
+            proof.program, frame, found, frame.lower[0], frame.upper[0], {}, self._splits(nodes), factors,
+            proof.program.ball,
+        )  # fmt: skip
 
     def _pieces(self, frame: Frame, slopes: Array | None) -> dict[int, Pieces]:
         program = self.proof.program
@@ -378,7 +401,7 @@ class _Replayer:
             for i, step in enumerate(program.steps):
                 if isinstance(step, Apply) and (splits.step == step.source).any():
                     exceptions[i] = self._exceptions(i, step, frame, slopes, splits)
-        return View(program, frame, relaxed, lower, upper, exceptions, splits)
+        return View(program, frame, relaxed, lower, upper, exceptions, splits, ball=program.ball)
 
     def _exceptions(self, i: int, step: Apply, frame: Frame, slopes: Array | None, splits: Splits) -> Exceptions:
         """What step i is in the nodes where a neuron that it reads was split."""
@@ -402,6 +425,11 @@ class _Replayer:
         """Bounds the open clauses of the nodes, closes those that are proven, and clips boxes."""
         proof, program = self.proof, self.proof.program
         places, trees = (np.array([getattr(n, name) for n in nodes]) for name in ("place", "tree"))
+        if proof.tree_lemma[trees[0]] >= 0:  # lemmas are replayed by themselves
+            done = holds(proof, trees, view, lambda: in_time(self.deadline))
+            for node, proven in zip(nodes, done.tolist(), strict=True):
+                node.open = np.array([not proven])
+            return
         open_ = np.concatenate([n.open for n in nodes])  # every clause of every node
         many = np.array([len(n.open) for n in nodes])
         end = np.cumsum(many)
@@ -492,7 +520,8 @@ class _Replayer:
                 else:
                     lower = lower.copy()
                     lower[what] = max(lower[what], at)
-                if lower[what] > upper[what]:
+                (lower,), (upper,) = self._narrowed(lower[None], upper[None])
+                if (lower > upper).any():
                     continue
             else:
                 splits = (*splits, (step, entry, at, sign))

@@ -30,6 +30,7 @@ def add(verbs: Verbs) -> None:
     parser.add_argument("--memory", type=positive, metavar="GiB", help="how much of it the process may take")
     parser.add_argument("--certificate", metavar="F", help="where a proof is written, for `soundly check`")
     parser.add_argument("--format", choices=("text", "json", "vnncomp"), default="text", help="default: text")
+    parser.add_argument("--arithmetic", choices=("real", "float32"), default="real", help="what a proof covers")
     parser.add_argument("--no-attack", dest="attack", action="store_false", help="look for a proof alone")
     parser.add_argument("--journal", metavar="F", help="keeps the search, so that it can be taken up again")
     parser.add_argument("--quiet", action="store_true", help="no progress on the terminal")
@@ -53,6 +54,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         memory=None if arguments.memory is None else int(arguments.memory * 2**30),
         attack=arguments.attack,
         journal=arguments.journal,
+        arithmetic=arguments.arithmetic,
         progress=_progress if shown else None,
     )
     if shown:

@@ -25,6 +25,8 @@ from soundly.spec.region import Box, Union
 
 def promise(requirements: Requirements, values: dict[str, Tensor]) -> Claim:
     """That every row holds, point by point or on the whole of its region, once parameters have these values."""
+    if len(requirements.cones):
+        raise InvalidInput("norms and cosines are proved at points, of the last layer only: give that `layer`.")
     network = requirements.network.with_values(values)
     owner = requirements.owner
     if bool((owner < 0).any()):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from soundly.bounds.program import Affine, Convolution, Function, Matrix, Program, Sparse, Times, Variable
-from soundly.certificate.format import FORMAT, NETWORK, VERIFICATION, VERSION, Certificate
+from soundly.certificate.format import FLOAT32, FORMAT, NETWORK, VERIFICATION, VERSION, Certificate
 from soundly.graph.elementwise import Elementwise
 from soundly.verification.forest import BOUND, LEAF, REFRESH, Forest
 from soundly.verification.problem import Problem
@@ -49,6 +49,7 @@ class Grown:
         betas: node -> multipliers of the constraints on its path.
         root_slopes: 2 * neuron + side of a bound of the roots' intervals -> row of `slopes`.
         tightened: node -> how its intervals were tightened.
+        lemmas: tree -> 2 * neuron + side of the interval's end that it proves instead of clauses, and that end.
     """
 
     forest: Forest
@@ -59,16 +60,16 @@ class Grown:
     betas: Mapping[int, Array]
     root_slopes: Mapping[int, int]
     tightened: Mapping[int, Rounds]
+    lemmas: Mapping[int, tuple[int, float]] = field(default_factory=dict)
 
 
 def certificate(problem: Problem, grown: Sequence[Grown], *, claim: str, model: Mapping[str, str]) -> Certificate:
     """The certificate of a search that left nothing open."""
-    header, arrays = _program(problem.program)
-    arrays |= _cases(problem)
+    header, arrays = _question(problem)
     arrays |= _trees(problem.program, grown)
     return Certificate(
         {
-            "format": FORMAT, "version": VERSION, "kind": VERIFICATION, "arithmetic": NETWORK, "claim": claim,
+            "format": FORMAT, "version": VERSION, "kind": VERIFICATION, "claim": claim,
             "model": dict(model), "made_with": {"torch": torch.__version__}, **header,
         },
         arrays,
@@ -77,21 +78,30 @@ def certificate(problem: Problem, grown: Sequence[Grown], *, claim: str, model: 
 
 def identity(problem: Problem) -> dict[str, Array]:
     """The numbers of a problem: equal for equal problems."""
-    header, arrays = _program(problem.program)
-    text = np.frombuffer(json.dumps(header, sort_keys=True).encode(), dtype=np.uint8)
-    return arrays | _cases(problem) | {"header": text}
+    header, arrays = _question(problem)
+    return arrays | {"header": np.frombuffer(json.dumps(header, sort_keys=True).encode(), dtype=np.uint8)}
 
 
 def differences(proof: Certificate, problem: Problem) -> list[str]:
     """How a certificate's network, boxes and rows differ from those of a problem; none if it proves exactly that."""
-    header, arrays = _program(problem.program)
-    arrays |= _cases(problem)
-    found = [f"{name} differs" for name, value in header.items() if proof.header.get(name) != value]
+    header, arrays = _question(problem)
+    names = [*header, *({"ball"} - set(header))]
+    found = [f"{name} differs" for name in names if proof.header.get(name) != header.get(name)]
     for name, array in arrays.items():
         other = proof.arrays.get(name)
         if other is None or other.dtype != array.dtype or not np.array_equal(other, array):
             found.append(f"array {name!r} differs")
     return found
+
+
+def _question(problem: Problem) -> tuple[dict[str, Any], dict[str, Array]]:
+    header, arrays = _program(problem.program)
+    header["arithmetic"] = FLOAT32 if problem.arithmetic == "float32" else NETWORK
+    ball = problem.ball
+    if ball is not None:
+        header["ball"] = ball.norm
+        arrays |= {"ball_centre": _f8(ball.centre[0]), "ball_radius": _f8(ball.radius[0])}
+    return header, arrays | _cases(problem)
 
 
 def _f8(x: Tensor) -> Array:
@@ -194,7 +204,7 @@ def _function(f: Elementwise, k: int) -> tuple[dict[str, Any], dict[str, Array]]
 
 
 def _cases(problem: Problem) -> dict[str, Array]:
-    rows = problem.rows
+    rows, slack = problem.rows, problem.slack if problem.stated is None else problem.stated
     spans = problem.row_spans.tolist()
     order = np.concatenate([np.arange(first, last) for first, last in spans])
     y, x = _f8(rows.y)[order], _f8(rows.x)[order] if rows.reads_inputs else np.zeros((len(order), 0))
@@ -209,7 +219,7 @@ def _cases(problem: Problem) -> dict[str, Array]:
         "case_clauses": _i8(problem.spans[:, 1] - problem.spans[:, 0]),
         "row_start": np.searchsorted(at, np.arange(len(order) + 1)).astype(np.int64),
         "row_column": column.astype(np.int64), "row_value": both[at, column],
-        "row_constant": _f8(rows.constant)[order], "row_slack": _f8(problem.slack)[order], "row_clause": clause,
+        "row_constant": _f8(rows.constant)[order], "row_slack": _f8(slack)[order], "row_clause": clause,
     }  # fmt: skip
 
 
@@ -218,7 +228,8 @@ def _trees(program: Program, grown: Sequence[Grown]) -> dict[str, Array]:
     names += "tighten_node tighten_round tighten_key tighten_row tighten_force".split()
     parts: dict[str, list[Array]] = {name: [np.empty(0, np.int64)] for name in names}
     parts |= {name: [np.empty(0)] for name in ("beta", "tighten_force")}
-    parts |= {"at": [], "tree_clause": [np.empty((0, 2), np.int64)]}
+    parts["tree_lemma"] = [np.empty(0, np.int64)]
+    parts |= {"at": [], "tree_level": [np.empty(0)], "tree_clause": [np.empty((0, 2), np.int64)]}
     counts: list[int] = []
     tree_sizes: list[int] = []
     group_sizes: list[int] = []
@@ -265,7 +276,11 @@ def _trees(program: Program, grown: Sequence[Grown]) -> dict[str, Array]:
                     forces += [rounds.force.shape[1]] * len(rounds.key)
             before += len(nodes)
             parts["tree_case"].append(np.array([forest.case[t]], dtype=np.int64))
-            parts["tree_clause"].append(np.array([[forest.first[t], forest.last[t]]], dtype=np.int64))
+            lemma, level = g.lemmas.get(t, (-1, 0.0))
+            clauses = (forest.first[t], forest.last[t]) if lemma < 0 else (0, 0)
+            parts["tree_clause"].append(np.array([clauses], dtype=np.int64))
+            parts["tree_lemma"].append(np.array([lemma], dtype=np.int64))
+            parts["tree_level"].append(np.array([level]))
         first_row += len(g.slopes)
     slots = np.unique(np.concatenate([g.slots for g in grown])).astype(np.int64)
     slopes = np.zeros((first_row, len(slots)), np.float32)

@@ -19,17 +19,20 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from soundly.bounds.batch import Bounder, OutOfTime
+from soundly.bounds.batch import Bounder, Frame, OutOfTime
 from soundly.bounds.conditional import with_rows
 from soundly.bounds.optimise import refine
+from soundly.bounds.program import Program
 from soundly.certificate.verification import replay as replay_proof
 from soundly.errors import InvalidInput, MissingRule
 from soundly.spec.claim import Claim
 from soundly.verification.attack import Attack
+from soundly.verification.float32 import with_float32
 from soundly.verification.input_split import InputSplit
 from soundly.verification.journal import Journal
+from soundly.verification.lemmas import Lemmas, neck
 from soundly.verification.neuron_split import NeuronSplit, piecewise
-from soundly.verification.problem import Problem, problem_of
+from soundly.verification.problem import Arithmetic, Problem, problem_of
 from soundly.verification.proof import certificate, identity
 from soundly.verification.replay import Replay, replay
 from soundly.verification.rows import Rows
@@ -63,6 +66,7 @@ def verify(
     attack: bool = True,
     journal: str | os.PathLike[str] | None = None,
     progress: Callable[[Progress], None] | None = None,
+    arithmetic: Arithmetic = "real",
 ) -> Verdict:
     """Decides whether a claim holds for every input of its region.
 
@@ -77,20 +81,25 @@ def verify(
         journal: a file that keeps the search, written every few seconds; with the same claim the search goes on from
             there.
         progress: called now and then.
+        arithmetic: what a proof covers: "real", or "float32" as well: every evaluation in float32, at its numbers in
+            the region, whatever the order of sums and with or without fused products (see docs/verification.md).
 
     Returns:
-        Proved: for all real inputs of the region the network, in real arithmetic, satisfies the claim; its certificate
+        Proved: for all real inputs of the region the network, in that arithmetic, satisfies the claim; its certificate
         was accepted by `soundly.check`. Refuted: with a witness. Unknown: with a reason. Empty: there is no input.
         Interrupting (Ctrl-C) returns what is known.
 
     Raises:
-        InvalidInput: an argument is of the wrong type, or the journal is that of another claim.
+        InvalidInput: an argument is of the wrong type, or the journal is that of another claim; the network is not in
+            float32, or how one of its operations is rounded is not known, where float32 is asked for.
     """
     if not isinstance(claim, Claim):
         raise InvalidInput(f"claim is a {type(claim).__name__}; give a Claim, as soundly.robust or read_vnnlib return.")
     if timeout is not None and not timeout > 0:
         raise InvalidInput(f"timeout is {timeout}; give seconds above 0, or None.")
-    run = _Run(claim, model, timeout, memory, attack, journal, progress)
+    if arithmetic not in ("real", "float32"):
+        raise InvalidInput(f'arithmetic is {arithmetic!r}; give "real" or "float32".')
+    run = _Run(claim, model, timeout, memory, attack, journal, progress, arithmetic)
     with torch.no_grad():
         return run.verdict()
 
@@ -102,7 +111,7 @@ def verify_part(claim: Claim, whole: Problem, *, timeout: float | None = None, a
         claim: its region is a Box.
         whole: the problem of the same claim over a box that contains this one.
     """
-    run = _Run(claim, None, timeout, None, attack, None, None, whole)
+    run = _Run(claim, None, timeout, None, attack, None, None, whole=whole)
     with torch.no_grad():
         return run.verdict()
 
@@ -127,6 +136,7 @@ class _Run:
     attacking: bool
     journal_path: str | os.PathLike[str] | None
     progress: Callable[[Progress], None] | None
+    arithmetic: Arithmetic = "real"
     whole: Problem | None = None
 
     def __post_init__(self) -> None:
@@ -147,7 +157,7 @@ class _Run:
             return Empty(self._effort("empty region" if self.claim.is_empty else "no property"))
         try:
             try:
-                problem = self.problem = problem_of(self.claim) if self.whole is None else self._part(self.whole)
+                problem = self.problem = self._problem()
             except MissingRule as error:
                 self._attack_network()
                 raise _Stop(f"no bounds for this network: {error}") from error
@@ -168,11 +178,26 @@ class _Run:
         self.journal.write(now=True)
         return Unknown(min(self.bound, 0.0), self.open, reason, self._effort("unknown"))
 
+    def _problem(self) -> Problem:
+        if self.whole is not None:
+            return self._part(self.whole)
+        problem = problem_of(self.claim, self.arithmetic)
+        if self.arithmetic == "real":
+            return problem
+        try:
+            problem = with_float32(problem, self.deadline)
+        except TimeoutError as late:
+            raise OutOfTime from late
+        if not bool(torch.isfinite(problem.slack).all()):
+            raise _Stop("what float32 rounds has no bound on this region: a value may overflow, or be undefined")
+        return problem
+
     def _part(self, whole: Problem) -> Problem:
         """The whole's program, which holds on every box within."""
         box = self.claim.region.box
         lower, upper = (end.reshape(1, -1) for end in (box.lower, box.upper))
-        assert bool((lower >= whole.lower).all() & (upper <= whole.upper).all())
+        if not bool((lower >= whole.lower).all() & (upper <= whole.upper).all()):
+            raise InvalidInput("whole: the claim's box is not inside this problem's box.")
         return replace(whole, lower=lower, upper=upper)
 
     def _effort(self, settled: str) -> Effort:
@@ -201,14 +226,18 @@ class _Run:
                 problem.rows.y[first:last], problem.rows.x[first:last], problem.rows.constant[first:last], clause
             )
             region = self.claim.region
-            project = None
+            project = lowest = None
             if len(problem.lower) == 1 and getattr(region, "norm", "linf") != "linf":
 
                 def project(x: Tensor) -> Tensor:
                     return region.project(x.double().reshape(-1, *region.shape)).reshape(len(x), -1)
 
+                def lowest(a: Tensor) -> Tensor:
+                    assert problem.ball is not None
+                    return problem.ball.lowest(a, problem.lower, problem.upper)
+
             self.attacks[case] = Attack(
-                problem.program.to(torch.float32), rows, problem.lower[case], problem.upper[case], 0, project
+                problem.program.to(torch.float32), rows, problem.lower[case], problem.upper[case], 0, project, lowest
             )
         return self.attacks[case]
 
@@ -251,9 +280,13 @@ class _Run:
 
     # ---------------------------------------------------------------- the strategy
 
+    def _bounder(self, program: Program, *, together: bool = False) -> Bounder:
+        assert self.problem is not None
+        return Bounder(program, together=together, deadline=self.deadline, ball=self.problem.ball)
+
     def _decide(self, problem: Problem) -> Verdict:
         cases = len(problem.lower)
-        wide, margin = Bounder(problem.program.to(torch.float32), together=True, deadline=self.deadline), MARGIN
+        wide, margin = self._bounder(problem.program.to(torch.float32), together=True), MARGIN
         for case in range(min(cases, 4)):
             self._try(case, min(max(0.05, wide.cost * PATIENCE), 2.0))
         vary = int((problem.upper > problem.lower).sum(1).max())
@@ -273,8 +306,7 @@ class _Run:
             if cases > 1:
                 own = InputSplit(problem, wide, torch.tensor([case]), margin=margin)
                 self.journal.follow(f"inputs {case}", own)
-            search = self._case(problem, case, own if vary <= SOME and not (own and own.stuck) else None)
-            settled.append((search, list(range(len(search.forest.root)))))
+            settled += self._case(problem, case, own if vary <= SOME and not (own and own.stuck) else None)
         return self._prove(problem, settled)
 
     def _work_inputs(self, search: InputSplit, *, rounds: int | None = None, until: float = math.inf) -> None:
@@ -297,7 +329,7 @@ class _Run:
             if len(points):
                 self._offer(case, points)
             if search.margin > 0 and search.stack and bool((search.stack[-1].bound > -search.margin).any()):
-                search.bounder = Bounder(search.problem.program, together=True, deadline=self.deadline)
+                search.bounder = self._bounder(search.problem.program, together=True)
                 search.margin = 0.0
             if time.monotonic() - self.told > 0.5:
                 self.told = time.monotonic()
@@ -313,40 +345,62 @@ class _Run:
             if self.attacked < SHARE / 2 * passed:
                 self._try(case, SHARE * passed)
 
-    def _case(self, problem: Problem, case: int, inputs: InputSplit | None) -> Search:
-        """Settles one case by splitting neurons, or inputs, whichever is done first."""
+    def _case(self, problem: Problem, case: int, inputs: InputSplit | None) -> list[tuple[Search, list[int]]]:
+        """Settles one case by splitting neurons, or inputs, whichever is done first, with lemmas where there is a neck.
+
+        Returns:
+            what its proof consists of.
+        """
         neurons: NeuronSplit | None = None
+        lemmas: Lemmas | None = None
+        used: list[int] = []
         turn = 1.0
         while True:
             end = time.monotonic() + turn
             if neurons is None:
                 neurons = self._rooted(problem, case)
-                self.journal.follow(f"neurons {case}", neurons)
-            self._work_neurons(neurons, end if inputs is not None else math.inf)
+                self.journal.follow(f"neurons {case} {used}", neurons)
+                if len(neurons.waiting) and (ends := neck(neurons.bounder, neurons.root)) is not None:
+                    lemmas = Lemmas(neurons, ends)
+                    self.journal.follow(f"lemmas {case}", lemmas)
+            if lemmas is not None and len(lemmas.done) > len(used):
+                self.journal.forget(f"neurons {case} {used}")
+                used = lemmas.done
+                neurons = self._rooted(problem, case, lemmas.frame(used))
+                self.journal.follow(f"neurons {case} {used}", neurons)
+            seeking = lemmas is not None and len(lemmas.waiting) > 0
+            self._work_neurons(neurons, end if inputs is not None or seeking else math.inf)
             if not len(neurons.waiting) and not neurons.stuck:
-                return neurons
+                found: list[tuple[Search, list[int]]] = [(neurons, list(range(len(neurons.forest.root))))]
+                return found if lemmas is None or not used else [(lemmas, used), *found]
             over = not len(neurons.waiting)
             if inputs is not None and not inputs.stuck:
                 self._work_inputs(inputs, until=math.inf if over else time.monotonic() + turn)
                 if not len(inputs):
-                    return inputs
+                    return [(inputs, list(range(len(inputs.forest.root))))]
             elif over:
                 self.bound = neurons.bound
                 raise _Stop("nothing is left to split: the claim neither holds nor fails by a margin")
+            if lemmas is not None and seeking:
+                if lemmas.fresh:
+                    lemmas.begin(50)
+                self._work_neurons(lemmas, time.monotonic() + 2 * turn, told=neurons)
             turn *= 2
 
-    def _rooted(self, problem: Problem, case: int) -> NeuronSplit:
+    def _rooted(self, problem: Problem, case: int, known: Frame | None = None) -> NeuronSplit:
+        """The search by neurons, begun with what is known of the intervals."""
         first, last = problem.row_spans[case].tolist()
         every = problem.rows
         program = with_rows(
             problem.program, every.y[first:last], every.x[first:last] if every.reads_inputs else None,
             every.constant[first:last],
         )  # fmt: skip
-        narrow, margin = Bounder(program.to(torch.float32), deadline=self.deadline), MARGIN
+        narrow, margin = self._bounder(program.to(torch.float32)), MARGIN
         if narrow.cost <= SMALL:
-            narrow, margin = Bounder(program, deadline=self.deadline), 1e-9
-        lower, upper = (v[case : case + 1].to(narrow.dtype) for v in (problem.lower, problem.upper))
-        root = narrow.refresh(lower, upper)
+            narrow, margin = self._bounder(program), 1e-9
+        box = problem.narrowed(problem.lower[case : case + 1], problem.upper[case : case + 1])
+        lower, upper = (v.to(narrow.dtype) for v in box)
+        root = narrow.refresh(lower, upper, inherited=known)
         clauses = list(range(int(problem.spans[case, 1] - problem.spans[case, 0])))
         search = NeuronSplit(problem, narrow, case, root, clauses, margin=margin)
         search.begin(20)
@@ -364,7 +418,8 @@ class _Run:
             self.bound = search.bound
         return search
 
-    def _work_neurons(self, search: NeuronSplit, until: float) -> None:
+    def _work_neurons(self, search: NeuronSplit, until: float, *, told: NeuronSplit | None = None) -> None:
+        """Steps until nothing waits, or until some time; what is told is the bound of a search for the claim."""
         batch = 4
         while len(search.waiting):
             if time.monotonic() > until:
@@ -380,7 +435,7 @@ class _Run:
             self.subproblems += search.subproblems - before
             spent = time.monotonic() - start
             batch = int(max(1, min(PARTS, 2 * batch, batch * 0.7 / max(spent, 1e-3))))
-            self.bound = search.bound
+            self.bound = (told or search).bound
             if len(points):
                 self._offer(search.case, points)
             self._interleave(search.case if len(search.waiting) else None)
@@ -420,7 +475,7 @@ class _Run:
                     if not search.reopen(mine):
                         raise _Stop("the certificate was not accepted: a leaf is open that the search takes for proved")
                     if isinstance(search, InputSplit):
-                        search.bounder = Bounder(problem.program, together=True, deadline=self.deadline)
+                        search.bounder = self._bounder(problem.program, together=True)
                         search.margin = 0.0
                         self._work_inputs(search)
                         refused = search.stuck
