@@ -29,7 +29,7 @@ def network(seed: int) -> Program:
     """Two layers, a score at every place, and a jump."""
     first = conv((2, PLACES), 4, 3, padding=1, seed=seed)
     second = conv(first.narrow, 4, 3, padding=1, seed=seed + 1)
-    score = conv(second.narrow, 1, 1, seed=seed + 2)
+    score = conv(second.narrow, 2, 1, seed=seed + 2)
     return Program((
         Variable(first.size[1]), affine((first, 0), seed=seed), Function(1, ew.RELU, first.size[0]),
         affine((second, 2), seed=seed + 1), Function(3, ew.RELU, second.size[0]), affine((score, 4), seed=seed + 2),

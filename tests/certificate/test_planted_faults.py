@@ -31,8 +31,8 @@ from soundly.certificate import Certificate
 def broken(old: str, new: str) -> Any:
     """The checker with one piece of its source exchanged."""
     folder = Path(checker.__file__).parent
-    names = ("rings", "ball", "functions", "products", "program", "bounding", "forms", "intervals", "conditional",
-             "reading", "lemmas", "verification")  # fmt: skip
+    names = ("rings", "ball", "functions", "products", "program", "bounding", "crop", "forms", "intervals",
+             "conditional", "reading", "lemmas", "verification")  # fmt: skip
     sources = {name: (folder / f"{name}.py").read_text(encoding="utf-8") for name in names}
     assert sum(s.count(old) for s in sources.values()) == 1, f"{old!r} is not in the checker exactly once: adapt this"
     for name in names:
