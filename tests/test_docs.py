@@ -74,3 +74,16 @@ def test_the_examples_of_the_page_on_explanations(
         exec(compile(block, f"explanations.md, example {i + 1}", "exec"), names)
     promised = re.findall(r"^ *print\(.*\) +# (.*)$", "".join(blocks), re.MULTILINE)
     assert promised and capsys.readouterr().out.splitlines() == promised
+
+
+def test_the_examples_of_the_page_on_auditing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "auditing.md").read_text(encoding="utf-8"), re.DOTALL)
+    names: dict[str, Any] = {}
+    for i, block in enumerate(blocks):
+        exec(compile(block, f"auditing.md, example {i + 1}", "exec"), names)
+    promised = re.findall(r"^ *print\(.*\) +# (.*)$", "".join(blocks), re.MULTILINE)
+    assert len(promised) == 5 and capsys.readouterr().out.splitlines() == promised

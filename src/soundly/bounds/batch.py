@@ -260,8 +260,8 @@ class Bounder:
                 own = None if slopes is None else slopes.get(i)
                 self._tighten(i, frame, last, known if own is None else self.lines(frame, own, known=known))
             low, high = frame.lower[i], frame.upper[i]
-            # Rounding must not make an interval of one point look empty, nor the side of a jump at 0 that 0 is on.
-            slack = 1000 * torch.finfo(self.dtype).eps * (low.abs() + high.abs()) + torch.finfo(self.dtype).tiny
+            # Rounding must not make an interval of one point look empty.
+            slack = 1000 * torch.finfo(self.dtype).eps * (low.abs() + high.abs())
             frame.infeasible = frame.infeasible | (low > high + slack).any(-1)
             # An empty interval would only produce nonsense further up.
             frame.lower[i], frame.upper[i] = torch.minimum(low, high), torch.maximum(low, high)
