@@ -1,8 +1,9 @@
 """Bounds of a network over boxes that training can follow downhill: differentiable in the weights and in the boxes.
 
-One capture serves a whole batch, one box per example, and always with the module's present weights. Intervals are carried
-forwards through every operation; linear rows of the output are then carried backwards through lines around the intervals
-(CROWN-IBP). Nothing here accounts for rounding: what training reaches is proved afterwards, by `soundly.verify`.
+One capture serves a whole batch, one box per example, and always with the module's present weights. Intervals are
+carried forwards through every operation; linear rows of the output are then carried backwards through lines around the
+intervals (CROWN-IBP). Nothing here accounts for rounding: what training reaches is proved afterwards, by
+`soundly.verify`.
 
 Reference: Gowal et al., "On the Effectiveness of Interval Bound Propagation", 2018; Zhang et al., "Towards Stable and
 Efficient Training of Verifiably Robust Neural Networks", ICLR 2020.
@@ -10,7 +11,6 @@ Efficient Training of Verifiably Robust Neural Networks", ICLR 2020.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Literal, TypeAlias
@@ -47,7 +47,7 @@ class TrainingBounds:
         self.input = self.network.input
         new: dict[Node, Node] = {node: node for node in self.network.nodes}
         while any(isinstance(node.op, Composite) for node in topological([new[self.network.output]])):
-            step = rebuild([new[self.network.output]], lambda _, n: n.op.expand(*n.inputs) if _expands(n) else n)
+            step = rebuild([new[self.network.output]], lambda _, node: _expanded(node))
             new = {old: step[n] for old, n in new.items() if n in step}
         self.output, self.input = new[self.network.output], new[self.network.input]
         self.order = topological([self.output])
@@ -85,7 +85,7 @@ class TrainingBounds:
     def margins(self, label: Tensor, lower: Tensor, upper: Tensor, *, method: Method = "crown-ibp") -> Tensor:
         """Lower bounds [n, classes] of output[label] - output[j] over boxes; 0 at j = label. Only an example whose
         others are positive keeps its label in all of its box."""
-        n, classes = self.output.shape
+        classes = self.output.shape[1]
         eye = torch.eye(classes, dtype=lower.dtype, device=lower.device)
         rows = eye[label][None] - eye[:, None]  # [classes, n, classes]
         found = self.lower(rows, lower, upper, method=method).T
@@ -179,8 +179,8 @@ class _Soft:
         return None
 
 
-def _expands(node: Node) -> bool:
-    return isinstance(node.op, Composite)
+def _expanded(node: Node) -> Node:
+    return node.op.expand(*node.inputs) if isinstance(node.op, Composite) else node
 
 
 def _least(a: Tensor, x: Interval) -> Tensor:

@@ -127,7 +127,7 @@ def fetch(name: str, *, folder: str | os.PathLike[str] | None = None) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         # Written beside it and then renamed: nobody ever reads half a file.
         with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".part", delete=False) as part:
-            np.savez_compressed(part, **arrays)
+            np.savez_compressed(part, **arrays)  # type: ignore[arg-type]  # numpy's own keywords are bool
     os.replace(part.name, file)
     return file
 
