@@ -93,6 +93,9 @@ class Probabilistic:
 class Robust:
     """The worst completion within eps (linf) that projected gradient ascent finds.
 
+    Where a feature is kept the attack is not at work; what it would do there next, one signed step to the end of the
+    range, stands for the completion, so that the mask learns what to keep as well as what to free.
+
     Attributes:
         steps: of the attack in training; measuring takes `restarts` attacks of 40.
     """
@@ -104,8 +107,13 @@ class Robust:
     name: str = "robust"
 
     def loss(self, model: nn.Module, x: Tensor, mask: Tensor, label: Tensor, ramp: float = 1.0) -> Tensor:
-        lower, upper = box(x, mask.detach(), ramp * self.eps, self.clip)
+        kept = mask.detach()
+        lower, upper = box(x, kept, ramp * self.eps, self.clip)
         worst = ascend(lambda z: cross_entropy(model(z), label, reduction="none"), lower, upper, steps=self.steps)
+        worst.requires_grad_()
+        (slope,) = torch.autograd.grad(cross_entropy(model(worst), label), worst)
+        next_ = (x + ramp * self.eps * slope.sign()).clamp(*self.clip)
+        worst = torch.where(kept > 0.5, next_, worst).detach()
         return cross_entropy(model(mask * x + (1 - mask) * worst), label)
 
     def faithful(self, model: nn.Module, x: Tensor, mask: Tensor, label: Tensor) -> Tensor:
