@@ -110,8 +110,8 @@ class Robust:
         kept = mask.detach()
         lower, upper = box(x, kept, ramp * self.eps, self.clip)
         worst = ascend(lambda z: cross_entropy(model(z), label, reduction="none"), lower, upper, steps=self.steps)
-        worst.requires_grad_()
-        (slope,) = torch.autograd.grad(cross_entropy(model(worst), label), worst)
+        with torch.enable_grad():
+            (slope,) = torch.autograd.grad(cross_entropy(model(worst.requires_grad_()), label), worst)
         next_ = (x + ramp * self.eps * slope.sign()).clamp(*self.clip)
         worst = torch.where(kept > 0.5, next_, worst).detach()
         return cross_entropy(model(mask * x + (1 - mask) * worst), label)
@@ -132,11 +132,14 @@ class Certified:
 
     The loss is the cross entropy of the worst logits that the bounds allow: not below that of any completion. What
     training reaches is for `soundly.verify` to prove; `faithful` says what these bounds see, rounding not counted.
+
+    Attributes:
+        method: "interval" costs a third of "crown-ibp", and what it has trained is bounded as well.
     """
 
     eps: float = 0.12
     clip: tuple[float, float] = (0.0, 1.0)
-    method: Method = "crown-ibp"
+    method: Method = "interval"
     name: str = "certified"
     made: WeakKeyDictionary[nn.Module, dict[tuple[int, ...], TrainingBounds]] = field(
         default_factory=WeakKeyDictionary, repr=False

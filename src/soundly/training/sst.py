@@ -111,7 +111,7 @@ class Objective:
     """
 
     faithfulness: float = 1.0
-    cardinality: float = 5.0
+    cardinality: float = 12.0
     size: float = 0.08
     shrinking: float = 0.6
     warming: float = 0.3
@@ -145,7 +145,7 @@ def train(
     masking: Masking,
     *,
     objective: Objective | None = None,
-    epochs: int = 10,
+    epochs: int = 4,
     batch: int = 128,
     lr: float = 2e-3,
     validation: float = 0.0,
