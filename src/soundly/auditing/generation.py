@@ -221,7 +221,10 @@ def _conv(r: random.Random, i: int, shapes: Shapes) -> list[Drawn]:
 
     kernel, stride, padding, dilation = each(1, 2, 3), each(1, 1, 2), each(0, 0, 1, 2), each(1, 1, 2)
     if r.random() < 0.3:
-        weight, bias = _weight(r, [channels, max(1, out // groups), *kernel]), _weight(r, [max(1, out // groups) * groups])
+        weight, bias = (
+            _weight(r, [channels, max(1, out // groups), *kernel]),
+            _weight(r, [max(1, out // groups) * groups]),
+        )
         extra = each(0, 0, 1)
         where = [{"value": i}, weight, bias, stride, padding, extra, groups, dilation]
         return [("conv_transpose1d" if n == 1 else "conv_transpose2d", where)]

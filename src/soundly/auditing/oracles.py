@@ -153,7 +153,9 @@ def capture(subject: Subject, r: random.Random) -> Iterator[str]:
         want = torch.zeros_like(point[0]) if slope is None else slope
         with torch.no_grad():
             got = subject.network(*(p.detach() for p in point))
-        kinks = any(bool((v.double().abs() < 1e-12).any()) for v in subject.recipe.run([p.detach() for p in point])[count:])
+        kinks = any(
+            bool((v.double().abs() < 1e-12).any()) for v in subject.recipe.run([p.detach() for p in point])[count:]
+        )
         if not kinks and not _near(got, want):
             yield f"the gradient and autograd differ by {float((got - want).abs().max()):.3g}"
 
@@ -177,7 +179,9 @@ def intervals(subject: Subject, r: random.Random) -> Iterator[str]:
     part = interval_bounds(network, {n: (a.reshape(n.shape), b.reshape(n.shape)) for n, a, b in parts})
     for node in nodes:
         slack = ROUNDING * (1 + torch.maximum(whole[node].lower.abs(), whole[node].upper.abs()))
-        if bool((part[node].lower < whole[node].lower - slack).any() | (part[node].upper > whole[node].upper + slack).any()):
+        if bool(
+            (part[node].lower < whole[node].lower - slack).any() | (part[node].upper > whole[node].upper + slack).any()
+        ):
             yield f"{node!r}: the interval over a part of the box is not within that over the box"
 
 
@@ -233,7 +237,11 @@ def planes(subject: Subject, r: random.Random) -> Iterator[str]:
     for i in _chosen_steps(program, r):
         size = program.steps[i].size
         rows = torch.cat([torch.eye(size, dtype=F64)[:6], torch.randn(2, size, generator=generator, dtype=F64)])
-        start = Start({i: torch.cat([rows, -rows])}, torch.zeros(2 * len(rows), dtype=F64), torch.zeros(2 * len(rows), dtype=torch.int64))
+        start = Start(
+            {i: torch.cat([rows, -rows])},
+            torch.zeros(2 * len(rows), dtype=F64),
+            torch.zeros(2 * len(rows), dtype=torch.int64),
+        )
         yield from _below(subject, bounder, frame, defaults, start, f"step {i}")
         plain = plainly(frame, start)
         reached = subject.steps[i] @ start.a[i].T
@@ -242,7 +250,7 @@ def planes(subject: Subject, r: random.Random) -> Iterator[str]:
         free = bounder.free(frame, upto=i + 1)
         if free:
             slopes = {}
-            for (j, side) in free:
+            for j, side in free:
                 line = defaults[j]
                 own = line[2 * side] if isinstance(bounder.steps[j], Function) else torch.ones_like(frame.lower[j])
                 slopes[j, side] = own * torch.rand(own.shape, generator=generator, dtype=F64)
@@ -299,7 +307,9 @@ def _below(
         yield f"{what}: a row below its bound"
 
 
-def _splits(subject: Subject, bounder: Bounder, r: random.Random, generator: torch.Generator, upto: int) -> dict[int, Split]:
+def _splits(
+    subject: Subject, bounder: Bounder, r: random.Random, generator: torch.Generator, upto: int
+) -> dict[int, Split]:
     """Random halves of values that functions and products read, with random multipliers."""
     read = [i for i in range(upto) if bounder.read[i]]
     found = {}
@@ -348,7 +358,10 @@ def splitting(subject: Subject, r: random.Random) -> Iterator[str]:
         level = float(values.min()) + share * spread + room
         claim = subject.claim(level, entry)
         problem = problem_of(claim)
-        bad = subject.kept[problem.rows.worst(problem.rows.at(problem.program.evaluate(subject.kept)[-1], subject.kept)).amin(1) <= -room / 4]
+        bad = subject.kept[
+            problem.rows.worst(problem.rows.at(problem.program.evaluate(subject.kept)[-1], subject.kept)).amin(1)
+            <= -room / 4
+        ]
         if not len(bad):
             continue
         inputs = InputSplit(problem, Bounder(problem.program, together=r.random() < 0.5))
@@ -436,7 +449,9 @@ def verdicts(subject: Subject, r: random.Random) -> Iterator[str]:
 
 def exact(subject: Subject, r: random.Random) -> Iterator[str]:
     """For piecewise linear programs: bounds lie below the exact minimum, which mixed-integer programming finds."""
-    if not all(isinstance(s, Affine) or (isinstance(s, Function) and s.op.name in _PIECES) for s in subject.program.steps[1:]):
+    if not all(
+        isinstance(s, Affine) or (isinstance(s, Function) and s.op.name in _PIECES) for s in subject.program.steps[1:]
+    ):
         return
     if len(subject.program.steps) < 3 or sum(s.size for s in subject.program.steps) > 80:
         return
@@ -449,7 +464,10 @@ def exact(subject: Subject, r: random.Random) -> Iterator[str]:
         return
     bounder = Bounder(subject.program)
     frame = bounder.refresh(low[None], high[None])
-    start = Start({len(bounder.steps) - 1: step_rows(torch.tensor([entry]), subject.program.outputs, low)}, torch.zeros(1, dtype=F64))
+    start = Start(
+        {len(bounder.steps) - 1: step_rows(torch.tensor([entry]), subject.program.outputs, low)},
+        torch.zeros(1, dtype=F64),
+    )
     bound = float(bounder.backward(frame, frame.known, start).least(low, high))
     room = 1e-5 * (1 + abs(found) + float(subject.room.max()))
     if bound > found + room:

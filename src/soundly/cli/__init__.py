@@ -11,11 +11,19 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from soundly.cli import bench, check, data, edit, verify
+from soundly.cli import bench, check, data, edit, train, verify
 from soundly.cli.terminal import ERROR, YES, Verbs, plain
 from soundly.errors import SoundlyError
 
-VERBS: tuple[Callable[[Verbs], None], ...] = (verify.add, edit.add, edit.add_undo, check.add, bench.add, data.add)
+VERBS: tuple[Callable[[Verbs], None], ...] = (
+    verify.add,
+    edit.add,
+    edit.add_undo,
+    check.add,
+    bench.add,
+    data.add,
+    train.add,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -43,9 +43,8 @@ def ascend(
     x, length = start.detach(), (upper - lower) / 2 * size / max(steps, 1)
     best, highest = x, None
     for i in range(steps + 1):
-        x.requires_grad_()
-        with torch.enable_grad():
-            value = loss(x)
+        with torch.set_grad_enabled(i < steps):
+            value = loss(x.requires_grad_(i < steps))
             slope = torch.autograd.grad(value.sum(), x)[0] if i < steps else None
         value, x = value.detach(), x.detach()
         better = torch.ones_like(value, dtype=torch.bool) if highest is None else value > highest

@@ -10,8 +10,9 @@ that an attack moves x' to. With s at that class t' alone it is the two-class di
 
     D_2(x, x') >= 1/2 (f_t(x) - f_t'(x))    whenever x' is taken for t'
 
-(`floor`): no attack changes the label without changing the maps. The one-class discrepancy |I(x, t) - I(x', t)|_1 has no
-such floor. The released code weighs un-normalised maps by 0.01, which here is gamma = 0.02 times the number of places.
+(`floor`): no attack changes the label without changing the maps. The one-class discrepancy |I(x, t) - I(x', t)|_1 has
+no such floor. The released code weighs un-normalised maps by 0.01, which here is gamma = 0.02 times the number of
+places.
 
 Reference: Boopathy et al., "Proper Network Interpretability Helps Adversarial Robustness in Classification", ICML 2020.
 """
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
+from soundly.errors import InvalidInput
 from soundly.training.attack import ascend
 from soundly.training.maps import Cam, ConvNet, Explained, Map
 
@@ -44,11 +46,10 @@ class Loss(Protocol):
 def discrepancy(clean: Explained, moved: Explained, y: Tensor, *, one: bool = False) -> Tensor:
     """D [n], see above, or the one-class discrepancy."""
     change = (clean.maps - moved.maps).abs().sum(-1)  # [n, classes]
-    own = change.gather(1, y[:, None])[:, 0]
     if one:
-        return own
-    others = moved.logits.scatter(1, y[:, None], -torch.inf).softmax(1)
-    return own / 2 + (others * change).sum(1) / 2
+        return change.gather(1, y[:, None])[:, 0]
+    share = moved.logits.scatter(1, y[:, None], -torch.inf).softmax(1).scatter(1, y[:, None], 1.0)
+    return (share * change).sum(1) / 2
 
 
 def two_class(clean: Explained, moved: Explained, y: Tensor, other: Tensor) -> Tensor:
@@ -189,3 +190,19 @@ def _ball(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 def _worst_label(model: ConvNet, x: Tensor, y: Tensor, eps: float, steps: int) -> Tensor:
     return ascend(lambda z: cross_entropy(model(z), y, reduction="none"), *_ball(x, eps), steps=steps)
+
+
+def method(name: str, *, eps: float, steps: int = 10, gamma: float = 1.0, map: Map | None = None) -> Loss:
+    """A loss by the name it goes by: normal, pgd, trades, ig-norm, ig-norm-sum, int, int-one-class, int2, int-adv,
+    int2-adv."""
+    explains = map or Cam()
+    known: list[Loss] = [
+        Plain(), Adversarial(eps, steps), Trades(eps, steps), IgNorm(eps, steps), IgNorm(eps, steps, summed=True),
+        Int(eps, steps, gamma, map=explains), Int(eps, steps, gamma, one=True, map=explains),
+        Int(eps, steps, gamma, inner="label", map=explains), Int(eps, steps, gamma, adversarial=True, map=explains),
+        Int(eps, steps, gamma, inner="label", adversarial=True, map=explains),
+    ]  # fmt: skip
+    for loss in known:
+        if loss.name == name:
+            return loss
+    raise InvalidInput(f"there is no method {name!r}; choose one of {', '.join(loss.name for loss in known)}.")

@@ -1,11 +1,11 @@
 """Explanation maps that a loss can hold: differentiable to second order, in the network's weights too.
 
 A map gives each class a number per place of the image. All are normalised alike: where the map is complete, the numbers
-of a class add up to its logit. CAM is complete on networks that end in global average pooling and a linear layer without
-bias, exactly; Integrated Gradients up to its quadrature and the baseline's logit.
+of a class add up to its logit. CAM is complete on networks that end in global average pooling and a linear layer
+without bias, exactly; Integrated Gradients up to its quadrature and the baseline's logit.
 
-Reference: Zhou et al., "Learning Deep Features for Discriminative Localization", CVPR 2016; Selvaraju et al., "Grad-CAM",
-ICCV 2017; Sundararajan et al., "Axiomatic Attribution for Deep Networks", ICML 2017.
+Reference: Zhou et al., "Learning Deep Features for Discriminative Localization", CVPR 2016; Selvaraju et al.,
+"Grad-CAM", ICCV 2017; Sundararajan et al., "Axiomatic Attribution for Deep Networks", ICML 2017.
 """
 
 from __future__ import annotations
@@ -66,11 +66,11 @@ def cnn(
 
 @dataclass(frozen=True)
 class Cam:
-    """Class activation maps: at each place the head's weights times the features there, divided by the number of places."""
+    """Class activation maps: the head's weights times the features at each place, divided by the number of places."""
 
     def __call__(self, model: ConvNet, x: Tensor) -> Explained:
         a = model.features(x).flatten(2)
-        maps = torch.einsum("ck,nkp->ncp", model.head.weight, a) / a.shape[-1]
+        maps = (model.head.weight / a.shape[-1]) @ a
         return Explained(maps.sum(-1), maps)  # complete: the sums are the logits
 
 

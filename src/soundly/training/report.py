@@ -7,6 +7,7 @@ masking is measured, whichever was trained.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -141,3 +142,31 @@ def table(reports: Mapping[str, Report]) -> Iterator[str]:
         cells = "".join(f"{f'{r.faithful[n]:.1%} ({r.empty[n]:.0%}, {r.constant[n]:.0%})':>22}" for n in names)
         proved = "-" if r.proofs is None else f"{r.proofs.rate:.1%}"
         yield f"{title:<20}{r.accuracy:>9.1%}{r.size:>7.1%}{r.varying:>9.1%}{proved:>8}{cells}"
+
+
+def plot(reports: Mapping[str, Report], file: str | os.PathLike[str]) -> None:
+    """Draws size against faithfulness: one line per masking, its two controls in the same colour beside it.
+
+    Args:
+        file: .png, .svg or .pdf.
+
+    Raises:
+        InvalidInput: matplotlib is not installed (extra `report`).
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as missing:
+        raise InvalidInput("plot needs matplotlib: pip install soundly[report]") from missing
+    rows = sorted(reports.values(), key=lambda r: r.size)
+    sizes = [100 * r.size for r in rows]
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name in rows[0].faithful:
+        (line,) = axes.plot(sizes, [100 * r.faithful[name] for r in rows], "o-", label=name)
+        axes.plot(sizes, [100 * r.constant[name] for r in rows], "x--", color=line.get_color(), alpha=0.6)
+        axes.plot(sizes, [100 * r.empty[name] for r in rows], ".:", color=line.get_color(), alpha=0.6)
+    if all(r.proofs for r in rows):
+        axes.plot(sizes, [100 * r.proofs.rate for r in rows if r.proofs], "ks-", label="proved")
+    axes.set(xlabel="features in a reason, %", ylabel="predictions that stay, %", ylim=(0, 102))
+    axes.legend(title="dashed: one constant mask\ndotted: no mask", loc="lower right")
+    figure.savefig(file)
