@@ -33,7 +33,7 @@ def small(seed: int = 0) -> sst.SelfExplaining:
 @pytest.fixture(scope="module")
 def trained(digits) -> sst.SelfExplaining:
     model = small()
-    sst.train(model, digits.train, digits.train_labels, Certified(), epochs=20, batch=64, lr=5e-3)
+    sst.train(model, digits.train, digits.train_labels, Certified(), epochs=30, batch=64, lr=5e-3)
     return model
 
 
@@ -191,10 +191,10 @@ def test_budget_falls_to_the_size_and_stays():
 
 def test_reasons_are_small_and_controls_are_reported(digits, trained):
     found = evaluate(trained, digits.test, digits.test_labels, MASKINGS, measured=200)
-    assert found.accuracy > 0.85 and found.size < 0.2
+    assert found.accuracy > 0.8 and found.size < 0.25
     assert set(found.faithful) == set(found.empty) == set(found.constant) == {m.name for m in MASKINGS}
     assert found.faithful["certified"] <= found.faithful["robust"]
-    assert found.faithful["certified"] > found.empty["certified"] + 0.1
+    assert found.faithful["certified"] > found.empty["certified"] + 0.2
     lines = list(table({"one": replace(found, proofs=prove(trained, digits.test[:4], eps=EPS))}))
     assert len(lines) == 2 and f"{found.faithful['robust']:.1%}" in lines[1]
 
@@ -253,6 +253,20 @@ def test_training_stops_early_and_keeps_the_best_weights():
     done = fit(model, x, x[:, 0], lambda a, b, _: (model(a)[:, 0] - 2 * b).square().mean(), epochs=20, batch=4,
                validate=validate, patience=2)  # fmt: skip
     assert len(done) == 4 and torch.equal(model.weight, seen[1])
+
+
+def test_the_papers_loss_and_its_search(digits):
+    """With size 0 all scores are charged, with their own values; the search keeps the best of its grid."""
+    x, y = digits.train[:320], digits.train_labels[:320]
+    model, paper = small(), sst.Objective(size=0.0, cardinality=2.0, decay=0.0, target="prediction", warming=0.0)
+    logits, scores = model.both(x)
+    mask, label = (scores >= 0).float(), logits.argmax(1)
+    want = cross_entropy(logits, y) + Baseline().loss(model.classifier, x, mask, label) + 2 * scores.sigmoid().mean()
+    torch.testing.assert_close(paper(model, Baseline(), x, y), want)
+    best, lr, weight = sst.search(
+        small, x, y, Baseline(), rates=(1e-2, 1e-7), cardinalities=(1e-3,), epochs=25, batch=32, patience=5
+    )
+    assert (lr, weight) == (1e-2, 1e-3) and (best(x).argmax(1) == y).float().mean() > 0.5
 
 
 def test_what_cannot_be_trained_on(digits):

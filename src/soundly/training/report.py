@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from soundly.errors import InvalidInput
+from soundly.explanation.reason import certify_mask
 from soundly.graph.load import load
-from soundly.spec.claim import robust
 from soundly.training.masking import Masking
-from soundly.training.sst import SelfExplaining
+from soundly.training.sst import THRESHOLD, SelfExplaining
 from soundly.verification.verdict import Proved, Refuted
-from soundly.verification.verify import verify
 
 CHUNK = 100
 
@@ -108,7 +107,7 @@ def prove(
     timeout: float = 20.0,
     progress: Callable[[Proofs], None] | None = None,
 ) -> Proofs:
-    """Asks `soundly.verify` of each example whether its reason is sufficient within eps: every proof is checked.
+    """Asks `soundly.certify_mask` of each example whether its reason is sufficient within eps: every proof is checked.
 
     Args:
         x: examples [n, ...]; embedded ones where the network embeds its inputs.
@@ -117,11 +116,9 @@ def prove(
     network = load(model.classifier, x[:1])
     found = Proofs(0, 0, 0)
     logits, scores = (v.detach() for v in model.both(x))
-    for one, label, score in zip(x.split(1), logits.argmax(1).tolist(), scores.split(1), strict=True):
-        free = (score < 0).expand(one.shape)  # a logit of 0 is a score of 1/2
-        claim = robust(network, one, eps=eps * free.double(), label=label, clip=clip)
-        verdict = verify(claim, timeout=timeout)
-        match verdict:
+    reasons = scores.sigmoid() >= THRESHOLD
+    for one, label, reason in zip(x.split(1), logits.argmax(1).tolist(), reasons.split(1), strict=True):
+        match certify_mask(network, one, reason, eps=eps, target=label, clip=clip, timeout=timeout):
             case Proved():
                 found = replace(found, proved=found.proved + 1)
             case Refuted():

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -102,7 +102,7 @@ class Objective:
     """The loss: cross entropy + `faithfulness` * masked cross entropy + `cardinality` * size above a budget.
 
     Attributes:
-        size: the share of features that a reason may have at the end; 0 charges all features, as the paper does.
+        size: the share of features that a reason may have at the end; 0 charges the scores of all, as the paper does.
         shrinking: the share of the training in which the budget falls from all features to `size`.
         warming: the share of the training in which distances of the masking grow to their full value.
         decay: weight of the squared logits of scores.
@@ -129,7 +129,7 @@ class Objective:
         mask = straight_through(scores)
         label = y if self.target == "label" else logits.argmax(1)
         ramp = min(1.0, passed / self.warming) if self.warming else 1.0
-        size = mask.flatten(1).mean(1)
+        size = (mask if self.size else scores.sigmoid()).flatten(1).mean(1)
         return (
             cross_entropy(logits, y)
             + self.faithfulness * masking.loss(model.classifier, x, mask, label, ramp)
@@ -175,3 +175,50 @@ def train(
         model, *first, lambda a, b, passed: objective(model, masking, a, b, passed), epochs=epochs, batch=batch, lr=lr,
         seed=seed, validate=validate if kept else None, patience=patience, checkpoint=checkpoint, progress=progress,
     )  # fmt: skip
+
+
+def search(
+    build: Callable[[], SelfExplaining],
+    x: Tensor,
+    y: Tensor,
+    masking: Masking,
+    *,
+    rates: Sequence[float] = LEARNING_RATES,
+    cardinalities: Sequence[float] = CARDINALITIES,
+    objective: Objective | None = None,
+    epochs: int = 100,
+    batch: int = 64,
+    validation: float = 0.1,
+    patience: int = 5,
+    seed: int = 0,
+) -> tuple[SelfExplaining, float, float]:
+    """The paper's schedule: a network for each learning rate and cardinality weight, each stopped early.
+
+    Args:
+        build: a new network; it is called under the seed.
+        objective: its cardinality weight is replaced; by default the paper's loss.
+
+    Returns:
+        The network with the smallest sum of prediction and faithfulness loss on the validation examples, its learning
+        rate and its cardinality weight. These losses do not see the size: look at it before you take the answer.
+    """
+    objective = objective or Objective(size=0.0, target="prediction", decay=0.0, warming=0.0)
+    kept = round(len(x) * validation)
+    free = replace(objective, cardinality=0.0)
+    best: tuple[float, SelfExplaining | None, float, float] = (math.inf, None, 0.0, 0.0)
+    for lr in rates:
+        for weight in cardinalities:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                model = build()
+            train(
+                model, x, y, masking, objective=replace(objective, cardinality=weight), epochs=epochs, batch=batch,
+                lr=lr, validation=validation, patience=patience, seed=seed,
+            )  # fmt: skip
+            with torch.no_grad():
+                loss = float(free(model, masking, x[len(x) - kept :], y[len(y) - kept :]))
+            if loss < best[0]:
+                best = loss, model, lr, weight
+    if best[1] is None:
+        raise InvalidInput("no learning rate of the search led to a finite loss; give smaller ones.")
+    return best[1], best[2], best[3]
