@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import soundly
+from soundly.training import bounds
 from soundly.training.bounds import TrainingBounds
 
 
@@ -44,16 +45,35 @@ def boxes(n: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("method", ["interval", "crown-ibp"])
 def test_no_point_of_a_box_is_below(module, method):
+    assert (gaps(module, method) >= -1e-12).all()
+
+
+def gaps(module: nn.Module, method: str) -> torch.Tensor:
+    """How far the bounds of random rows are below the least value of samples and corners."""
     x, lower, upper = boxes()
-    bounds = TrainingBounds(module, x)
     rows = torch.randn(5, 3, 4, dtype=torch.float64)
-    found = bounds.lower(rows, lower, upper, method=method)
+    found = TrainingBounds(module, x).lower(rows, lower, upper, method=method)
     assert found.shape == (5, 3)
     closest = torch.full_like(found, torch.inf)
     for u in [*torch.rand(200, *x.shape, dtype=torch.float64), *torch.randint(0, 2, (200, *x.shape)).double()]:
         values = torch.einsum("knc,nc->kn", rows, module(lower + u * (upper - lower)))
         closest = torch.minimum(closest, values)
-    assert (found <= closest + 1e-12).all()
+    return (closest - found).detach()
+
+
+def test_samples_catch_a_chord_that_is_too_low(monkeypatch):
+    """ReLU's upper line through the origin: what one gets by forgetting its offset."""
+    lines = bounds._lines
+
+    def broken(op, x, y):
+        slope_low, low, slope_high, high = lines(op, x, y)
+        return slope_low, low, slope_high, torch.zeros_like(high)
+
+    torch.manual_seed(0)
+    module = dense().double()
+    assert (gaps(module, "crown-ibp") >= -1e-12).all()
+    monkeypatch.setattr(bounds, "_lines", broken)
+    assert (gaps(module, "crown-ibp") < -1e-6).any()
 
 
 @pytest.mark.parametrize("method", ["interval", "crown-ibp"])
@@ -70,50 +90,50 @@ def test_backward_bounds_are_not_looser_than_needed():
     module = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).double()
     module[0].bias.data += 10
     x = torch.rand(2, 6, dtype=torch.float64)
-    bounds = TrainingBounds(module, x)
+    known = TrainingBounds(module, x)
     rows = torch.randn(1, 2, 3, dtype=torch.float64)
     weight = torch.einsum("knc,ch,hi->kni", rows, module[2].weight, module[0].weight)
     exact = torch.einsum("knc,nc->kn", rows, module(x)) - 0.1 * weight.abs().sum(-1)
-    torch.testing.assert_close(bounds.lower(rows, x - 0.1, x + 0.1), exact, rtol=0, atol=1e-12)
-    assert (bounds.lower(rows, x - 0.1, x + 0.1, method="interval") < exact - 1e-3).all()
+    torch.testing.assert_close(known.lower(rows, x - 0.1, x + 0.1), exact, rtol=0, atol=1e-12)
+    assert (known.lower(rows, x - 0.1, x + 0.1, method="interval") < exact - 1e-3).all()
 
 
 def test_intervals_are_those_of_the_rigorous_domain():
     x, lower, upper = boxes()
     module = dense().double()
     network = soundly.load(module, x)
-    known = soundly.interval_bounds(network, {network.input: (lower, upper)})[network.output]
-    bounds = TrainingBounds(module, x)
-    found = bounds.intervals(lower, upper)[bounds.output]
-    torch.testing.assert_close(found.lower, known.lower, rtol=1e-9, atol=1e-9)
+    rigorous = soundly.interval_bounds(network, {network.input: (lower, upper)})[network.output]
+    known = TrainingBounds(module, x)
+    found = known.intervals(lower, upper)[known.output]
+    torch.testing.assert_close(found.lower, rigorous.lower, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("method", ["interval", "crown-ibp"])
 def test_gradients_reach_the_present_weights_and_the_boxes(module, method):
     x, lower, upper = boxes()
-    bounds = TrainingBounds(module, x)
+    known = TrainingBounds(module, x)
     label = torch.tensor([0, 1, 2])
-    before = bounds.margins(label, lower, upper, method=method)
+    before = known.margins(label, lower, upper, method=method)
     assert (before.gather(1, label[:, None]) == 0).all()
     lower = lower.requires_grad_()
-    bounds.margins(label, lower, upper, method=method).sum().backward()
+    known.margins(label, lower, upper, method=method).sum().backward()
     assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in module.parameters())
     assert lower.grad is not None and bool((lower.grad != 0).any())
     with torch.no_grad():  # a step along the gradient widens the margins: the same object follows the weights
         for p in module.parameters():
             p += 1e-4 * p.grad / p.grad.norm()
-    assert bounds.margins(label, lower, upper, method=method).sum() > before.sum()
+    assert known.margins(label, lower, upper, method=method).sum() > before.sum()
 
 
 def test_the_gradient_of_a_bound_is_its_derivative():
     torch.manual_seed(2)
     module = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).double()
     x = torch.rand(2, 4, dtype=torch.float64)
-    bounds = TrainingBounds(module, x)
+    known = TrainingBounds(module, x)
     label = torch.tensor([0, 2])
 
     def margin(lower: torch.Tensor, upper: torch.Tensor) -> torch.Tensor:
-        return bounds.margins(label, lower, upper)
+        return known.margins(label, lower, upper)
 
     ends = (x - 0.3).requires_grad_(), (x + 0.3).requires_grad_()
     assert torch.autograd.gradcheck(margin, ends)
