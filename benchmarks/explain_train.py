@@ -104,7 +104,8 @@ def int_run(
             model = cnn(images.shape[0], images.classes, widths, strides)
             fit(
                 model, images.train, images.train_labels, lambda a, b, p, f=loss, m=model: f(m, a, b, p),
-                epochs=epochs, batch=64, lr=3e-3, seed=seed, checkpoint=folder / f"int-{data}-{name}-{seed}.pt",
+                epochs=epochs, batch=64, lr=3e-3, seed=seed, about=loss,
+                checkpoint=folder / f"int-{data}-{name}-{seed}.pt",
             )  # fmt: skip
             rates, firm = curve(model, x, y, distances), stability(model, x, y, eps=eps)
             row = dict(zip(("clean", "half", "robust", "beyond", "twice"), rates, strict=True))

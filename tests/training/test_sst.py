@@ -235,6 +235,10 @@ def test_a_checkpoint_of_other_settings_or_none_at_all(digits, tmp_path):
     sst.train(small(), x, y, Baseline(), epochs=1, checkpoint=file)
     with pytest.raises(InvalidInput, match="other settings"):
         sst.train(small(), x, y, Baseline(), epochs=2, checkpoint=file)
+    with pytest.raises(InvalidInput, match="other settings"):
+        sst.train(small(), x, y, Robust(), epochs=1, checkpoint=file)
+    with pytest.raises(InvalidInput, match="other settings"):
+        sst.train(small(), 1 - x, y, Baseline(), epochs=1, checkpoint=file)
     file.write_bytes(b"no checkpoint")
     with pytest.raises(InvalidInput, match="no checkpoint of this model"):
         sst.train(small(), x, y, Baseline(), epochs=1, checkpoint=file)

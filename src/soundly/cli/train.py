@@ -84,16 +84,15 @@ def _sst(arguments: argparse.Namespace) -> int:
     from soundly.training.masking import Baseline, Certified, Masking, Probabilistic, Robust
 
     images, eps = read(arguments.data).part(arguments.train, arguments.test), arguments.eps
-    maskings: dict[str, Masking] = {
-        "certified": Certified(eps), "robust": Robust(eps), "probabilistic": Probabilistic(eps), "baseline": Baseline(),
-    }  # fmt: skip
-    measures = [*list(maskings.values())[:0:-1], Certified(eps, method="crown-ibp")]
+    empirical: list[Masking] = [Baseline(), Probabilistic(eps), Robust(eps)]
+    masking = next(m for m in [*empirical, Certified(eps)] if m.name == arguments.masking)
+    measures = [*empirical, Certified(eps, method="crown-ibp")]
     reports = {}
     for size in arguments.size:
         torch.manual_seed(arguments.seed)
         model = sst.mlp(images.shape, images.classes, arguments.hidden)
         sst.train(
-            model, images.train, images.train_labels, maskings[arguments.masking], objective=sst.Objective(size=size),
+            model, images.train, images.train_labels, masking, objective=sst.Objective(size=size),
             epochs=arguments.epochs, batch=arguments.batch, lr=arguments.lr, seed=arguments.seed,
             checkpoint=arguments.checkpoint, progress=_shown(arguments),
         )  # fmt: skip
@@ -129,7 +128,7 @@ def _int(arguments: argparse.Namespace) -> int:
     fit(
         model, images.train, images.train_labels, lambda x, y, passed: loss(model, x, y, passed),
         epochs=arguments.epochs, batch=arguments.batch, lr=arguments.lr, seed=arguments.seed,
-        checkpoint=arguments.checkpoint, progress=_shown(arguments),
+        checkpoint=arguments.checkpoint, about=loss, progress=_shown(arguments),
     )  # fmt: skip
     x, y = images.test[:500], images.test_labels[:500]
     distances = [0.0, eps / 2, eps, 4 / 3 * eps, 2 * eps]

@@ -47,6 +47,7 @@ def fit(
     validate: Callable[[], float] | None = None,
     patience: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    about: object = "",
     progress: Callable[[Epoch], None] | None = None,
 ) -> list[Epoch]:
     """Trains a model in place with Adam.
@@ -58,6 +59,7 @@ def fit(
         validate: a loss to watch after each epoch.
         patience: epochs without improvement after which training stops; with it the best weights are kept.
         checkpoint: a file that is written after each epoch, and resumed from if it is there.
+        about: what else belongs to the settings, the loss above all: a checkpoint of other settings is refused.
 
     Returns:
         The epochs, those of before an interruption included.
@@ -68,7 +70,8 @@ def fit(
     if len(x) < batch:
         raise InvalidInput(f"batch is {batch}, but there are {len(x)} examples; give a smaller one.")
     optimiser = torch.optim.Adam(model.parameters(), lr=lr)
-    settings = f"{type(model).__name__} {len(x)} {epochs} {batch} {lr} {cooling} {seed} {patience}"
+    data = len(x), float(x.double().mean()), float(y.double().mean())
+    settings = f"{type(model).__name__} {data} {epochs} {batch} {lr} {cooling} {seed} {patience} {about}"
     history: list[Epoch] = []
     best: tuple[float, int, dict[str, Tensor]] | None = None
     if checkpoint is not None and Path(checkpoint).exists():
@@ -127,8 +130,8 @@ def _resume(
         state = torch.load(file, weights_only=True)
         if state["settings"] != settings:
             raise InvalidInput(
-                f"{file} is the checkpoint of other settings ({state['settings']}, not {settings}); "
-                "name another file, or remove it."
+                f"{file} is the checkpoint of other settings; name another file, or remove it. "
+                f"Its settings: {state['settings']}; now: {settings}."
             )
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])

@@ -173,7 +173,8 @@ def train(
 
     return fit(
         model, *first, lambda a, b, passed: objective(model, masking, a, b, passed), epochs=epochs, batch=batch, lr=lr,
-        seed=seed, validate=validate if kept else None, patience=patience, checkpoint=checkpoint, progress=progress,
+        seed=seed, validate=validate if kept else None, patience=patience, checkpoint=checkpoint,
+        about=(masking, objective), progress=progress,
     )  # fmt: skip
 
 
