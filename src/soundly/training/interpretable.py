@@ -24,7 +24,7 @@ from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, kl_div, l1_loss, one_hot
+from torch.nn.functional import cross_entropy, kl_div, l1_loss
 
 from soundly.errors import InvalidInput
 from soundly.training.attack import ascend
@@ -46,7 +46,7 @@ class Loss(Protocol):
 def discrepancy(clean: Explained, moved: Explained, y: Tensor, *, one: bool = False) -> Tensor:
     """D [n], see above, or the one-class discrepancy."""
     change = l1_loss(moved.maps, clean.maps, reduction="none").sum(-1)  # [n, classes]
-    label = one_hot(y, change.shape[1]).bool()
+    label = y[:, None] == torch.arange(change.shape[1], device=y.device)
     if one:
         return change[label]
     share = moved.logits.masked_fill(label, -torch.inf).softmax(1) + label
