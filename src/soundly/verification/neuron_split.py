@@ -493,7 +493,7 @@ class NeuronSplit:
         """Whether splits alone have cost as much as it would cost to tighten the roots' intervals, and did not do."""
         passes = 4 * ROUNDS * sum(map(len, self.loose.values()))
         patience = len(self.roots) * passes > PASSES * self.subproblems
-        return not (self.squeezing or patience or passes * self.bounder.cost > TURN)
+        return passes > 0 and not (self.squeezing or patience or passes * self.bounder.cost > TURN)
 
     def squeeze(self, rounds: int) -> None:
         """Begins anew with the trees that are not done, and tightens intervals from now on."""

@@ -233,10 +233,12 @@ class _Run:
 
     def _decide(self, problem: Problem) -> Verdict:
         cases = len(problem.lower)
-        wide, margin = Bounder(problem.program.to(torch.float32), together=True, deadline=self.deadline), MARGIN
+        vary = int((problem.upper > problem.lower).sum(1).max())
+        # A point cannot be split: what decides it is the last digits.
+        program, margin = (problem.program, 0.0) if vary == 0 else (problem.program.to(torch.float32), MARGIN)
+        wide = Bounder(program, together=True, deadline=self.deadline)
         for case in range(min(cases, 4)):
             self._try(case, min(max(0.05, wide.cost * PATIENCE), 2.0))
-        vary = int((problem.upper > problem.lower).sum(1).max())
         settled: list[tuple[Search, list[int]]] = []
         inputs = InputSplit(problem, wide, margin=margin) if vary <= SOME or cases > 1 else None
         if inputs is not None:
