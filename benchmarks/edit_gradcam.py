@@ -162,8 +162,8 @@ def experiment(model: Pooled, chosen: list[Case], eps: float) -> dict[str, Any]:
     edit = soundly.edit(network, constraints, layer="fc", retain=untouched[::2], retain_weight=100.0)
     clock, cpu = time.perf_counter() - clock, time.process_time() - cpu
     parts = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in edit.seconds.items())
-    print(f"edit {edit.status} {edit.reason[:200]}: {edit.proven} of {edit.rows} rows proved, before {edit.rows_before}; "
-          f"{clock:.1f} s, {cpu:.1f} CPU s ({parts})")  # fmt: skip
+    print(f"edit {edit.status} {edit.reason[:200]}: {edit.proven} of {edit.rows} rows proved, {edit.rows_before} held "
+          f"before; {clock:.1f} s, {cpu:.1f} CPU s ({parts})")  # fmt: skip
 
     heads = {"before": model.fc}
     if edit.certificate is not None:

@@ -228,9 +228,8 @@ class Mover:
     def __call__(self, start: Tensor, caution: float) -> Move | Failure:
         """Programs around `start` [n], then around what they lead to, with margins that grow with `caution`.
 
-        If rows contradict each other on the pieces that the start is on, again from where descent leads: from the start,
-        then from some way off. Two points that share a piece and ask for different slopes have to be parted, and no
-        slope tells which way: that takes luck.
+        Where that leads nowhere, again from where descent leads: from the start, then from some way off. Two points
+        that share a piece and ask for different slopes have to be parted, and no slope tells which way.
         """
         found = self._from(start, caution)
         draw, size = torch.Generator().manual_seed(0), start.abs().mean()
