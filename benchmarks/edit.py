@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 import soundly
 from soundly.editing.constraints import Constraint
+from soundly.training.constrained import fit
 
 Report = dict[str, Any]
 
@@ -47,22 +48,17 @@ def wanted(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def trained(xs: Tensor, epochs: int) -> nn.Sequential:
     """The paper's protocol: 4 layers, 100 wide, tanh; Adam 0.01, decay 0.997, batches of 64; values and slopes."""
+
+    def loss(module: nn.Module, batch: Tensor) -> Tensor:
+        x = batch.requires_grad_()
+        y = module(x)
+        (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        f, df = wanted(x.detach())
+        return (y - f).square().mean() + (slope - df).square().mean()
+
     torch.manual_seed(0)
     module = mlp(1, 100, 100, 100, 1, act=nn.Tanh)
-    optimiser = torch.optim.Adam(module.parameters(), 1e-2)
-    schedule = torch.optim.lr_scheduler.ExponentialLR(optimiser, 0.997)
-    xs = xs.float()
-    for _ in range(epochs):
-        for batch in torch.randperm(len(xs)).split(64):
-            x = xs[batch].requires_grad_()
-            y = module(x)
-            (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
-            f, df = wanted(x.detach())
-            loss = (y - f).square().mean() + (slope - df).square().mean()
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-        schedule.step()
+    fit(module, xs.float(), loss, epochs=epochs, batch=64, learning_rate=1e-2, decay=0.997)
     return module
 
 

@@ -318,10 +318,12 @@ def test_what_verify_is_asked(tmp_path, files, engine):
     claim = engine.given.pop("claim")
     assert claim.network.inputs[0].shape == (1, 2) and not claim.holds_at(torch.tensor([1.0, 1.0]), torch.tensor([3.0]))
     nothing = {"timeout": None, "memory": None, "attack": True, "journal": None, "progress": None}
-    assert engine.given == {"model": files[0], **nothing}
+    assert engine.given == {"model": files[0], **nothing, "arithmetic": "real"}
     main(["verify", *files, "--timeout", "60", "--memory", "1.5", "--no-attack", "--quiet"])
     assert 0 < 60 - engine.given["timeout"] < 30  # reading the files counts
     assert (engine.given["memory"], engine.given["attack"]) == (3 << 29, False)
+    main(["verify", *files, "--arithmetic", "float32"])
+    assert engine.given["arithmetic"] == "float32"
     main(["verify", *files, "--timeout", "1e-9"])
     assert engine.given["timeout"] > 0
 

@@ -41,9 +41,12 @@ def test_the_examples_of_the_page_on_verification(
 def test_the_examples_of_the_page_on_editing(capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
-    block = re.findall(r"```python\n(.*?)```", (DOCS / "editing.md").read_text(encoding="utf-8"), re.DOTALL)[0]
-    names: dict[str, Any] = {"model": model, "x": torch.full((1, 3), 0.5)}
-    exec(compile(block, "editing.md", "exec"), names)
-    promised = re.findall(r"^ *print\(.*\) +# (.*)$", block, re.MULTILINE)
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "editing.md").read_text(encoding="utf-8"), re.DOTALL)
+    u = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 1))
+    v = nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 1))
+    names: dict[str, Any] = {"model": model, "x": torch.full((1, 3), 0.5), "u": u, "v": v, "torch": torch}
+    for i, block in enumerate(blocks):
+        exec(compile(block, f"editing.md, example {i + 1}", "exec"), names)
+    promised = re.findall(r"^ *print\(.*\) +# (.*)$", "".join(blocks), re.MULTILINE)
     assert promised and capsys.readouterr().out.splitlines() == promised
     assert int(names["edited"](names["x"]).argmax()) == 2

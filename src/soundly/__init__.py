@@ -5,6 +5,7 @@
     net = soundly.load("model.onnx")                       # or soundly.load(module, example)
     map = soundly.gradcam(net, of=3, layer="features")     # an explanation is a network too
     verdict = soundly.verify(soundly.robust(net, x, eps=0.01))
+    why = soundly.explain(net, x, eps=0.1)                 # a set of features, proved to decide
     edit = soundly.edit(net, [soundly.at(x).classified(3), ...], layer="fc")
     edit.certificate.save("edit.cert")                     # soundly check edit.cert
 
@@ -27,8 +28,18 @@ if TYPE_CHECKING:
     from soundly.editing.constraints import over as over
     from soundly.editing.edit import Edit as Edit
     from soundly.editing.edit import edit as edit
+    from soundly.explanation.attribution import cam as cam
+    from soundly.explanation.attribution import contributions as contributions
     from soundly.explanation.attribution import gradcam as gradcam
     from soundly.explanation.attribution import integrated_gradients as integrated_gradients
+    from soundly.explanation.attribution import smoothgrad as smoothgrad
+    from soundly.explanation.certified import certify_change as certify_change
+    from soundly.explanation.certified import certify_map as certify_map
+    from soundly.explanation.certified import certify_top_k as certify_top_k
+    from soundly.explanation.question import top_mask as top_mask
+    from soundly.explanation.reason import Reason as Reason
+    from soundly.explanation.reason import certify_mask as certify_mask
+    from soundly.explanation.reason import explain as explain
     from soundly.graph.differentiate import differentiate as differentiate
     from soundly.graph.fold import fold_affine as fold_affine
     from soundly.graph.fold import fold_constants as fold_constants
@@ -65,8 +76,14 @@ _HOME = {
     "to_torch": "graph.to_torch",
     "to_onnx": "graph.to_onnx",
     # explanations
+    "contributions": "explanation.attribution",
+    "cam": "explanation.attribution",
     "gradcam": "explanation.attribution",
     "integrated_gradients": "explanation.attribution",
+    "smoothgrad": "explanation.attribution",
+    "certify_map": "explanation.certified",
+    "certify_top_k": "explanation.certified",
+    "certify_change": "explanation.certified",
     # bounds
     "Interval": "bounds.interval",
     "interval_bounds": "bounds.interval",
@@ -89,6 +106,11 @@ _HOME = {
     "Refuted": "verification.verdict",
     "Unknown": "verification.verdict",
     "Empty": "verification.verdict",
+    # reasons
+    "certify_mask": "explanation.reason",
+    "top_mask": "explanation.question",
+    "explain": "explanation.reason",
+    "Reason": "explanation.reason",
     # edits
     "at": "editing.constraints",
     "over": "editing.constraints",

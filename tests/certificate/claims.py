@@ -51,7 +51,8 @@ def levels(root: Node) -> list[Node]:
 
 @dataclass
 class Claim:
-    """A network, cases (lower, upper, clauses of rows (y, x, constant, slack)), and trees (case, first, last, root)."""
+    """A network, cases (lower, upper, clauses of rows (y, x, constant, slack)), and trees (case, first, last, root);
+    perhaps a ball (norm, centre, radius)."""
 
     steps: list[dict[str, Any]]
     arrays: dict[str, np.ndarray]
@@ -60,6 +61,7 @@ class Claim:
     slots: Sequence[int] = ()
     slopes: Any = None
     groups: Sequence[Mapping[int, int]] = ()
+    ball: tuple[str, Any, Any] | None = None
 
     def certificate(self) -> Certificate:
         a = dict(self.arrays)
@@ -126,6 +128,9 @@ class Claim:
             "format": FORMAT, "version": VERSION, "kind": VERIFICATION, "arithmetic": NETWORK, "claim": "a test",
             "model": {}, "made_with": {}, "program": steps, "functions": functions,
         }  # fmt: skip
+        if self.ball is not None:
+            header["ball"], centre, radius = self.ball
+            a |= {"ball_centre": np.array(centre, np.float64), "ball_radius": np.array(radius, np.float64)}
         return Certificate(header, a)
 
 

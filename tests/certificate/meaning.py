@@ -122,7 +122,19 @@ def points(c: Certificate, case: int, rng: np.random.Generator, count: int = 400
     n = len(lower)
     inside = lower + (upper - lower) * rng.random((count, n))
     corners = np.where(rng.random((count // 2, n)) < 0.5, lower, upper)
-    return np.concatenate([inside, corners, (lower + upper)[None] / 2])
+    found = np.concatenate([inside, corners, (lower + upper)[None] / 2])
+    return found if "ball" not in c.header else in_ball(c, lower, upper, found, rng)
+
+
+def in_ball(c: Certificate, lower: np.ndarray, upper: np.ndarray, x: np.ndarray, rng: Any) -> np.ndarray:
+    """Points of a box and of the certificate's ball: those given, drawn to the centre, and points of the sphere."""
+    centre, radius = c.arrays["ball_centre"], c.arrays["ball_radius"]
+    order = {"l1": 1, "l2": 2}[str(c.header["ball"])]
+    way = rng.standard_normal(x.shape) * (rng.random(x.shape) < rng.choice([0.2, 0.5, 1.0], (len(x), 1)))
+    y = np.concatenate([np.divide(x - centre, radius, out=np.zeros_like(x), where=radius > 0), 100 * way])
+    y = y / np.maximum(1 + 1e-12, np.linalg.norm(y, order, axis=1, keepdims=True))
+    found = np.where(radius > 0, centre + radius * y, np.concatenate([x, x]))
+    return found[((found >= lower) & (found <= upper)).all(axis=1)]
 
 
 @cache
@@ -131,7 +143,8 @@ def truth(c: Certificate, seed: int = 0) -> tuple[np.ndarray, ...]:
     found = []
     for case in range(len(c.arrays["box_lower"])):
         with np.errstate(all="ignore"):
-            worst = excess(c, case, points(c, case, np.random.default_rng(seed), 4000)).min(axis=1)
+            some = points(c, case, np.random.default_rng(seed), 4000)
+            worst = excess(c, case, some).min(axis=1, initial=np.inf)
         some = (c.arrays["box_lower"][case] <= c.arrays["box_upper"][case]).all()
         found.append(worst if some else np.full(len(worst), np.inf))
     return tuple(found)

@@ -42,14 +42,16 @@ def widest(node: Node, lower: np.ndarray, upper: np.ndarray) -> None:
     node.split(1, k, float((lower[k] + upper[k]) / 2))
 
 
-def tightly(steps: list, arrays: dict, lower: Any, upper: Any, rooms: Sequence[float], seed: int = 0) -> Claim:
+def tightly(
+    steps: list, arrays: dict, lower: Any, upper: Any, rooms: Sequence[float], seed: int = 0, ball: Any = None
+) -> Claim:
     """Claims that each output exceeds its sampled minimum less some room, and stays below its maximum plus it.
 
     With a room below 0 the sample refutes the claim.
     """
     lower, upper = np.asarray(lower, float), np.asarray(upper, float)
     m, n = steps[-1]["size"], len(lower)
-    blank = Claim(steps, arrays, [(lower, upper, [[(np.ones(m), np.zeros(n), 0.0, 0.0)]])])
+    blank = Claim(steps, arrays, [(lower, upper, [[(np.ones(m), np.zeros(n), 0.0, 0.0)]])], ball=ball)
     c = blank.certificate()
     y = evaluate(c, points(c, 0, np.random.default_rng(seed), 4000))
     clauses = []
@@ -57,7 +59,7 @@ def tightly(steps: list, arrays: dict, lower: Any, upper: Any, rooms: Sequence[f
         for sign in (1.0, -1.0):
             for j in range(m):
                 clauses.append([(sign * np.eye(m)[j], np.zeros(n), float(room - (sign * y[:, j]).min()), 0.0)])
-    return Claim(steps, arrays, [(lower, upper, clauses)], [(0, 0, len(clauses), Node())])
+    return Claim(steps, arrays, [(lower, upper, clauses)], [(0, 0, len(clauses), Node())], ball=ball)
 
 
 def relu_claim(seed: int = 0, rooms: Sequence[float] = (0.05,)) -> Claim:
@@ -189,6 +191,26 @@ def random_tree(rng: np.random.Generator, claim: Claim) -> Node:
 @cache
 def random_certificate(seed: int) -> Certificate:
     return random_claim(seed).certificate()
+
+
+@cache
+def ball_certificate(seed: int) -> Certificate:
+    """A small network over a ball and a box that cuts it, with a random tree; claims true and false by little."""
+    rng = np.random.default_rng(seed)
+    n = int(rng.choice([1, 2, 3, 6]))
+    steps, arrays = mlp(rng, [n, 5, 4, 2][: 2 + seed % 3], ["relu", "tanh"][seed % 2])
+    centre, radius = rng.standard_normal(n), rng.choice([0.1, 0.5, 1.0], n)
+    near, far = rng.choice([0.3, 0.9, 1.0, 2.0], (2, n))
+    if seed % 5 == 0:
+        near[0] = -0.2  # the centre lies outside the box
+    if seed % 7 == 0:
+        radius[0] = 0.0
+    ball = (["l1", "l2"][seed // 2 % 2], centre, radius)
+    rooms = [-0.1, -0.01, -1e-3, -1e-5, 1e-5, 1e-3, 0.01, 0.1]
+    wide = np.where(radius > 0, radius, 0.2)
+    claim = tightly(steps, arrays, centre - near * wide, centre + far * wide, rooms, seed, ball)
+    claim.trees = [(0, 0, len(claim.cases[0][2]), random_tree(rng, claim))]
+    return claim.certificate()
 
 
 SEEDS = 200

@@ -379,6 +379,8 @@ def test_a_vector_that_no_value_uses_may_be_anything():
 def test_an_empty_row_is_zero():
     c = certificate([[1.0]], [[1.0]], rows=[[], [(1.0, 0)], []], lower=[-1, 0, 1], upper=[1, 2, 2])
     assert [claim.proven for claim in check(c).claims] == [1, 1, 0]
+    exact = certificate([[1.0]], [[1.0]], rows=[[], [], []], lower=[0, 5e-324, -1], upper=[0, 1, -5e-324])
+    assert [claim.proven for claim in check(exact).claims] == [1, 0, 0]
 
 
 def test_underflow_is_paid_for():
@@ -486,6 +488,7 @@ FAULTS = {
     "row magnitude without absolute values": ("np.abs(coefficient) * magnitude", "coefficient * magnitude"),
     "no underflow term": ("FLOOR = 2.0**-960", "FLOOR = 0.0"),
     "upper bound ignored": ("& (high <= upper)", ""),
+    "short rows taken for 0": ("np.where(length > 0, low, 0.0)", "np.where(length > 1, low, 0.0)"),
     "lower bound ignored": ("& (low >= lower)", ""),
     "negated comparison, so that NaN passes": (
         "np.isfinite(low) & np.isfinite(high) & (low >= lower) & (high <= upper)", "~((low < lower) | (high > upper))"),
@@ -533,7 +536,7 @@ def test_the_checker_depends_on_nothing_it_checks():
     folder, found = Path(checker.__file__).parent, set()
     parts = (
         "verification", "conditional", "reading", "intervals", "crop", "forms", "bounding", "products", "program",
-        "functions", "rings",
+        "functions", "rings", "ball", "float32",
     )  # fmt: skip
     for name in (f"{part}.py" for part in ("check", "format", *parts)):
         for node in ast.walk(ast.parse((folder / name).read_text(encoding="utf-8"))):

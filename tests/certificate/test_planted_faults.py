@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.certificate.meaning import checker, untrue
-from tests.certificate.samples import SEEDS, good, hard, neuron_certificate, random_certificate
+from tests.certificate.samples import SEEDS, ball_certificate, good, hard, neuron_certificate, random_certificate
+from tests.certificate.test_ball import escapes
 from tests.certificate.test_conditional import misplaced, tightened_certificate
 from tests.certificate.test_intervals import escaped
 from tests.certificate.test_jumps import jumps, untrue_at_jumps
@@ -30,8 +31,8 @@ from soundly.certificate import Certificate
 def broken(old: str, new: str) -> Any:
     """The checker with one piece of its source exchanged."""
     folder = Path(checker.__file__).parent
-    names = ("rings", "functions", "products", "program", "bounding", "forms", "intervals", "conditional", "reading",
-             "verification")  # fmt: skip
+    names = ("rings", "ball", "functions", "products", "program", "bounding", "forms", "intervals", "conditional",
+             "reading", "verification")  # fmt: skip
     sources = {name: (folder / f"{name}.py").read_text(encoding="utf-8") for name in names}
     assert sum(s.count(old) for s in sources.values()) == 1, f"{old!r} is not in the checker exactly once: adapt this"
     for name in names:
@@ -84,6 +85,8 @@ def faults(with_: Any) -> Iterator[str]:
         "forgets the error of a weight in products": (proves, [square_of_uncertain()]),
         "is above a quadratic form": (
             lambda seed: next(above_least(sys.modules["broken_products"], seed), None) is not None, range(12)),
+        "proves an untruth of balls": (lambda seed: untrue(ball_certificate(seed), seed, with_) != [], range(60)),
+        "is above a row on a ball": (lambda seed: escapes(sys.modules["broken_ball"], seed), range(60)),
         "proves an untruth": (lambda seed: untrue(random_certificate(seed), seed, with_) != [], reversed(range(SEEDS))),
     }  # fmt: skip
     takes = [("takes", lambda name: not with_.replay(malformed()[name]).problems, name) for name in malformed()]
@@ -120,7 +123,8 @@ FAULTS = {
         "                ends = (frame.lower if",
         "                sign = -sign\n                ends = (frame.lower if"),
     "the input's ends exchanged": (
-        "bound.add(-_product(np.abs(a), _owned(radius, owner)))", "bound.add(_product(a, _owned(radius, owner)))"),
+        "bound.add(-_product(np.abs(rest), _owned(radius, owner)))",
+        "bound.add(_product(rest, _owned(radius, owner)))"),
     "bias forgotten": ("bound.add(a @ step.bias)", "pass"),
     "constant forgotten": ("np.zeros(len(owner)) + constant", "np.abs(constant) + np.zeros(len(owner))"),
     "slack ignored": ("best > proof.slack[rows]", "best > -proof.slack[rows] - 1e-2"),
@@ -231,6 +235,16 @@ FAULTS = {
     "only half of a quadratic form": ("sizes = np.abs(q).sum(axis=2)", "sizes = np.abs(np.tril(q)).sum(axis=2)"),
     "factors of another node": ("factor.take(owner[some])", "factor.take(np.sort(owner)[::-1][some])"),
     "together where nothing is refreshed": ("(together & ~(refreshed & bounded)).any()", "False"),
+    "dual norms exchanged": ("if self.norm == L2 else dual.max(axis=1)", "if self.norm != L2 else dual.max(axis=1)"),
+    "balls of half the radius": ("dual = np.abs(h * self.radius)", "dual = np.abs(h * self.radius) / 2"),
+    "balls around zero": ("at, n = h * self.centre, a.shape[1]", "at, n = 0 * h * self.centre, a.shape[1]"),
+    "tangent planes turned round": ("return a + h, d,", "return a - h, d,"),
+    "balls without rounding": ("(n + 16) * U * (np.abs(at).sum(axis=1) + most) + TINY", "0 * most"),
+    "boxes narrowed too far": ("reach = np.maximum(1 - (total - size)", "reach = np.maximum(1 - total"),
+    "boxes narrowed by another norm": ("size = near * near if self.norm == L2 else near",
+                                       "size = near * near if self.norm != L2 else near"),
+    "ends of points with radius 0": ("known = (self.radius > 0) & np.isfinite(ends[0])",
+                                     "known = np.isfinite(ends[0])"),
     "the deadline ignored": ("raise TimeoutError", "pass; TimeoutError"),
     "everything refused": ("return Replay(proven, self.margin", "return Replay(0 * proven, self.margin"),
 }  # fmt: skip

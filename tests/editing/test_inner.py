@@ -15,8 +15,8 @@ from torch import nn
 
 import soundly
 from soundly.editing.acceptance import promise
-from soundly.editing.constraints import Gradient, Output
 from soundly.editing.evidence import unknowns
+from soundly.editing.functionals import Gradient, Output
 from soundly.editing.sequential import Mover, require
 
 # Raised inside torch by forward-mode differentiation.

@@ -76,7 +76,7 @@ def rows(network: Network, constraints: list[Constraint] | tuple[Constraint, ...
 def same(network: Network, left: tuple[Constraint, ...], right: list[Constraint]) -> bool:
     """Whether two lists of constraints are the same rows of the same values, under the same names."""
     a, b = rows(network, left), rows(network, right)
-    numbers = ("row_start", "row_value", "row_coefficient", "lower", "upper")
+    numbers = ("row_start", "row_value", "row_coefficient", "lower", "upper", "cones")
     values = torch.equal(a.evidence(a.evidence.theta)[0], b.evidence(b.evidence.theta)[0])
     return values and a.claims == b.claims and all(torch.equal(getattr(a, n), getattr(b, n)) for n in numbers)
 
@@ -111,6 +111,15 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
         {"directional": {"of": 2, "directions": "cat.npy", "place": "x"}, "at_least": 0},
         lambda p: p.directional(2, torch.tensor(CAT)[None], place="x").at_least(0),
     ),
+    "derivative": (
+        {"derivative": {"of": 2, "along": [3, 3]}, "at_least": 0},
+        lambda p: p.derivative(2, [3, 3]).at_least(0),
+    ),
+    "laplacian": ({"laplacian": {"of": 2}, "at_least": 0}, lambda p: p.laplacian(2).at_least(0)),
+    "laplacian of some": (
+        {"laplacian": {"of": 2, "entries": [0, 5]}, "at_least": 0},
+        lambda p: p.laplacian(2, entries=[0, 5]).at_least(0),
+    ),
     "gradcam": (
         {"gradcam": {"of": 0, "layer": "features"}, "normalised_near": "map.npy", "eps": 0.2},
         lambda p: p.gradcam(0, "features").normalised_near(torch.tensor(MAP), eps=0.2),
@@ -122,6 +131,19 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
     "top": (
         {"gradcam": {"of": 0, "layer": "features"}, "keeps_top": (MAP > 0.8).tolist(), "margin": 0.01},
         lambda p: p.gradcam(0, "features").keeps_top(torch.tensor(MAP > 0.8), margin=0.01),
+    ),
+    "norm": ({"gradient": {"of": 1}, "norm_at_most": 2}, lambda p: p.gradient(1).norm_at_most(2.0)),
+    "norm of a difference": (
+        {"sum": [{"gradient": {"of": 1}}, {"gradient": {"of": 1}, "at": "noisy", "times": -1}], "norm_at_most": 0.5},
+        lambda p: (p.gradient(1) + -1 * Q.gradient(1)).norm_at_most(0.5),
+    ),
+    "cosine": (
+        {"gradcam": {"of": 0, "layer": "features"}, "cosine_at_least": 0.9, "teacher": "map.npy"},
+        lambda p: p.gradcam(0, "features").cosine_at_least(0.9, teacher=torch.tensor(MAP)),
+    ),
+    "cosine, length": (
+        {"gradcam": {"of": 0, "layer": "features"}, "cosine_at_least": 0.9, "teacher": MAP.tolist(), "length": 0.2},
+        lambda p: p.gradcam(0, "features").cosine_at_least(0.9, teacher=torch.tensor(MAP), length=0.2),
     ),
     "integrated": (
         {"integrated_gradients": {"of": 1, "baseline": 0, "steps": 3}, "at_most": 2},
@@ -283,6 +305,16 @@ def one(item: Any) -> dict[str, Any]:
         (one({**CAM, "normalised_near": "map.npy", "eps": 0.1, "spread": 0}), "require[0].spread:", "more than 0"),
         (one({**CAM, "keeps_top": [2] * 16}), "keeps_top:", "true or false"),
         (one({**CAM, "keeps_top": [1] * 16}), "keeps_top:", "leave out some"),
+        (one({**CAM, "norm_at_most": 0}), "norm_at_most:", "0"),
+        (one({"derivative": {"of": 0, "along": []}, "at_most": 0}), "along:", ""),
+        (one({"derivative": {"of": 0, "along": [16]}, "at_most": 0}), "along[0]:", "16"),
+        (one({"derivative": {"of": 0, "along": [1] * 5}, "at_most": 0}), "along:", "order 5"),
+        (one({"laplacian": {"of": 9}, "at_most": 0}), "of:", "9"),
+        (one({**CAM, "cosine_at_least": 1.5, "teacher": MAP.tolist()}), "cosine_at_least:", "between 0 and 1"),
+        (one({**CAM, "cosine_at_least": 0.5}), "cosine_at_least:", "teacher"),
+        (one({**CAM, "cosine_at_least": 0.5, "teacher": [1, 2]}), "teacher:", "16 numbers"),
+        (one({**CAM, "cosine_at_least": 0.5, "teacher": 0}), "teacher:", "16 numbers"),
+        (one({**CAM, "norm_at_most": 0.5, "teacher": MAP.tolist()}), "require[0]", "does not go with"),
         (one({"integrated_gradients": {"of": 1, "baseline": 0, "steps": 10**9}, "at_most": 1}), "steps:", "1..1000"),
         (one({"integrated_gradients": {"of": 1, "baseline": 0, "groups": 0.5}, "at_most": 1}), "groups:", "integers"),
         (one({"integrated_gradients": {"of": 1}, "at_most": 1}), "integrated_gradients:", "'baseline' is missing"),

@@ -187,3 +187,51 @@ def test_the_cosine_of_two_maps():
     want = float(F.cosine_similarity(a.flatten(), b.flatten(), dim=0))
     assert cosine(a, b) == pytest.approx(want, rel=1e-12) and cosine(a, 3 * a) == pytest.approx(1.0)
     assert cosine(a, -a) == pytest.approx(-1.0) and cosine(a, 0 * a) == 0.0
+
+
+def test_contributions_and_gradients_are_those_of_captum(small):
+    model, x = small
+    network = soundly.load(model, x)
+    layer = captum.attr.LayerGradientXActivation(model, model.features)
+    for of in range(3):
+        theirs = captum.attr.InputXGradient(model).attribute(x.clone().requires_grad_(), target=of).detach()
+        torch.testing.assert_close(soundly.contributions(network, of=of)(x), theirs, rtol=1e-8, atol=1e-10)
+        theirs = layer.attribute(x, target=of).detach()
+        found = soundly.contributions(network, of=of, layer="features")
+        torch.testing.assert_close(found(x), theirs, rtol=1e-8, atol=1e-10)
+
+
+def test_smoothgrad_is_the_mean_gradient_at_the_given_points(small):
+    model, x = small
+    noise = 0.3 * torch.randn(4, *x.shape, dtype=torch.float64)
+    found = soundly.smoothgrad(soundly.load(model, x), of=1, noise=noise)
+    for z in (x, -x):
+        parts = []
+        for move in noise:
+            point = (z + move).requires_grad_()
+            parts.append(torch.autograd.grad(model(point)[0, 1], point)[0])
+        torch.testing.assert_close(found(z), torch.stack(parts).mean(0), rtol=1e-8, atol=1e-10)
+
+
+def test_a_class_activation_map_sums_to_the_output_and_needs_a_linear_end():
+    torch.manual_seed(0)
+    model = Small(nn.ReLU(), False, False).double().eval()
+    x = torch.randn(1, 2, 6, 6, dtype=torch.float64)
+    network = soundly.load(model, x)
+    for of in range(3):
+        found = soundly.cam(network, of=of, layer="deep")
+        features = model.deep(model.features(x))[0]
+        want = (model.fc.weight[of, :, None, None] * features).sum(0) / 36
+        torch.testing.assert_close(found(x), want.detach(), rtol=1e-8, atol=1e-10)
+        total = (model(x)[0, of] - model.fc.bias[of]).detach()
+        torch.testing.assert_close(found(x).sum(), total, rtol=1e-8, atol=1e-10)
+    with pytest.raises(InvalidInput, match="not linear"):
+        soundly.cam(network, of=0, layer="features")
+
+
+def test_noise_that_does_not_fit_is_refused():
+    model, x = Small(nn.ReLU(), True, True).eval(), torch.randn(1, 2, 6, 6)
+    network = soundly.load(model, x)
+    for noise in (x, x[None][:0], x[None] * math.nan):
+        with pytest.raises(InvalidInput, match="noise"):
+            soundly.smoothgrad(network, of=0, noise=noise)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.verification.test_searches import begun, grid, net, square
+from tests.verification.claims import begun, grid, net, square
 
 from soundly.bounds.batch import Bounder
 from soundly.certificate.verification import replay

@@ -13,13 +13,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from soundly.bounds.ball import Ball
 from soundly.bounds.crop import Crop, Crops
 from soundly.bounds.forms import Forms
 from soundly.bounds.lines import bent, kink, lines, lines_of, open_sides
@@ -92,24 +93,33 @@ class Split:
 
 @dataclass(eq=False)
 class Pass:
-    """What one backward pass found: the rows are at least <a, x> + d.
+    """What one backward pass found: the rows are at least <a, x> + d on boxes and, if there is one, the ball.
 
     Attributes:
         a: [rows, inputs].
         d: [rows].
         kept: coefficients [rows, n] of the functions' values on the way, where asked for.
         left: coefficients [rows, n] of steps where the pass ended.
+        ball: the ball in which all inputs lie.
     """
 
     a: Tensor
     d: Tensor
     kept: dict[int, Tensor] = field(default_factory=dict)
     left: dict[int, Tensor] = field(default_factory=dict)
+    ball: Ball | None = None
 
     def least(self, lower: Tensor, upper: Tensor) -> Tensor:
         """Lower bounds [rows] over boxes [rows, inputs] (or one)."""
-        value = self.d + (self.a.clamp(min=0) * lower + self.a.clamp(max=0) * upper).sum(-1)
+        if self.ball is None:
+            value = self.d + (self.a.clamp(min=0) * lower + self.a.clamp(max=0) * upper).sum(-1)
+        else:
+            value = self.d + self.ball.least(self.a, lower, upper)
         return value.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
+
+    def lowest(self, lower: Tensor, upper: Tensor) -> Tensor:
+        """Points [rows, inputs] of boxes where the rows' planes are least."""
+        return torch.where(self.a > 0, lower, upper) if self.ball is None else self.ball.lowest(self.a, lower, upper)
 
 
 Relaxations: TypeAlias = Mapping[int, Lines | Planes]
@@ -136,10 +146,17 @@ class Bounder:
         dtype: of all numbers.
         room: how many numbers a row of the outputs needs.
         last: the products to be bounded together, where few inputs vary; None if there are none.
+        ball: where all inputs lie besides their boxes.
     """
 
     def __init__(
-        self, program: Program, *, together: bool = False, chunk: int = CHUNK, deadline: float = math.inf
+        self,
+        program: Program,
+        *,
+        together: bool = False,
+        chunk: int = CHUNK,
+        deadline: float = math.inf,
+        ball: Ball | None = None,
     ) -> None:
         self.program = program
         self.deadline = deadline
@@ -152,7 +169,7 @@ class Bounder:
         # Where the forward interval is already the exact range: one map of the box's own entries.
         self.exact = [isinstance(step, Variable) for step in self.steps]
         for i, step in enumerate(self.steps):
-            if isinstance(step, Affine) and len(step.parts) == 1:
+            if ball is None and isinstance(step, Affine) and len(step.parts) == 1:
                 source = step.parts[0][1]
                 below = copied(self.steps[source])
                 plain = below is not None and len(below.columns.unique()) == len(below.columns)
@@ -161,6 +178,7 @@ class Bounder:
         self.room = self.widest if self.last is None else max(self.widest, self.last.room(self.steps))
         self.chunk = chunk
         self.dtype = next((s.bias.dtype for s in self.steps if isinstance(s, Affine)), torch.float64)
+        self.ball = None if ball is None else ball.map(lambda v: v.to(self.dtype))
         maps = [m for step in self.steps if isinstance(step, Affine) for m, _ in step.parts]
         self.bounders: dict[Program, Bounder] = {}
         self.cost = sum(len(m.rows) if isinstance(m, Sparse) else m.size[0] * m.terms for m in maps)
@@ -234,8 +252,8 @@ class Bounder:
                 own = None if slopes is None else slopes.get(i)
                 self._tighten(i, frame, last, known if own is None else self.lines(frame, own, known=known))
             low, high = frame.lower[i], frame.upper[i]
-            # Rounding must not make an interval of one point look empty.
-            slack = 1000 * torch.finfo(self.dtype).eps * (low.abs() + high.abs())
+            # Rounding must not make an interval of one point look empty, nor the side of a jump at 0 that 0 is on.
+            slack = 1000 * torch.finfo(self.dtype).eps * (low.abs() + high.abs()) + torch.finfo(self.dtype).tiny
             frame.infeasible = frame.infeasible | (low > high + slack).any(-1)
             # An empty interval would only produce nonsense further up.
             frame.lower[i], frame.upper[i] = torch.minimum(low, high), torch.maximum(low, high)
@@ -359,6 +377,8 @@ class Bounder:
         start = small._both(i, entry, member)
         found = small.backward(view, near, start, until=crop.floor)
         if not found.left:
+            if self.ball is not None:
+                found = replace(found, ball=self.ball.map(lambda v: crop.take(0, v, batch, at)[member.repeat(2)]))
             return found.least(*_boxes(view, start))
         left = {**found.left, 0: found.a}
         a = {j: crop.spread(j, place.repeat(2), v, self.steps[j].size) for j, v in left.items()}
@@ -508,7 +528,7 @@ class Bounder:
         if splits is not None and 0 in splits:
             force = splits[0].sign * splits[0].multiplier
             x, d = x - of(force), d + of((force * splits[0].at).sum(-1))
-        return Pass(x, d, kept, rest)
+        return Pass(x, d, kept, rest, self.ball)
 
     def follow(self, lines: Relaxations, found: Pass, x: Tensor) -> list[Tensor]:
         """Where the point x [rows, inputs] goes under the very planes that a pass chose, one row per subproblem: the

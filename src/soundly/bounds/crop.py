@@ -241,7 +241,7 @@ class Crops:
                 for part, source in step.parts:
                     have = kept.get(self.kin[source])
                     own, kept[self.kin[source]] = self._reach(part, own, have)
-                    kept[self.kin[j]] = own
+                    own = kept[self.kin[j]] = _joined(kept.get(self.kin[j]), own)  # they may be kin
         some = [kept.get(self.kin[j], np.empty(0, dtype=np.int64)) for j in range(i + 1)]
         cost = whole = 0
         for j, step in enumerate(self.steps[: i + 1]):
@@ -319,8 +319,8 @@ class Crops:
 
 def _moved(m: Convolution, own: Some, read: Some) -> tuple[Shape, Shape, Shape]:
     """A convolution's sizes and padding from one area to another."""
-    assert isinstance(own, Area) and isinstance(read, Area)
-    wide, narrow = (own, read) if m.transposed else (read, own)
+    wide, narrow = (_area(m.wide, own), _area(m.narrow, read)) if m.transposed else (
+        _area(m.wide, read), _area(m.narrow, own))  # fmt: skip
     # Narrow place o meets wide place o s - p + k d, both counted from their areas' corners.
     padding = (p + w - o * s for p, w, o, s in zip(m.padding, wide.low, narrow.low, m.stride, strict=True))
     return (wide.shape[0], *wide.extent), (narrow.shape[0], *narrow.extent), tuple(padding)

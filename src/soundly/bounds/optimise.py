@@ -177,7 +177,7 @@ def raised(
         best_force = {i: torch.where(better[:, None], s.multiplier, best_force[i]) for i, s in cuts.items()}
         if t > rounds or time.monotonic() > bounder.deadline or bool(((best > goal) | frame.infeasible).all()):
             break
-        values = bounder.follow(lines, found, torch.where(found.a > 0, low, high))
+        values = bounder.follow(lines, found, found.lowest(low, high))
         pace = rate * decay ** (t - 1)
         if t == 1:
             for j, a in found.kept.items():
@@ -291,7 +291,7 @@ def _together(
             best[part] = torch.where(better, least, best[part])
             which[part] = torch.where(better, t - 1, which[part])
             if t <= rounds:
-                values = bounder.follow(lines, found, torch.where(found.a > 0, low, high))
+                values = bounder.follow(lines, found, found.lowest(low, high))
                 for key, v in total.items():
                     gradient = freedom.gradient(key, found, values)
                     if gradient is not None:

@@ -84,7 +84,7 @@ def last_products(steps: Sequence[Step]) -> Last | None:
     between = tuple(sorted(i for i in seen if isinstance(steps[i], Affine)))
     sources = tuple(sorted(seen.difference(between)))
     symbols = sum(steps[i].size for i in sources if not isinstance(steps[i], Variable))
-    return Last(products, between, sources, symbols) if products and symbols <= SYMBOLS else None
+    return Last(products, between, sources, symbols) if products and sources and symbols <= SYMBOLS else None
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from soundly.certificate.ball import Ball
 from soundly.certificate.functions import Lines, Sides
 from soundly.certificate.products import Factor, Pair, remainder
 from soundly.certificate.program import Affine, Apply, Program, Times, nonlinear_sources
@@ -281,6 +282,7 @@ class View:
         frame: for the costs and sizes.
         lower, upper: the boxes [M, inputs].
         factors: of the products that are bounded together; their pieces are tangents.
+        ball: where all inputs lie besides their boxes.
     """
 
     program: Program
@@ -291,6 +293,7 @@ class View:
     exceptions: dict[int, Exceptions] = field(default_factory=dict)
     splits: Splits | None = None
     factors: dict[int, Pair] = field(default_factory=dict)
+    ball: Ball | None = None
 
     def backward(
         self, start: dict[int, Array], owner: Array, constant: Array | float = 0.0, lost: Array | float = 0.0
@@ -318,8 +321,14 @@ class View:
         size = np.maximum(np.abs(self.lower), np.abs(self.upper))
         radius = np.maximum(self.upper - middle, middle - self.lower) * (1 + 4 * U)
         radius += (4 * a.shape[1] + self.program.contributions + 8) * U * ABOVE * size + FLOOR
-        bound.add(_product(a, _owned(middle, owner)))
-        bound.add(-_product(np.abs(a), _owned(radius, owner)))
+        rest = a
+        if self.ball is not None:
+            rest, d, lost = self.ball.take(owner).lifted(a, _owned(self.lower, owner), _owned(self.upper, owner))
+            bound.add(d)
+            bound.lose(lost)
+            self._lose(bound, rest, 2 * U * size, owner)
+        bound.add(_product(rest, _owned(middle, owner)))
+        bound.add(-_product(np.abs(rest), _owned(radius, owner)))
         return bound.lower(), a, before
 
     def carry(
@@ -344,7 +353,7 @@ class View:
             a = coefficients.pop(i, None)
             if self.splits is not None:
                 a = self._split(i, a, owner, bound)
-            if a is None:
+            if a is None or not a.shape[1]:
                 continue
             step = program.steps[i]
             if isinstance(step, Affine):

@@ -17,6 +17,7 @@ import numpy as np
 
 from soundly.certificate.format import (
     DTYPES,
+    FLOAT32,
     HEAD_EDIT,
     NETWORK,
     REALS,
@@ -99,7 +100,8 @@ def check(
     """Prove every row of a certificate again, trusting nothing but its numbers.
 
     Guarantee: a row counted as proven holds in real arithmetic, for exactly the stored numbers: lower <= row <= upper
-    for a head edit; for a verification, its clause on the whole box of its case. The names of claims and whether the
+    for a head edit; for a verification, its clause on the whole box of its case, in float32 as well if `arithmetic`
+    says so. The names of claims and whether the
     numbers belong to a network are the maker's words, not checked.
 
     Args:
@@ -134,12 +136,43 @@ def _claims(certificate: Certificate, low: Array, high: Array) -> tuple[ClaimRes
     proven = np.isfinite(low) & np.isfinite(high) & (low >= lower) & (high <= upper)
     with np.errstate(all="ignore"):
         slack = np.minimum(low - lower, upper - high)
-    slack[~np.isfinite(low) | ~np.isfinite(high)] = -np.inf
+        for start, stop in _cones(certificate).tolist():
+            # The distance is rounded up by more than the radius may be (docs/certificates.md).
+            missed = np.maximum(np.maximum(lower - low, high - upper)[start : stop - 1], 0.0)
+            size = np.sqrt((missed * missed).sum() + FLOOR) * (1 + (stop - start + 8) * U)
+            radius = low[stop - 1] - lower[stop - 1]
+            proven[start:stop] = np.isfinite(size) and np.isfinite(radius) and size <= radius
+            slack[start:stop] = radius - size
+    slack[~np.isfinite(low) | ~np.isfinite(high) | np.isnan(slack)] = -np.inf
     spans = [(claim["name"], *claim["rows"]) for claim in certificate.header["claims"]]
     return tuple(
         ClaimResult(name, stop - start, int(proven[start:stop].sum()), float(slack[start:stop].min()))
         for name, start, stop in spans
     )
+
+
+def _cones(certificate: Certificate) -> Array:
+    """[q, 2]: rows start .. stop - 1 form a cone."""
+    return certificate.arrays["cones"] if "cones" in certificate.arrays else np.zeros((0, 2), np.int64)
+
+
+def _cone_problems(certificate: Certificate, claims: Array) -> Iterator[str]:
+    """Cones must have at least two rows each, all in one claim [k, 2], and be in order without overlap; the last row
+    must have a lower end only."""
+    cones, lower, upper = _cones(certificate), certificate.arrays["lower"], certificate.arrays["upper"]
+    if cones.shape[1] != 2:
+        yield f"cones have {cones.shape[1]} numbers each; expected start, stop"
+        return
+    start, stop = cones.T
+    wrong = (start < 0) | (stop > len(lower)) | (stop - start < 2) | (stop - start > LONGEST)
+    wrong[1:] |= start[1:] < stop[:-1]
+    if wrong.any():
+        yield from _first("cones out of range, of one row, out of order or overlapping", wrong)
+        return
+    owner = np.searchsorted(claims[:, 1], start, side="right")
+    yield from _first("a cone reaches beyond its claim", stop > claims[owner, 1])
+    yield from _first("a cone's radius has an upper end, or no lower one", ~np.isfinite(lower[stop - 1])
+                      | ~np.isposinf(upper[stop - 1]))  # fmt: skip
 
 
 def _claim_problems(certificate: Certificate) -> Iterator[str]:
@@ -165,6 +198,8 @@ def _claim_problems(certificate: Certificate) -> Iterator[str]:
                 return
     if covered != rows:
         yield f"the claims cover {covered} of {rows} rows"
+    elif rows:
+        yield from _cone_problems(certificate, np.array([claim["rows"] for claim in claims]))
 
 
 def _arithmetic_problems() -> Iterator[str]:
@@ -195,7 +230,10 @@ def _chunks(rows: int, width: int) -> Iterator[slice]:
 
 
 class HeadEdit:
-    """Rows that are linear in edited weights of the last layer: row = sum of c * (a vector . weights of a class)."""
+    """Rows that are linear in edited weights of the last layer: row = sum of c * (a vector . weights of a class).
+
+    Those of a cone may miss their bounds, in the Euclidean norm by no more than the cone's last row has to spare.
+    """
 
     arithmetic = REALS
     shapes: Mapping[str, tuple[str, str]] = {
@@ -204,6 +242,7 @@ class HeadEdit:
         "row_start": ("i8", "r"), "row_value": ("i8", "k"), "row_coefficient": ("f8", "k"),
         "lower": ("f8", "m"), "upper": ("f8", "m"), "margin": ("f8", "m"), "error": ("f8", "m"),
     }  # fmt: skip
+    optional: Mapping[str, tuple[str, str]] = {"cones": ("i8", "qd")}
     entries = frozenset({"format", "version", "kind", "arithmetic", "claims", "model", "edit", "made_with"})
     stored: Mapping[object, tuple[str, str]] = {  # what the header and a .safetensors file call the dtype of weights
         DTYPES["f4"]: ("float32", "F32"), DTYPES["f8"]: ("float64", "F64"), DTYPES["bf16"]: ("bfloat16", "BF16"),
@@ -251,13 +290,14 @@ class HeadEdit:
 
     def _shape_problems(self, sizes: dict[str, int]) -> Iterator[str]:
         """Names, dtypes and shapes; fills in the sizes. What the checker would ignore, it refuses."""
-        if set(self.header) != self.entries or set(self.arrays) != set(self.shapes):
-            odd = sorted((set(self.header) ^ self.entries) | (set(self.arrays) ^ set(self.shapes)))
+        known = {**self.shapes, **{name: shape for name, shape in self.optional.items() if name in self.arrays}}
+        if set(self.header) != self.entries or set(self.arrays) != set(known):
+            odd = sorted((set(self.header) ^ self.entries) | (set(self.arrays) ^ set(known)))
             yield f"missing or unknown entries: {odd!s:.200}"
             return
         if self.header["arithmetic"] != REALS:
             yield f"claimed {self.header['arithmetic']!r:.80}; this checker proves {REALS!r}"
-        for name, (dtypes, letters) in self.shapes.items():
+        for name, (dtypes, letters) in known.items():
             array = self.arrays[name]
             if array.dtype not in [DTYPES[dtype] for dtype in dtypes.split()] or array.ndim != len(letters):
                 yield f"{name}: {array.dtype} with {array.ndim} dimensions; expected {dtypes}, [{', '.join(letters)}]"
@@ -289,7 +329,8 @@ class HeadEdit:
             total_magnitude = np.bincount(row, np.abs(coefficient) * magnitude[term], rows) + FLOOR
             # docs/certificates.md derives it: n + length roundings, 8 more for the roundings of the bound itself.
             error = (n + length + 8) * U * total_magnitude
-            return np.nextafter(total - error, -np.inf), np.nextafter(total + error, np.inf)
+            low, high = np.nextafter(total - error, -np.inf), np.nextafter(total + error, np.inf)
+            return np.where(length > 0, low, 0.0), np.where(length > 0, high, 0.0)  # an empty sum is 0
 
     def model_problems(self, model: str) -> Iterator[str]:
         layer, weights = self.header["model"]["layer"], self.arrays["weights"]
@@ -324,9 +365,8 @@ class HeadEdit:
 class Verification:
     """Rows of a network's outputs and inputs over boxes, with split trees: `soundly.certificate.verification`."""
 
-    arithmetic = NETWORK
-
     def __init__(self, certificate: Certificate) -> None:
+        self.arithmetic = FLOAT32 if certificate.header.get("arithmetic") == FLOAT32 else NETWORK
         self.replay = replay(certificate)
 
     def problems(self) -> Iterator[str]:

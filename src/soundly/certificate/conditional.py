@@ -110,7 +110,7 @@ def _bounds(program: Program, frame: Frame, own: Conditions, i: int, entry: Inte
         for j, step in enumerate(program.steps)
         if isinstance(step, (Apply, Times))
     }
-    view = View(program, known, relaxed, known.lower[0], known.upper[0], {}, own.splits)
+    view = View(program, known, relaxed, known.lower[0], known.upper[0], {}, own.splits, ball=program.ball)
     used, place = np.unique(own.row, return_inverse=True)
     coefficients, constant = rows(used)
     times = np.zeros((len(each), len(used)))

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from soundly.certificate.ball import Ball
 from soundly.certificate.bounding import Frame, Pieces, View
 from soundly.certificate.program import (
     Affine,
@@ -68,7 +69,10 @@ class Crop:
                 offsets = (None if x is None else some(j, x) for x in (p.below_offset, p.above_offset))
                 low, high = offsets
                 relaxed[j] = Pieces(below, low, above, high, some(j, p.cost))
-        return View(self.program, frame, relaxed, some(0, whole.lower), some(0, whole.upper))
+        ball = whole.ball
+        if ball is not None:  # whose points have entries in the ball of these entries
+            ball = Ball(some(0, ball.centre), some(0, ball.radius), ball.norm)
+        return View(self.program, frame, relaxed, some(0, whole.lower), some(0, whole.upper), ball=ball)
 
     def spread(self, j: int, a: Array, place: Array, size: int) -> Array:
         """Coefficients of step j [R, n], each where it belongs in the whole."""

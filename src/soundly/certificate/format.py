@@ -35,6 +35,7 @@ HEAD_EDIT = "head edit"
 VERIFICATION = "verification"
 REALS = "over the reals, for the stored features and weights"
 NETWORK = "over the reals, for the stored network"
+FLOAT32 = "over the reals and in float32 in any order of summation, for the stored network"
 DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
     {"bf16": np.dtype("<u2"), "f4": np.dtype("<f4"), "f8": np.dtype("<f8"), "i8": np.dtype("<i8")}
 )
@@ -153,6 +154,7 @@ def head_edit(
     row_coefficient: Array,
     lower: Array,
     upper: Array,
+    cones: Array | None = None,
     margin: Array,
     error: Array,
     claims: Sequence[Mapping[str, Any]],
@@ -165,6 +167,9 @@ def head_edit(
 
         lower[i] <= sum of row_coefficient[k] * value[row_value[k]], k in row_start[i] : row_start[i + 1] <= upper[i].
 
+    A cone [start, stop) claims of its rows, instead, that the last one exceeds its lower end by at least the Euclidean
+    norm of what the others miss their bounds by.
+
     Arrays that already have the stored dtype, in C order, are kept and not copied; do not write to them afterwards.
 
     Args:
@@ -175,6 +180,7 @@ def head_edit(
             float64, or, with bf16=True, the uint16 bits of bfloat16.
         row_start, row_value, row_coefficient: the rows, compressed: [m + 1], [entries], [entries].
         lower, upper: bounds [m], at least one of them finite in every row.
+        cones: [q, 2] (start, stop), ascending, each inside one claim; stored if there are any.
         margin: slack the solver was asked for [m]; error: rounding bound that the editor used [m]. For the record only.
         claims: {"name": str, "rows": [start, stop]}, in order, covering 0..m.
         model: "before" and "after" (SHA-256, hex), "layer" (module path), "dtype" ("float32", "float64", "bfloat16").
@@ -189,6 +195,8 @@ def head_edit(
         "value_vector": value_vector, "value_class": value_class, "classes": classes,
         "row_start": row_start, "row_value": row_value,
     }  # fmt: skip
+    if cones is not None and len(cones):
+        integers["cones"] = cones
     floats = {"row_coefficient": row_coefficient, "lower": lower, "upper": upper, "margin": margin, "error": error}
     arrays = {"vectors": vectors, "weights": weights}
     for given, dtype in ((integers, np.int64), (floats, np.float64)):

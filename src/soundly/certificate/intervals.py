@@ -109,7 +109,8 @@ def _tighten(
         np.maximum.at(low, (node[some[below]], entry[some[below]]), bounds[below])
         np.minimum.at(high, (node[some[~below]], entry[some[~below]]), -bounds[~below])
 
-    sign, view = 1.0 - 2.0 * side, View(program, frame, frame.pieces, frame.lower[0], frame.upper[0])
+    sign = 1.0 - 2.0 * side
+    view = View(program, frame, frame.pieces, frame.lower[0], frame.upper[0], ball=program.ball)
     plain = np.flatnonzero(row < 0)
     for crop, which, place, inner in crops.of(i, entry[plain]):
         which = plain[which]

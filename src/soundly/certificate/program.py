@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from soundly.certificate.ball import Ball
 from soundly.certificate.functions import Function
 
 Array = npt.NDArray[Any]
@@ -333,10 +334,12 @@ class Program:
     """Steps in order of evaluation: the input first, the outputs last.
 
     slots: the places of slopes in a stored row: 2 * the number of a neuron + its side, ascending or not.
+    ball: where all inputs lie besides their boxes.
     """
 
     steps: tuple[Step, ...]
     slots: Array
+    ball: Ball | None = None
 
     @cached_property
     def offsets(self) -> Array:
@@ -408,7 +411,7 @@ class Program:
         """Of every step whether its interval from those it reads is its range: one map of the box's own entries."""
         found = [isinstance(step, Variable) for step in self.steps]
         for i, step in enumerate(self.steps):
-            if isinstance(step, Affine) and len(step.parts) == 1:
+            if self.ball is None and isinstance(step, Affine) and len(step.parts) == 1:
                 source, copy = step.parts[0][1], self.copied(step.parts[0][1])
                 distinct = copy is not None and len(np.unique(copy.columns)) == len(copy.columns)
                 found[i] = source == 0 or (found[source] and distinct)

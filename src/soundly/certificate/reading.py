@@ -6,14 +6,15 @@ ignore is refused, and sizes are checked before anything is allocated.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
-from soundly.certificate.format import DTYPES, NETWORK, Certificate
+from soundly.certificate.ball import L1, L2, Ball
+from soundly.certificate.format import DTYPES, FLOAT32, NETWORK, Certificate
 from soundly.certificate.functions import Function
 from soundly.certificate.program import (
     Affine,
@@ -52,7 +53,8 @@ class Proof:
     """A certificate's contents, valid in themselves.
 
     pair_start [cases + 1]: the clauses of each case; pair_rows [pairs + 1]: the rows of each clause.
-    start, column, value, constant, slack: the rows. The tree's arrays are those of the file.
+    start, column, value, constant, slack: the rows; float32: whether they are claimed of what that computes, too.
+    The tree's arrays are those of the file.
     """
 
     program: Program
@@ -84,6 +86,7 @@ class Proof:
     force_start: Array
     force: Array
     stored: Stored
+    float32: bool
 
 
 class _Reader:
@@ -130,10 +133,10 @@ class _Reader:
 def read(certificate: Certificate) -> Proof:
     """Everything in the certificate, checked. Raises Refused with the first problem."""
     header, arrays = certificate.header, _Reader(certificate.arrays)
-    if set(header) != ENTRIES:
-        _refuse(f"missing or unknown entries: {sorted(set(header) ^ ENTRIES)!s:.200}")
-    if header["arithmetic"] != NETWORK:
-        _refuse(f"claimed {header['arithmetic']!r:.80}; this checker proves {NETWORK!r}")
+    if set(header) - {"ball"} != ENTRIES:
+        _refuse(f"missing or unknown entries: {sorted((set(header) - {'ball'}) ^ ENTRIES)!s:.200}")
+    if header["arithmetic"] not in (NETWORK, FLOAT32):
+        _refuse(f"claimed {header['arithmetic']!r:.80}; this checker proves {NETWORK!r} or {FLOAT32!r}")
     if not isinstance(header["claim"], str) or not isinstance(header["made_with"], dict):
         _refuse("claim must be a text and made_with an object")
     if not isinstance(header["model"], dict) or not all(isinstance(v, str) for v in header["model"].values()):
@@ -147,6 +150,8 @@ def read(certificate: Certificate) -> Proof:
     slopes = arrays.get("slopes", "f4", None, len(slots))
     if not (np.abs(slopes) < np.inf).all():
         _refuse("slopes are not finite")
+    if "ball" in header:
+        program = replace(program, ball=_ball(arrays, header["ball"], inputs))
     cases = _cases(arrays, inputs, outputs)
     stored = _stored(arrays, slopes, neurons)
     trees = _trees(arrays, program, cases["pair_start"], cases["pair_rows"], stored)
@@ -155,7 +160,9 @@ def read(certificate: Certificate) -> Proof:
         _refuse(f"flags: {rows} rows of one case with {inputs} inputs are too many to clip with")
     if unused := set(certificate.arrays) - arrays.used:
         _refuse(f"arrays that nothing refers to: {sorted(unused)!s:.200}")
-    return Proof(program=program, stored=stored, **cases, **trees)
+    return Proof(
+        program=program, stored=stored, float32=header["arithmetic"] == FLOAT32, **cases, **trees
+    )  # fmt: skip
 
 
 def _list(value: object, name: str) -> list[Any]:
@@ -296,6 +303,15 @@ def _convolution(arrays: _Reader, part: Mapping[str, Any], where: str) -> Convol
         _refuse(f"{where}: the convolution's sizes disagree, or are too large")
     weight = arrays.numbers(part.get("array"), math.prod(shape), dtypes="f4 f8").reshape(shape)
     return Convolution(weight, wide, narrow, lists["stride"], lists["padding"], lists["dilation"], groups, transposed)
+
+
+def _ball(arrays: _Reader, norm: object, inputs: int) -> Ball:
+    if norm not in (L1, L2):
+        _refuse(f"ball: {norm!r:.40} is neither {L1!r} nor {L2!r}")
+    centre, radius = arrays.numbers("ball_centre", inputs), arrays.numbers("ball_radius", inputs)
+    if ((radius != 0) & (radius < 1 / FAR)).any():
+        _refuse("ball_radius is negative, or too small to divide by")
+    return Ball(centre[None], radius[None], str(norm))
 
 
 def _cases(arrays: _Reader, inputs: int, outputs: int) -> dict[str, Array]:

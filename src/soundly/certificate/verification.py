@@ -7,7 +7,7 @@ an empty box or an empty interval. Nodes are replayed in batches, deepest first,
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from soundly.certificate.bounding import Bound, Exceptions, Frame, Pieces, Splits, View, pieces, relax, tangent
 from soundly.certificate.conditional import Conditions, tighten
+from soundly.certificate.float32 import row_errors
 from soundly.certificate.format import Certificate
 from soundly.certificate.forms import INPUTS as FORMS
 from soundly.certificate.intervals import in_time, refresh
@@ -55,7 +56,7 @@ def replay(certificate: Certificate, *, deadline: float | None = None) -> Replay
     Args:
         deadline: on the clock of `time.monotonic`.
 
-    Guarantee: a clause that counts as proven has, for every real point x of its case's box, a row with
+    Guarantee: a clause that counts as proven has, for every real point x of its case's box and the ball, a row with
     s(x) > slack, for the stored network and every network within its stated errors, in real arithmetic.
     """
     try:
@@ -95,10 +96,13 @@ class _Replayer:
 
     def run(self) -> Replay:
         proof, pairs = self.proof, int(self.proof.pair_start[-1])
+        self.narrow = max(1, FRAME // int(proof.program.offsets[-1]))
+        if proof.float32:
+            changes = row_errors(proof, at_once=self.narrow, deadline=self.deadline)
+            proof = self.proof = replace(proof, slack=(proof.slack + changes) * (1 + 4 * U))
         self.failed: dict[tuple[int, int], tuple[Array, Array, Array]] = {}
         self.margin = np.full(pairs, np.inf)
         self.left_open = [np.zeros(last - first, bool) for first, last in proof.tree_clause.tolist()]
-        self.narrow = max(1, FRAME // int(proof.program.offsets[-1]))
         self.batch = max(1, min(self.narrow, BATCH))
         vary = (proof.upper > proof.lower).sum(axis=1)
         self.formed = (vary <= FORMS) & (vary * int(proof.program.offsets[-1]) <= NUMBERS)
@@ -111,7 +115,7 @@ class _Replayer:
         number = number.reshape(-1)[order]
         for begin in range(0, len(unique), self.narrow):
             some = unique[begin : begin + self.narrow]
-            lower, upper = proof.lower[some[:, 0]], proof.upper[some[:, 0]]
+            lower, upper = self._narrowed(proof.lower[some[:, 0]], proof.upper[some[:, 0]])
             row_of: dict[int, tuple[Frame, int, bool]] = {}
             for forms, which in self._alike(self._followed(some[:, 0], some[:, 2])):
                 frame, dead = self._refresh(lower[which], upper[which], None, some[which, 1], forms)
@@ -141,6 +145,11 @@ class _Replayer:
             base = proof.pair_start[case]
             proven[base + first : base + last] |= ~left
         return Replay(proven, self.margin, proof.pair_start, sorted(self.failed), remaining=self.failed)
+
+    def _narrowed(self, lower: Array, upper: Array) -> tuple[Array, Array]:
+        """What the ball, if there is one, leaves of boxes [k, n]."""
+        ball = self.proof.program.ball
+        return (lower, upper) if ball is None else ball.narrowed(lower, upper)
 
     def _followed(self, case: Array, flags: Array) -> Array:
         """What is followed besides intervals: 0 for nothing, 1 for affine forms, 2 for those of factors as well."""
@@ -346,7 +355,10 @@ class _Replayer:
         found = self._pieces(frame, slopes)
         factors = frame.factors if together else {}
         found |= {i: tangent(proof.program, i, frame) for i in factors}
-        return View(proof.program, frame, found, frame.lower[0], frame.upper[0], {}, self._splits(nodes), factors)
+        return View(
+            proof.program, frame, found, frame.lower[0], frame.upper[0], {}, self._splits(nodes), factors,
+            proof.program.ball,
+        )  # fmt: skip
 
     def _pieces(self, frame: Frame, slopes: Array | None) -> dict[int, Pieces]:
         program = self.proof.program
@@ -378,7 +390,7 @@ class _Replayer:
             for i, step in enumerate(program.steps):
                 if isinstance(step, Apply) and (splits.step == step.source).any():
                     exceptions[i] = self._exceptions(i, step, frame, slopes, splits)
-        return View(program, frame, relaxed, lower, upper, exceptions, splits)
+        return View(program, frame, relaxed, lower, upper, exceptions, splits, ball=program.ball)
 
     def _exceptions(self, i: int, step: Apply, frame: Frame, slopes: Array | None, splits: Splits) -> Exceptions:
         """What step i is in the nodes where a neuron that it reads was split."""
@@ -492,7 +504,8 @@ class _Replayer:
                 else:
                     lower = lower.copy()
                     lower[what] = max(lower[what], at)
-                if lower[what] > upper[what]:
+                (lower,), (upper,) = self._narrowed(lower[None], upper[None])
+                if (lower > upper).any():
                     continue
             else:
                 splits = (*splits, (step, entry, at, sign))

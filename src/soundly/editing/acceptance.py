@@ -6,6 +6,7 @@ claim covers an edit, and `soundly.verify` decides it: over the reals, for the w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -24,6 +25,8 @@ from soundly.spec.region import Box, Union
 
 def promise(requirements: Requirements, values: dict[str, Tensor]) -> Claim:
     """That every row holds, point by point or on the whole of its region, once parameters have these values."""
+    if len(requirements.cones):
+        raise InvalidInput("norms and cosines are proved at points, of the last layer only: give that `layer`.")
     network = requirements.network.with_values(values)
     owner = requirements.owner
     if bool((owner < 0).any()):
@@ -56,9 +59,8 @@ def _inputs(network: Network) -> int:
     return sum(int(torch.tensor(n.shape).prod()) for n in network.inputs)
 
 
-def _property(requirements, rows: Tensor, place, outputs: int, inputs: int) -> Property:  # type: ignore[no-untyped-def]
+def _property(r: Requirements, rows: Tensor, place: Callable[[Tensor], Tensor], outputs: int, inputs: int) -> Property:
     """Clauses row - lower < 0 and upper - row < 0 for each of the rows that has such a bound; two for each."""
-    r = requirements
     y_row, y_column, y_value, b = [], [], [], []
     for k, row in enumerate(rows.tolist()):
         part = slice(int(r.row_start[row]), int(r.row_start[row + 1]))

@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from soundly.editing.cones import SecondOrderCone
 from soundly.editing.program import Block, Program
-from soundly.editing.solve import least_change
+from soundly.editing.solve import Solution, least_change
 
 Norm = Literal["l2", "l1", "linf"]
+CUTS = 1000
+"""Rounds of cutting planes before a program with cones is given up."""
+SHARES = (1e-6, 1e-2)
+"""The parts of a radius that are given away, so that finitely many cuts are enough; the second after CUTS rounds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +77,8 @@ class Search:
             if not block.classes:
                 wrong = block.rows[~program.satisfied(program.weights)[block.rows]].tolist()
                 if wrong:
-                    return Failure("infeasible", f"{program.name_of(wrong[0])} involves no edited output", (wrong[0],))
+                    why = f"{program.name_of(wrong[0])} is the same whatever the edited weights are"
+                    return Failure("infeasible", why, (wrong[0],))
                 continue
             margin = self._margin(program, block, rounding[block.rows], caution)
             solved = self._solve(program, block, margin)
@@ -100,7 +106,11 @@ class Search:
         """The change of the block's weights, and whether it is known to be the smallest."""
         w = program.weights[list(block.classes)].reshape(-1)
         now = block.matrix @ w + block.frozen
-        lower, upper = program.lower[block.rows] - now + margin, program.upper[block.rows] - now - margin
+        cones, linear = self._cones(program, block, now, margin)
+        # Rows of cones have no bounds of their own.
+        none = torch.where(linear, 0.0, math.inf)
+        lower = program.lower[block.rows] - now + margin - none
+        upper = program.upper[block.rows] - now - margin + none
         if bool((lower > upper).any()):
             i = int((lower - upper).argmax())
             row = int(block.rows[i])
@@ -109,40 +119,80 @@ class Search:
             return Failure(
                 "infeasible", f"{reason}{float(margin[i]):.3g} that proof in {self.dtype} needs; widen it", (row,)
             )
-        left = self.deadline - time.perf_counter()
-        if left <= 0:
-            return Failure("limit", "the time limit was reached before the program was solved")
-        retain = None if self.retain is None else torch.block_diag(*[self.retain] * len(block.classes))
-        bound = self.bound
-        if bound is not None:  # rounding adds to a change; where it may add more than allowed, nothing can change
-            bound = max(bound - self._unit * float(w.abs().max() + bound), 1e-300)
-        solution = least_change(
-            block.matrix,
-            lower,
-            upper,
-            norm=self.norm,
-            bound=bound,
-            retain=retain,
-            retain_weight=self.retain_weight,
-            time_limit=None if math.isinf(left) else left,
-        )
-        if solution.delta is not None:
-            value, slack = block.matrix @ solution.delta, margin / 2
-            if bool(((value >= lower - slack) & (value <= upper + slack)).all()):
-                return solution.delta, solution.status == "optimal"
-        if solution.status == "infeasible":
-            rows = tuple(int(block.rows[i]) for i in solution.conflict)
-            return Failure("infeasible", self._why(program, block, rows, solution.bound_in_conflict), rows)
+        for share in SHARES:
+            found = self._cut(program, block, lower, upper, margin / 2, [replace(c, share=share) for c in cones])
+            if isinstance(found, tuple):
+                return found[0], found[1] and share == SHARES[0]
+            if isinstance(found, Failure) and share == SHARES[0]:
+                return found
         late = time.perf_counter() > self.deadline
         why = "the time limit was reached" if late else "the solver did not reach the accuracy it needs"
         return Failure("limit", f"{why} before the program was solved")
 
-    def _why(self, program: Program, block: Block, rows: tuple[int, ...], with_bound: bool) -> str:
+    def _cut(
+        self, program: Program, block: Block, lower: Tensor, upper: Tensor, slack: Tensor, cones: list[SecondOrderCone]
+    ) -> tuple[Tensor, bool] | Failure | None:
+        """The least change within the rows and cones, cut by cut; None if time, accuracy or patience runs out."""
+        w = program.weights[list(block.classes)].reshape(-1)
+        retain = None if self.retain is None else torch.block_diag(*[self.retain] * len(block.classes))
+        bound = self.bound
+        if bound is not None:  # rounding adds to a change; where it may add more than allowed, nothing can change
+            bound = max(bound - self._unit * float(w.abs().max() + bound), 1e-300)
+        matrix, side = block.matrix, torch.zeros(len(lower), dtype=torch.int8)
+        owner, new = list(range(len(lower))), [(k, cone.first()) for k, cone in enumerate(cones)]
+        for _ in range(CUTS):
+            owner += [int(block.cones[k, 1]) for k, _ in new]
+            matrix = torch.cat([matrix, *(cut.row[None] for _, cut in new)])
+            lower = torch.cat([lower, lower.new_tensor([cut.lower for _, cut in new])])
+            upper = torch.cat([upper, upper.new_full((len(new),), math.inf)])
+            slack = torch.cat([slack, slack.new_tensor([cones[k].room / 2 for k, _ in new])])
+            left = self.deadline - time.perf_counter()
+            if left <= 0:
+                return None
+            solution = least_change(
+                matrix,
+                lower,
+                upper,
+                norm=self.norm,
+                bound=bound,
+                retain=retain,
+                retain_weight=self.retain_weight,
+                side=torch.cat([side, side.new_zeros(len(new))]),
+                time_limit=None if math.isinf(left) else left,
+            )
+            if solution.status == "infeasible":
+                found = list(solution.conflict)
+                rows = tuple(dict.fromkeys(int(block.rows[owner[i]]) for i in found))
+                return Failure("infeasible", self._why(program, block, rows, matrix[found], solution), rows)
+            assert solution.delta is not None
+            value = matrix @ solution.delta
+            if not bool(((value >= lower - slack) & (value <= upper + slack)).all()):
+                return None
+            seen = [(k, cone.cut(solution.delta)) for k, cone in enumerate(cones)]
+            new = [(k, cut) for k, cut in seen if not cut.excess <= 0]
+            if not new:
+                return solution.delta, solution.status == "optimal"
+            side = solution.side
+        return None
+
+    def _cones(
+        self, program: Program, block: Block, now: Tensor, margin: Tensor
+    ) -> tuple[list[SecondOrderCone], Tensor]:
+        """The block's cones, as a change of the weights sees them, and which rows belong to none."""
+        lower, upper = program.lower[block.rows] - now, program.upper[block.rows] - now
+        linear, cones = torch.ones(len(block.rows), dtype=torch.bool), []
+        for first, last in block.cones.tolist():
+            part, linear[first : last + 1] = slice(first, last), False
+            room = float(margin[part].norm() + margin[last])
+            spare = -float(lower[last])
+            cones.append(SecondOrderCone(block.matrix[part], lower[part], upper[part], block.matrix[last], spare, room))
+        return cones, linear
+
+    def _why(self, program: Program, block: Block, rows: tuple[int, ...], matrix: Tensor, found: Solution) -> str:
         names = list(dict.fromkeys(program.name_of(r) for r in rows))
         shown = "; ".join(names[:6]) + (f"; and {len(names) - 6} more" if len(names) > 6 else "")
-        local = [int((block.rows == r).nonzero()[0, 0]) for r in rows]
-        rank = int(torch.linalg.matrix_rank(block.matrix[local])) if local else 0
-        text = f"{len(rows)} rows (rank {rank}, outputs {', '.join(map(str, block.classes))}) contradict each other"
-        if with_bound:
+        rank = int(torch.linalg.matrix_rank(matrix)) if len(matrix) else 0
+        text = f"{len(matrix)} rows (rank {rank}, outputs {', '.join(map(str, block.classes))}) contradict each other"
+        if found.bound_in_conflict:
             text += f" as long as no weight may change by more than {self.bound:g}"
         return f"{text}, with the margins that a proof needs: {shown}"

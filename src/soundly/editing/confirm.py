@@ -19,7 +19,7 @@ import torch
 
 from soundly.certificate.format import HEAD_EDIT, Certificate
 from soundly.editing.acceptance import promise
-from soundly.editing.constraints import Classified, Constraint, Normalised
+from soundly.editing.constraints import Classified, Constraint, Cosine, Normalised
 from soundly.editing.program import Program, compile_program
 from soundly.editing.sequential import require
 from soundly.editing.trunk import Trunk, trunk_of
@@ -118,6 +118,7 @@ def _head(certificate: Certificate, network: Network, constraints: Sequence[Cons
         return [f"the network has no last layer {layer!r} that was edited: {error}"]
     known: dict[Any, torch.Tensor] = {}
     stated = [replace(c, spread=c.spread or 1.0) if isinstance(c, Normalised) else c for c in constraints]
+    stated = [replace(c, length=c.length or 1.0) if isinstance(c, Cosine) else c for c in stated]
 
     def compare(extremes: Extremes) -> list[str]:
         program = compile_program(trunk, stated, extremes=extremes, evaluated=known)
@@ -133,6 +134,8 @@ def _head_differences(
     rows = len(program.lower)
     if len(a["lower"]) != rows or not np.array_equal(a["row_start"], program.row_start.numpy()):
         return [f"it has {len(a['lower'])} rows, the constraints {rows}"] * rows
+    if not np.array_equal(a.get("cones", np.zeros((0, 2))), program.cones.numpy()):
+        return ["it has other cones"] * rows
     classes, weights = torch.tensor(a["classes"]), torch.tensor(a["weights"])
     bias = torch.zeros(len(trunk.weight)) if trunk.bias is None else trunk.bias.detach().cpu()
     mine = torch.cat([trunk.weight.detach().cpu(), bias.to(trunk.weight.dtype).cpu()[:, None]], 1)
@@ -153,7 +156,7 @@ def _head_differences(
     wrong = other | (lower != low) | (upper != high)
     for c, claim in zip(constraints, program.claims, strict=True):
         mine_rows = slice(claim.start, claim.stop)
-        if isinstance(c, Normalised) and c.spread is None:
+        if (isinstance(c, Normalised) and c.spread is None) or (isinstance(c, Cosine) and c.length is None):
             last = claim.stop - 1
             wrong[last] = other[last] | ~(lower[last] > 0) | (upper[last] != high[last])
         if isinstance(c, Classified):

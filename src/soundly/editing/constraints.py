@@ -1,12 +1,13 @@
 """What an edit must achieve: constraints on outputs, gradients and explanations at points.
 
 With the edited layer last, each quantity below is an affine function of its weights, so each constraint is a few
-linear rows. A `Functional` names vectors v with value w_c . v (+ b_c); an `Expression` is a fixed linear combination
-of such values; a `Constraint` bounds expressions. Nothing is evaluated before `soundly.edit` asks.
+linear rows, or a cone of them. A functional names vectors v with value w_c . v (+ b_c); an `Expression` is a fixed
+linear combination of such values; a `Constraint` bounds expressions. Nothing is evaluated before `soundly.edit` asks.
 
     p = at(image)
     p.classified(3)
     p.gradcam(of=3, layer="features").normalised_near(target, eps=0.01)
+    p.gradcam(of=3, layer="features").cosine_at_least(0.95, teacher=map)
     (p.gradient(of=3, entries=[0, 4]) - at(other).gradient(of=3, entries=[0, 4])).within(-0.1, 0.1)
 
 References: Tao and Thakur, "Provable Gradient Editing of Deep Neural Networks", NeurIPS 2025 (the problem); the linear
@@ -18,13 +19,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from soundly.editing.trunk import Trunk
+from soundly.editing.functionals import (
+    Coordinates,
+    Directional,
+    Functional,
+    GradCam,
+    Gradient,
+    IntegratedGradients,
+    Output,
+)
 from soundly.errors import InvalidInput
 from soundly.spec.region import Box, Union
 
@@ -65,7 +72,42 @@ class Point:
         Args:
             directions: [m, *shape] of the input, or of the value at `place`.
         """
-        return Expression.of(Directional(self, of, place, directions), f"directional derivative of {of} at {self.name}")
+        functional = Directional(self, of, place, (directions,))
+        return Expression.of(functional, f"directional derivative of {of} at {self.name}")
+
+    def derivative(self, of: int, along: Sequence[int | Tensor]) -> Expression:
+        """One derivative of y_of, of any order: a term of a linear differential operator, such as a PDE's residual.
+
+        Args:
+            along: an entry of the input, flattened, or a direction of its shape, for each time that y_of is
+                differentiated: [0, 1, 1] for the third derivative once in entry 0 and twice in entry 1.
+        """
+        if not along:
+            raise InvalidInput(f"derivative of {of} at {self.name}: say along what; y itself is `output`.")
+        directions = tuple(self._unit(d)[None] if isinstance(d, int) else d[None] for d in along)
+        said = ", ".join(str(d) if isinstance(d, int) else "a direction" for d in along)
+        return Expression.of(Directional(self, of, None, directions), f"derivative of {of} along {said} at {self.name}")
+
+    def laplacian(self, of: int, *, entries: Sequence[int] | None = None) -> Expression:
+        """The Laplacian of y_of: the sum of its second derivatives in single entries of the input.
+
+        Args:
+            entries: in which flat entries (those of space, say); all if None.
+        """
+        chosen = range(self.x.numel()) if entries is None else entries
+        if not len(chosen):
+            raise InvalidInput(f"entries: a Laplacian at {self.name} needs at least one.")
+        units = torch.stack([self._unit(i) for i in chosen])
+        expression = Expression.of(Directional(self, of, None, (units, units)), f"Laplacian of {of} at {self.name}")
+        return expression.combined(torch.ones(1, len(chosen)))
+
+    def _unit(self, entry: int) -> Tensor:
+        """The direction of one entry of the input."""
+        if not 0 <= entry < self.x.numel():
+            raise InvalidInput(f"entries of the input at {self.name} are 0..{self.x.numel() - 1}, not {entry}.")
+        unit = torch.zeros(self.x.numel(), dtype=torch.float64, device=self.x.device)
+        unit[entry] = 1.0
+        return unit.reshape(self.x.shape)
 
     def gradcam(self, of: int, layer: str) -> Expression:
         """The Grad-CAM map of y_of at a layer [1, C, *size], without its ReLU, flattened: sum_k mean(dy/dF_k) F_k.
@@ -125,166 +167,6 @@ def at(x: Tensor, *, position: int | None = None, name: str = "x") -> Point:
     if not isinstance(x, Tensor) or not bool(torch.isfinite(x).all()):
         raise InvalidInput("at(x): x must be a tensor of finite numbers.")
     return Point(x, position, name)
-
-
-# -- functionals: vectors v with value w_c . v (+ b_c)
-
-
-class Functional(Protocol):
-    """Quantities of one output at one point that are linear in the edited layer's row for that output."""
-
-    @property
-    def point(self) -> Point: ...
-    @property
-    def of(self) -> int: ...
-
-    def vectors(self, trunk: Trunk) -> Tensor:
-        """[m, K + 1] in float64; the last column multiplies the bias."""
-        ...
-
-
-def _position(trunk_rows: Tensor, point: Point) -> int:
-    count = trunk_rows.shape[-2]
-    if point.position is None and count != 1:
-        raise InvalidInput(f"the edited layer has {count} positions at {point.name}: say which, at(x, position=...).")
-    position = point.position or 0
-    if not -count <= position < count:
-        raise InvalidInput(f"position {position} at {point.name}: the edited layer has {count} positions.")
-    return position % count
-
-
-def _widen(vectors: Tensor, bias: float) -> Tensor:
-    return torch.cat([vectors, torch.full((len(vectors), 1), bias, dtype=torch.float64, device=vectors.device)], 1)
-
-
-@dataclass(frozen=True, eq=False)
-class Output:
-    """y_c = w_c . h + b_c."""
-
-    point: Point
-    of: int
-
-    def vectors(self, trunk: Trunk) -> Tensor:
-        h = trunk.features(self.point.x)
-        return _widen(h[_position(h, self.point)][None], 1.0)
-
-
-@dataclass(frozen=True, eq=False)
-class Outputs:
-    """All outputs at a point's position."""
-
-    point: Point
-    of: int = 0
-
-    def vectors(self, trunk: Trunk) -> Tensor:
-        raise InvalidInput(f"{self.point.name}: outputs of an edited last layer are constrained one by one.")
-
-
-def _moved(trunk: Trunk, point: Point, place: str | None, directions: Tensor) -> Tensor:
-    """D h[d] at the point's position, [m, K + 1]; the bias has no derivative."""
-    rows = trunk.tangents(point.x, place, directions)
-    return _widen(rows[:, _position(rows, point)], 0.0)
-
-
-@dataclass(frozen=True, eq=False)
-class Coordinates:
-    """Entries of the input itself, which no edit moves."""
-
-    point: Point
-    of: int
-    entries: tuple[int, ...] | None
-
-    def vectors(self, trunk: Trunk) -> Tensor:
-        raise InvalidInput(f"{self.point.name}: at one point the input is known; write it as numbers.")
-
-
-@dataclass(frozen=True, eq=False)
-class Directional:
-    """D y_c[d] = w_c . D h[d]."""
-
-    point: Point
-    of: int
-    place: str | None
-    directions: Tensor
-
-    def vectors(self, trunk: Trunk) -> Tensor:
-        return _moved(trunk, self.point, self.place, self.directions)
-
-
-@dataclass(frozen=True, eq=False)
-class Gradient:
-    """dy_c / dz_i, the directional derivative along a coordinate."""
-
-    point: Point
-    of: int
-    place: str | None
-    entries: tuple[int, ...] | None
-
-    def vectors(self, trunk: Trunk) -> Tensor:
-        z = trunk.value(self.point.x, self.place)
-        entries = range(z.numel()) if self.entries is None else self.entries
-        if not entries or any(not 0 <= i < z.numel() for i in entries):
-            raise InvalidInput(f"entries of a gradient at {self.point.name} must be some of 0..{z.numel() - 1}.")
-        if len(entries) * z.numel() > 2**30:
-            raise InvalidInput(
-                f"{len(entries)} gradient entries at {self.point.name} are too many to constrain one by one; name the "
-                "`entries` you need, or constrain directional derivatives, groups or Grad-CAM."
-            )
-        directions = torch.zeros(len(entries), z.numel(), dtype=z.dtype, device=z.device)
-        directions[range(len(entries)), list(entries)] = 1
-        return _moved(trunk, self.point, self.place, directions.reshape(-1, *z.shape))
-
-
-@dataclass(frozen=True, eq=False)
-class GradCam:
-    """L_p = sum_k mean_q(dy_c / dF_kq) F_kp = D y_c[d_p] with d_p = F_p / size, constant over positions."""
-
-    point: Point
-    of: int
-    layer: str
-
-    def vectors(self, trunk: Trunk) -> Tensor:
-        z = trunk.value(self.point.x, self.layer)
-        if z.dim() < 3 or z.shape[0] != 1:
-            raise InvalidInput(f"Grad-CAM needs a layer of shape [1, C, *size]; {self.layer!r} is {tuple(z.shape)}.")
-        channels, size = z.shape[1], math.prod(z.shape[2:])
-        pixels = z.reshape(channels, size).T / size  # [p, k]
-        return _moved(trunk, self.point, self.layer, pixels.reshape(size, 1, channels, *(1,) * (z.dim() - 2)))
-
-
-@dataclass(frozen=True, eq=False)
-class IntegratedGradients:
-    """IG_t = w_c . sum_s omega_s D h(x0 + a_s d)[d restricted to t]."""
-
-    point: Point
-    of: int
-    baseline: Tensor
-    steps: int
-    groups: Tensor | None
-
-    def vectors(self, trunk: Trunk) -> Tensor:
-        x = trunk.value(self.point.x, None)  # in the type that the trunk computes in
-        start = self.baseline.to(x)
-        if start.shape != x.shape or (self.groups is not None and self.groups.shape != x.shape):
-            raise InvalidInput(
-                f"baseline and groups at {self.point.name} must have the input's shape {tuple(x.shape)}."
-            )
-        labels = torch.arange(x.numel()).reshape(x.shape) if self.groups is None else self.groups
-        count = int(labels.max()) + 1
-        if self.steps < 1 or count < 1:
-            raise InvalidInput(
-                f"Integrated Gradients at {self.point.name}: give at least one step and a label >= 0 in `groups`."
-            )
-        if count * x.numel() > 2**30:
-            raise InvalidInput(f"Integrated Gradients at {self.point.name}: too many entries; give `groups`.")
-        delta = x - start
-        masks = torch.stack([(labels == t).to(x) for t in range(count)])
-        nodes, weights = np.polynomial.legendre.leggauss(self.steps)
-        path = torch.stack([start + float(a) * delta for a in (nodes + 1) / 2])
-        found = trunk.tangents_along(path, masks * delta)
-        found = found[:, :, _position(found, self.point)]
-        mean = torch.einsum("s,smk->mk", torch.from_numpy(weights / 2).to(found), found)
-        return _widen(mean, 0.0)
 
 
 # -- expressions and constraints
@@ -404,6 +286,42 @@ class Expression:
             raise InvalidInput(f"keeps_top: margin must be at least 0 and finite, not {margin}.")
         return TopMask(self, flat, margin, name or f"top {int(flat.sum())} of {self.name}")
 
+    def norm_at_most(self, radius: Expression | float, *, name: str | None = None) -> Cone:
+        """The Euclidean norm of all entries together is at most `radius`: (map - teacher).norm_at_most(0.1).
+
+        Args:
+            radius: a positive number, or an expression of one entry.
+        """
+        name = name or f"norm of {self.name}" + (f" at most {radius:g}" if isinstance(radius, float | int) else "")
+        if not isinstance(radius, Expression):
+            if not 0 < radius < math.inf:
+                raise InvalidInput(
+                    f"norm_at_most: the radius of {self.name} must be positive and finite, not {radius}."
+                )
+            radius = Expression((), _numbers(radius))
+        return Cone(self, radius, name)
+
+    def cosine_at_least(
+        self, cosine: float, *, teacher: Tensor, length: float | None = None, name: str | None = None
+    ) -> Cosine:
+        """The cosine of the angle between the map and a teacher's is at least `cosine`.
+
+        Args:
+            cosine: 0 < cosine < 1.
+            teacher: a map of the same number of entries, not zero.
+            length: the map's component along the teacher must stay at least this; by default a tenth of the map's norm
+                before the edit. Without it the zero map would be allowed.
+        """
+        flat = teacher.detach().double().reshape(-1)
+        if not bool(torch.isfinite(flat).all()) or not bool(flat.any()):
+            raise InvalidInput(f"cosine_at_least: the teacher of {self.name} must be finite and not zero.")
+        if not 0 < cosine < 1 or not (length is None or 0 < length < math.inf):
+            raise InvalidInput(
+                f"cosine_at_least: {self.name} needs a cosine between 0 and 1, not {cosine}, and a positive length."
+            )
+        flat = flat * 2.0 ** -math.frexp(float(flat.abs().max()))[1]  # exact: only the direction matters
+        return Cosine(self, flat, cosine, length, name or f"cosine of {self.name} to its teacher at least {cosine:g}")
+
 
 @dataclass(frozen=True, eq=False)
 class Bounded:
@@ -452,6 +370,26 @@ class TopMask:
 
 
 @dataclass(frozen=True, eq=False)
+class Cone:
+    """|expression| <= radius, a quantity of one entry, in the Euclidean norm: a second-order cone."""
+
+    expression: Expression
+    radius: Expression
+    name: str
+
+
+@dataclass(frozen=True, eq=False)
+class Cosine:
+    """<teacher, map> >= cosine |teacher| |map|, and >= length |teacher|."""
+
+    expression: Expression
+    teacher: Tensor
+    cosine: float
+    length: float | None
+    name: str
+
+
+@dataclass(frozen=True, eq=False)
 class Classified:
     """One output exceeds all others."""
 
@@ -465,11 +403,16 @@ def _numbers(value: Tensor | float) -> Tensor:
     return torch.as_tensor(value, dtype=torch.float64).detach().reshape(-1).clone()
 
 
-Constraint = Bounded | Normalised | TopMask | Classified
+Constraint = Bounded | Normalised | TopMask | Cone | Cosine | Classified
 
 
 def points_of(c: Constraint) -> list[Point]:
     """The points and areas that a constraint is about."""
     if isinstance(c, Classified):
         return [c.point]
-    return list(dict.fromkeys(t.functional.point for t in c.expression.terms))
+    return list(dict.fromkeys(t.functional.point for t in terms_of(c)))
+
+
+def terms_of(c: Bounded | Normalised | TopMask | Cone | Cosine) -> tuple[Term, ...]:
+    """The terms of all expressions of a constraint."""
+    return (*c.expression.terms, *(c.radius.terms if isinstance(c, Cone) else ()))

@@ -6,35 +6,17 @@ with the network that was proved, before it gets its name.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from soundly.editing.delta import Delta
 from soundly.editing.edit import Edit
+from soundly.editing.moved import Moved
 from soundly.errors import EditError
 from soundly.graph.load import load
 from soundly.graph.network import Network
 from soundly.graph.onnx_weights import replaced, write
-
-
-@dataclass(frozen=True)
-class Moved:
-    """How far an edit moved a parameter.
-
-    Attributes:
-        changed, of: how many entries changed, of how many.
-        norm, largest: the Euclidean norm of the change, and the largest change of an entry.
-        relative: the norm over that of the parameter before; infinite if that is 0.
-    """
-
-    changed: int
-    of: int
-    norm: float
-    largest: float
-    relative: float
 
 
 def deliver(
@@ -77,15 +59,8 @@ def deliver(
             difference.save(delta)
 
     write(data, path, accept)
-    return {name: _moved(difference, name, network) for name in difference.changes}
+    return {name: edit.moved[name] for name in changed}
 
 
 def _bits(network: Network) -> dict[str, bytes]:
     return {name: network.values[node].detach().cpu().numpy().tobytes() for name, node in network.parameters.items()}
-
-
-def _moved(delta: Delta, name: str, network: Network) -> Moved:
-    change, before = delta.changes[name], network.values[network.parameters[name]].double()
-    moved = change.new.astype(float) - change.old.astype(float)
-    norm, size = math.sqrt(float((moved**2).sum())), float(before.norm())
-    return Moved(len(moved), before.numel(), norm, float(abs(moved).max()), norm / size if size else math.inf)

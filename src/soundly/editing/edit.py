@@ -28,15 +28,15 @@ from soundly.editing.constraints import (
     Bounded,
     Constraint,
     Expression,
-    Functional,
     Goal,
     Normalised,
-    Outputs,
     Point,
     at,
     points_of,
 )
+from soundly.editing.functionals import Functional, Outputs
 from soundly.editing.inner import Inner, Status, edit_inside
+from soundly.editing.moved import Moved
 from soundly.editing.program import Program, compile_program
 from soundly.editing.trunk import ModuleTrunk, NotLast, Trunk, trunk_of
 from soundly.errors import EditError, InvalidInput
@@ -59,6 +59,8 @@ class Edit:
         certificate, check: the proof, and what the checker said of it; None unless proved.
         delta: {class: change of its weights and bias [K + 1]} for a last layer, otherwise {parameter: its change};
             float64, as stored; empty unless proved.
+        moved: {parameter: how many of its entries changed, and by how much}, exact for the weights as stored; empty
+            unless proved.
         smallest: False if time ran out before no smaller change was known to exist; the proof stands all the same.
         reason: why there is no model, in words: conflicting constraints by name, ranks, bounds.
         conflict: names of rows that contradict each other, if infeasible.
@@ -75,6 +77,7 @@ class Edit:
     certificate: Certificate | None = None
     check: CheckResult | None = None
     delta: Mapping[int | str, Tensor] = field(default_factory=dict)
+    moved: Mapping[str, Moved] = field(default_factory=dict)
     smallest: bool = False
     reason: str = ""
     conflict: tuple[str, ...] = ()
@@ -113,6 +116,7 @@ def edit(
     layer: str | Sequence[str],
     norm: Norm = "l2",
     bound: float | None = None,
+    rank: int | None = None,
     retain: Sequence[Tensor] | None = None,
     retain_weight: float = 1.0,
     goals: Sequence[Goal] = (),
@@ -132,6 +136,9 @@ def edit(
         norm: what "little" means, per independent block of classes: Euclidean (fast, unique), sum of absolute changes
             (few weights change), or the largest change.
         bound: no weight changes by more than this.
+        rank: the change of a matrix (of a kernel, flattened behind its first axis) is U V with V [rank, columns] fixed,
+            up to rounding to the storage type; Euclidean norm without bound and start only. V are the leading right
+            singular vectors of the smallest change of any rank.
         retain: inputs whose outputs should change little (soft; Euclidean norm only).
         retain_weight: how much, relative to the change of the weights.
         goals: what should hold as well as the constraints allow, from `Expression.near` (Euclidean norm only).
@@ -156,11 +163,13 @@ def edit(
         raise InvalidInput(f'norm must be "l2", "l1" or "linf", not {norm!r}.')
     if bound is not None and not 0 < bound < math.inf:
         raise InvalidInput(f"bound must be positive and finite, not {bound}; None for no bound.")
+    if rank is not None and (rank < 1 or norm != "l2" or bound is not None or start is not None):
+        raise InvalidInput('rank must be at least 1, and goes with norm="l2", without a bound and a start.')
     layers = (layer,) if isinstance(layer, str) else tuple(layer)
     regional = any(isinstance(p, Area) for c in constraints for p in points_of(c))
     attempt: Attempt
     trunk = None
-    if len(layers) == 1 and not (regional or goals or start is not None):
+    if len(layers) == 1 and not (regional or goals or start is not None or rank is not None):
         try:
             trunk = trunk_of(model, layers[0])
         except NotLast:
@@ -170,7 +179,9 @@ def edit(
     if trunk is not None:
         attempt = _AtHead(model, trunk, constraints, norm, bound, retain, retain_weight, time_limit)
     elif not isinstance(model, Network):
-        raise InvalidInput("model: regions, goals and inner layers need a captured network: soundly.load(model, x).")
+        raise InvalidInput(
+            "model: regions, goals, ranks and inner layers need a captured network: soundly.load(model, x)."
+        )
     else:
         if retain is not None:
             goals = [*goals, *_kept(model, retain)]
@@ -182,7 +193,7 @@ def edit(
         def attempt(extremes: Mapping[int, tuple[int, int]]) -> Edit:
             inner = edit_inside(
                 model, constraints, layers, norm=norm, bound=bound, goals=wishes, goal_weight=goal_weight, start=start,
-                extremes=extremes, deadline=deadline, progress=progress,
+                rank=rank, extremes=extremes, deadline=deadline, progress=progress,
             )  # fmt: skip
             return _inner(model, inner)
 
@@ -260,6 +271,7 @@ def _inner(model: Network, inner: Inner) -> Edit:
         model=new,
         certificate=inner.certificate,
         delta={n: v.double() - model.values[model.parameters[n]].double() for n, v in inner.values.items()},
+        moved={n: Moved.between(model.values[model.parameters[n]], v) for n, v in inner.values.items()},
         rows=len(r.lower),
         rows_before=int((excess <= 0).sum()),
         proven=len(r.lower) if result is not None else 0,
@@ -308,13 +320,18 @@ def _solve_and_prove(
         certificate = _certificate(trunk, program, candidate, model)
         result = check(certificate)
         seconds["check"] += time.perf_counter() - started
-        moved = candidate.weights.double() - program.weights
-        if result.accepted and (search.bound is None or bool((moved.abs() <= search.bound).all())):
+        change = candidate.weights.double() - program.weights
+        if result.accepted and (search.bound is None or bool((change.abs() <= search.bound).all())):
+            weight, bias = _changed(trunk.weight, trunk.bias, certificate)
+            moved = {_weight_name(model, trunk): Moved.between(trunk.weight, weight)}
+            if trunk.bias is not None and bias is not None:
+                moved[f"{trunk.layer}.bias".removeprefix(".")] = Moved.between(trunk.bias, bias)
             return Edit(
                 status="proved",
                 model=_edited(model, trunk, certificate),
                 certificate=certificate,
-                delta={c: moved[c] for c in program.edited},
+                delta={c: change[c] for c in program.edited},
+                moved=moved,
                 rows=len(program.lower),
                 rows_before=int(satisfied.sum()),
                 proven=result.proven,
@@ -351,6 +368,7 @@ def _certificate(trunk: Trunk, program: Program, candidate: Candidate, model: Ne
         row_coefficient=program.row_coefficient.numpy(),
         lower=program.lower.numpy(),
         upper=program.upper.numpy(),
+        cones=program.cones.numpy(),
         margin=candidate.margins.numpy(),
         error=program.rounding(stored.double()).numpy(),
         claims=[{"name": c.name, "rows": [c.start, c.stop]} for c in program.claims],
@@ -388,8 +406,15 @@ def _edited(model: Network | nn.Module, trunk: Trunk, certificate: Certificate) 
             ModuleTrunk(new, trunk.layer).try_other_weights(trunk.tried)  # a copy may still call the original's layer
         return new
     weight, bias = _changed(trunk.weight, trunk.bias, certificate)
-    name = f"{trunk.layer}.weight" if f"{trunk.layer}.weight" in model.parameters else trunk.layer
-    return model.with_values({name: weight} | ({} if bias is None else {f"{trunk.layer}.bias": bias}))
+    return model.with_values(
+        {_weight_name(model, trunk): weight} | ({} if bias is None else {f"{trunk.layer}.bias": bias})
+    )
+
+
+def _weight_name(model: Network | nn.Module, trunk: Trunk) -> str:
+    """The parameter that the layer's weight is in its model."""
+    named = f"{trunk.layer}.weight".removeprefix(".")
+    return trunk.layer if isinstance(model, Network) and named not in model.parameters else named
 
 
 def _changed(weight: Tensor, bias: Tensor | None, certificate: Certificate) -> tuple[Tensor, Tensor | None]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import vjp
 
-from soundly.editing.constraints import (
+from soundly.editing.functionals import (
     Coordinates,
     Directional,
     Functional,
@@ -65,11 +65,17 @@ def quantity(network: Network, functional: Functional) -> Network:
             return _entries(network.with_outputs(reshape(x, (math.prod(x.shape),))), functional.entries, name)
         case Gradient(place=place, entries=entries):
             return _entries(_flat(network.gradient(of=of, wrt=place)), entries, name)
-        case Directional(place=place, directions=directions):
-            slope = _flat(network.gradient(of=of, wrt=place))
-            size = math.prod(slope.output.shape)
-            spread = directions.detach().double().expand(len(directions), *_place(network, place).shape)
-            return _times(slope, spread.reshape(-1, size))
+        case Directional(place=place, along=along):
+            shape, count = _place(network, place).shape, len(along[0])
+            flat = [d.detach().double().expand(count, *shape).reshape(count, -1) for d in along]
+            once = _times(_flat(network.gradient(of=of, wrt=place)), flat[0])
+            if len(flat) == 1:
+                return once
+            moved = [once.with_outputs(once.entry(i)) for i in range(count)]
+            for directions in flat[1:]:
+                moved = [_times(_flat(one.gradient(of=0, wrt=place)), d[None])
+                         for one, d in zip(moved, directions, strict=True)]  # fmt: skip
+            return joined(network, moved)
         case GradCam(layer=layer):
             return _flat(gradcam(network, of=of, layer=layer))
         case IntegratedGradients(baseline=baseline, steps=steps, groups=groups):
@@ -120,7 +126,13 @@ def joined(network: Network, quantities: Sequence[Network]) -> Network:
 def key_of(functional: Functional) -> tuple[Any, ...]:
     """Equal for functionals that differ in their point only."""
     parts = [getattr(functional, f.name) for f in fields(functional) if f.name != "point"]  # type: ignore[arg-type]
-    return (type(functional), functional.point.position, *(id(p) if isinstance(p, Tensor) else p for p in parts))
+    parts = [tuple(map(_identity, p)) if isinstance(p, tuple) else _identity(p) for p in parts]
+    return (type(functional), functional.point.position, *parts)
+
+
+def _identity(part: Any) -> Any:
+    """Equal for equal tensors."""
+    return (part.shape, part.detach().double().cpu().numpy().tobytes()) if isinstance(part, Tensor) else part
 
 
 def unknowns(network: Network, layers: Sequence[str]) -> tuple[Node, ...]:

@@ -25,7 +25,8 @@ from soundly.editing.acceptance import promise
 from soundly.editing.candidate import Failure, Norm
 from soundly.editing.constraints import Area, Bounded, Classified, Constraint, Normalised, Point, TopMask, points_of
 from soundly.editing.evidence import unknowns
-from soundly.editing.sequential import Goals, Mover, Requirements, require
+from soundly.editing.low_rank import LowRank
+from soundly.editing.sequential import Goals, Move, Mover, Requirements, require
 from soundly.graph.network import Network
 from soundly.graph.node import Node
 from soundly.spec.claim import Claim
@@ -77,6 +78,7 @@ def edit_inside(
     goals: Sequence[Constraint] = (),
     goal_weight: float = 1.0,
     start: Mapping[str, Tensor] | None = None,
+    rank: int | None = None,
     extremes: Mapping[int, tuple[int, int]] | None = None,
     deadline: float = math.inf,
     progress: Callable[[str], None] | None = None,
@@ -85,12 +87,14 @@ def edit_inside(
 
     Args:
         goals: bounds with equal ends, to be met as well as possible.
+        rank: the largest rank of the change of a matrix, with norm "l2", no bound and no start.
         start: values of parameters from which to look, by name; those of the network where there are none.
         extremes: as in `program.compile_program`.
         deadline: value of `time.perf_counter()`.
     """
     free = unknowns(network, layers)
     whole = require(network, constraints, free, extremes=extremes)
+    promise(whole, {})  # what cannot be claimed is not looked for
     wished = Goals(require(network, goals, free), goal_weight) if goals else None
     seconds = {"solve": 0.0, "check": 0.0}
     wide = [c for c in constraints if _areas(c)]
@@ -101,6 +105,7 @@ def edit_inside(
         bound = max(bound - unit * float(origin.abs().max() + bound), 1e-300)
     theta = origin if start is None else _flat(free, start, network)
     caution, tight, patience = 0, 0.0, 10.0
+    within: LowRank | None = None
     while True:
         clock = time.perf_counter()
         asked = whole
@@ -109,8 +114,11 @@ def edit_inside(
             chosen = {k: extremes[i] for k, (i, _) in enumerate(parts) if extremes and i in extremes}
             asked = require(network, [part for _, part in parts], free, extremes=chosen)
         asked = asked.tightened(tight) if tight else asked
-        mover = Mover(asked, network.dtype, norm, bound, deadline, wished)
+        mover = Mover(asked, network.dtype, norm, bound, deadline, wished, within)
         moved = mover(theta, CAUTION[caution])
+        if rank is not None and within is None and isinstance(moved, Move):
+            within = LowRank.around(free, moved.theta - origin, rank)
+            moved = replace(mover, within=within)(theta, CAUTION[caution])
         seconds["solve"] += time.perf_counter() - clock
         if isinstance(moved, Failure):
             names = tuple(dict.fromkeys(asked.name_of(r) for r in moved.rows))
@@ -147,6 +155,12 @@ def edit_inside(
 
 def _areas(c: Constraint) -> list[Area]:
     return [p for p in points_of(c) if isinstance(p, Area)]
+
+
+def sampled(constraints: Sequence[Constraint]) -> list[Constraint]:
+    """Constraints at points only: those on a region at some of its points."""
+    samples = {area: _first(area) for c in constraints for area in _areas(c)}
+    return [part for c in constraints for part in _instances(c, samples)]
 
 
 def _first(area: Area) -> list[Tensor]:

@@ -16,13 +16,15 @@ from torch import Tensor
 from soundly.editing.constraints import (
     Bounded,
     Classified,
+    Cone,
     Constraint,
-    Functional,
+    Cosine,
     Normalised,
-    Output,
     Point,
     TopMask,
+    terms_of,
 )
+from soundly.editing.functionals import Functional, Output
 from soundly.editing.rows import Rows, Table
 from soundly.editing.trunk import Trunk
 from soundly.errors import InvalidInput
@@ -65,8 +67,7 @@ class Program(Table):
 
     def satisfied(self, weights: Tensor) -> Tensor:
         """[m] bool: which rows hold for these weights (measured, not proven)."""
-        value = self.values(weights)
-        return (self.lower <= value) & (value <= self.upper)
+        return self.held(self.values(weights))
 
     def blocks(self) -> Iterator[Block]:
         """The independent parts. Rows without any edited class belong to a block without classes."""
@@ -82,14 +83,17 @@ class Program(Table):
                 c = parent[c]
             return c
 
-        row, first = self.row_of_entry, torch.full((len(self.lower),), -1)
+        group, first = torch.arange(len(self.lower)), torch.full((len(self.lower),), -1)
+        for start, stop in self.cones.tolist():
+            group[start:stop] = start
+        row = group[self.row_of_entry]
         pairs = torch.unique(torch.stack([row[moving], entry_class[moving]]), dim=1).T.tolist()
         for r, c in pairs:
             if first[r] < 0:
                 first[r] = c
             else:
                 parent[root(c)] = root(int(first[r]))
-        roots = torch.tensor([root(int(c)) if c >= 0 else -1 for c in first.tolist()])
+        roots = torch.tensor([root(int(c)) if c >= 0 else -1 for c in first.tolist()])[group]
         for r in dict.fromkeys(roots.tolist()):
             rows = (roots == r).nonzero()[:, 0]
             yield self._block(rows, tuple(c for c in self.edited if r >= 0 and root(c) == r))
@@ -115,7 +119,8 @@ class Program(Table):
         if bool(rest.any()):
             contribution = (self.vectors[vector[rest]] * self.weights[cls[rest]]).sum(1) * factor[rest]
             frozen.index_add_(0, entry_row[rest], contribution)
-        return Block(tuple(classes), rows, matrix, frozen)
+        cones = place[self.cones - torch.tensor([0, 1])]
+        return Block(tuple(classes), rows, matrix, frozen, cones[cones[:, 0] >= 0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,12 +132,14 @@ class Block:
         rows: [m] indices into the program.
         matrix: [m, len(classes) * (K + 1)].
         frozen: [m], the part that unedited classes contribute.
+        cones: [q, 2] (first, last) of the rows of each cone, as positions in the block.
     """
 
     classes: tuple[int, ...]
     rows: Tensor
     matrix: Tensor
     frozen: Tensor
+    cones: Tensor
 
 
 class _Builder(Rows):
@@ -174,7 +181,10 @@ class _Builder(Rows):
     def values_of(self, functional: Functional) -> Tensor:
         start, vectors = self.vectors_of(functional)
         count = len(vectors)
-        return self.new_values(torch.arange(start, start + count), torch.full((count,), functional.of))
+        values = self.new_values(torch.arange(start, start + count), torch.full((count,), functional.of))
+        distinct, group = vectors.unique(dim=0, return_inverse=True)
+        first = torch.full((len(distinct),), count).scatter_reduce(0, group, torch.arange(count), "amin")
+        return torch.where(vectors.any(1), values[first[group]], -1)
 
     def now(self, functional: Functional) -> Tensor:
         return self.vectors_of(functional)[1] @ self.weights[functional.of]
@@ -213,15 +223,15 @@ def compile_program(
         InvalidInput: a constraint does not fit the model.
     """
     build = _Builder(trunk, {} if evaluated is None else evaluated)
-    stated = [c for c in constraints if isinstance(c, Bounded | Normalised | TopMask)]
-    edited = {t.functional.of for c in stated for t in c.expression.terms}
+    stated = [c for c in constraints if isinstance(c, Bounded | Normalised | TopMask | Cone | Cosine)]
+    edited = {t.functional.of for c in stated for t in terms_of(c)}
     edited |= {c.label for c in constraints if isinstance(c, Classified)}
     if any(not 0 <= c < build.classes for c in edited):
         raise InvalidInput(
             f"constraints name outputs {sorted(edited)}; layer {trunk.layer!r} has 0..{build.classes - 1}."
         )
     build.state(constraints, extremes or {})
-    start, value, factor, lower, upper = build.table()
+    start, value, factor, lower, upper, cones = build.table()
     return Program(
         vectors=torch.cat([v for _, v in build.known.values()]),
         value_vector=torch.cat(build.value_vector),
@@ -231,6 +241,7 @@ def compile_program(
         row_coefficient=factor,
         lower=lower,
         upper=upper,
+        cones=cones,
         claims=tuple(build.claims),
         weights=build.weights,
         edited=tuple(sorted(edited)),

@@ -1,8 +1,9 @@
 """Constraints as linear rows over values, whatever those values are made of.
 
-A bound, a normalised map, a kept top set: each is a few short rows `lower <= sum_k c_k value_k <= upper`. What a value
-is (a feature vector times a weight vector; an entry of a gradient at a point), and how one class is made to win, is
-decided by whoever compiles the rows.
+A bound, a normalised map, a kept top set: each is a few short rows `lower <= sum_k c_k value_k <= upper`. The rows of a
+cone may miss these bounds, in the Euclidean norm by no more than the last of them has to spare. What a value is (a
+feature vector times a weight vector; an entry of a gradient at a point), and how one class is made to win, is decided
+by whoever compiles the rows.
 """
 
 from __future__ import annotations
@@ -16,7 +17,17 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from soundly.editing.constraints import Bounded, Classified, Constraint, Expression, Functional, Normalised, TopMask
+from soundly.editing.constraints import (
+    Bounded,
+    Classified,
+    Cone,
+    Constraint,
+    Cosine,
+    Expression,
+    Normalised,
+    TopMask,
+)
+from soundly.editing.functionals import Functional
 from soundly.errors import InvalidInput
 
 GRID = 2.0**40
@@ -40,6 +51,8 @@ class Table:
         row_start: [m + 1]; row i consists of the entries row_start[i] .. row_start[i + 1] - 1 of
         row_value, row_coefficient: [nnz].
         lower, upper: [m] float64.
+        cones: [q, 2] (start, stop), ascending: of the rows start .. stop - 1 the last exceeds its lower end by at least
+            the Euclidean norm of what the others miss their bounds by.
         claims: cover the rows in order.
     """
 
@@ -48,6 +61,7 @@ class Table:
     row_coefficient: Tensor
     lower: Tensor
     upper: Tensor
+    cones: Tensor
     claims: tuple[Claim, ...]
 
     @cached_property
@@ -58,7 +72,17 @@ class Table:
     def name_of(self, row: int) -> str:
         """The claim of a row and the row's number inside it."""
         claim = next(c for c in self.claims if c.start <= row < c.stop)
-        return claim.name if claim.stop - claim.start == 1 else f"{claim.name} [row {row - claim.start}]"
+        whole = claim.stop - claim.start == 1 or bool(((self.cones[:, 0] <= row) & (row < self.cones[:, 1])).any())
+        return claim.name if whole else f"{claim.name} [row {row - claim.start}]"
+
+    def held(self, values: Tensor) -> Tensor:
+        """[m] bool: which rows hold if these are their values [m]; those of a cone together."""
+        held = (self.lower <= values) & (values <= self.upper)
+        for start, stop in self.cones.tolist():
+            part, last = slice(start, stop - 1), stop - 1
+            missed = values[part] - values[part].clamp(self.lower[part], self.upper[part])
+            held[start:stop] = missed.norm() <= values[last] - self.lower[last]
+        return held
 
 
 class Rows(ABC):
@@ -68,11 +92,12 @@ class Rows(ABC):
         self.count = 0
         self.entries: list[tuple[Tensor, Tensor, Tensor]] = []  # row, value, coefficient
         self.bounds: list[tuple[Tensor, Tensor]] = []
+        self.cones: list[tuple[int, int]] = []
         self.claims: list[Claim] = []
 
     @abstractmethod
     def values_of(self, functional: Functional) -> Tensor:
-        """Indices of the functional's values."""
+        """Indices of the functional's values: equal ones for values that are always equal, -1 for those always 0."""
 
     @abstractmethod
     def now(self, functional: Functional) -> Tensor:
@@ -94,6 +119,10 @@ class Rows(ABC):
                     self._normalised(constraint, extremes.get(i) or constraint.extremes()[0])
                 case TopMask():
                     self._top(constraint)
+                case Cone():
+                    self._cone(constraint)
+                case Cosine():
+                    self._cosine(constraint)
                 case Classified():
                     self.classified(constraint)
                 case _:
@@ -101,26 +130,33 @@ class Rows(ABC):
                         f"constraints[{i}] is a {type(constraint).__name__}; finish it with .within, .classified, ..."
                     )
 
-    def add(self, name: str, row: Tensor, value: Tensor, factor: Tensor, lower: Tensor, upper: Tensor) -> None:
-        """Adds rows 0..len(lower)-1 of a claim, given as entries."""
-        keep = factor != 0
+    def add(
+        self, name: str, row: Tensor, value: Tensor, factor: Tensor, lower: Tensor, upper: Tensor, *, cone: int = 0
+    ) -> None:
+        """Adds rows 0..len(lower)-1 of a claim, given as entries; the first `cone` rows form one."""
+        if cone:
+            self.cones.append((self.count, self.count + cone))
+        keep = (factor != 0) & (value >= 0)
         self.entries.append((row[keep] + self.count, value[keep], factor[keep].double()))
         self.bounds.append((lower.double(), upper.double()))
         self.claims.append(Claim(name, self.count, self.count + len(lower)))
         self.count += len(lower)
 
-    def table(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """All rows: row_start [m + 1], row_value and row_coefficient [nnz] in order of rows, lower and upper [m]."""
+    def table(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """All rows: row_start [m + 1], row_value and row_coefficient [nnz] in order of rows, lower and upper [m], and
+        cones [q, 2]."""
         row, value, factor = (torch.cat(parts) for parts in zip(*self.entries, strict=True))
         order = torch.argsort(row, stable=True)
         start = torch.zeros(self.count + 1, dtype=torch.long)
         start[1:] = torch.bincount(row, minlength=self.count).cumsum(0)
         lower, upper = (torch.cat(parts) for parts in zip(*self.bounds, strict=True))
-        return start, value[order], factor[order], lower, upper
+        cones = torch.tensor(self.cones, dtype=torch.long).reshape(-1, 2)
+        return start, value[order], factor[order], lower, upper, cones
 
     def expression(self, e: Expression) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Entries (row, value, factor) and the constant [m] of an expression."""
-        rows, values, factors, size = [], [], [], None
+        rows, values, factors = [torch.zeros(0).long()], [torch.zeros(0).long()], [torch.zeros(0).double()]
+        size = None if e.terms else len(e.constant)
         for term in e.terms:
             value = self.values_of(term.functional)
             matrix = torch.eye(len(value), dtype=torch.float64) if term.matrix is None else term.matrix
@@ -187,12 +223,14 @@ class Rows(ABC):
         end = torch.tensor([spread], dtype=torch.float64)
         name = f"{c.name} within {c.eps:g} of its target (smallest entry {p}, largest {q}, range >= {spread:.3g})"
         # The map's entries may themselves be combinations of values.
-        base = torch.zeros(n, len(base_row), dtype=torch.float64)
-        base[base_row, torch.arange(len(base_row))] = base_factor
+        # Entries that are the same value share its column, so that they cancel; on the grid, exactly.
+        values, place = base_value.unique(return_inverse=True)
+        base = torch.zeros(n, len(values), dtype=torch.float64)
+        base.index_put_((base_row, place), base_factor, accumulate=True)
         combined = matrix @ base
         row, column = combined.nonzero(as_tuple=True)
         self.add(
-            name, row, base_value[column], combined[row, column],
+            name, row, values[column], combined[row, column],
             torch.cat([lower.reshape(-1), end]), torch.cat([upper.reshape(-1), end * math.inf]),
         )  # fmt: skip
 
@@ -204,3 +242,34 @@ class Rows(ABC):
         index = torch.arange(len(pairs))
         matrix[index, pairs[:, 0]], matrix[index, pairs[:, 1]] = 1.0, -1.0
         self._bounded(c.expression.combined(matrix).at_least(c.margin, name=c.name))
+
+    def _cone(self, c: Cone) -> None:
+        row, value, factor, constant = self.expression(c.expression)
+        last, more, times, radius = self.expression(c.radius)
+        if len(radius) != 1:
+            raise InvalidInput(f"{c.name}: the radius has {len(radius)} entries; it must be one number.")
+        n = len(constant)
+        lower = torch.cat([-constant, -radius])
+        upper = torch.cat([-constant, radius.new_full((1,), math.inf)])
+        entries = torch.cat([row, last + n]), torch.cat([value, more]), torch.cat([factor, times])
+        self.add(c.name, *entries, lower, upper, cone=n + 1)
+
+    def _cosine(self, c: Cosine) -> None:
+        """Rows s L_i, <t, L>, <t, L> with s >= cosine |t|: the first ones form a cone, the last has a lower end."""
+        row, value, factor, constant = self.expression(c.expression)
+        n = len(constant)
+        if n != len(c.teacher):
+            raise InvalidInput(f"{c.name}: the map has {n} entries, its teacher {len(c.teacher)}.")
+        if bool((constant != 0).any()):
+            raise InvalidInput(f"{c.name}: add the constant to the teacher's side; an angle needs a map of its own.")
+        length = c.length if c.length is not None else 0.1 * float(self.value(c.expression).norm())
+        if not length > 0:
+            raise InvalidInput(f"{c.name}: the map is zero before the edit; give its least `length` explicitly.")
+        size = math.sqrt(math.fsum(t * t for t in c.teacher.tolist())) * (1 + 2.0**-50)  # at least |t|
+        along = c.teacher[row] * factor
+        lower = torch.cat([torch.zeros(n + 1), torch.tensor([math.nextafter(length * size, math.inf)])])
+        upper = torch.cat([torch.zeros(n), torch.full((2,), math.inf)])
+        self.add(
+            c.name, torch.cat([row, torch.full_like(row, n), torch.full_like(row, n + 1)]), value.repeat(3),
+            torch.cat([factor * math.nextafter(c.cosine * size, math.inf), along, along]), lower, upper, cone=n + 1,
+        )  # fmt: skip

@@ -23,8 +23,10 @@ import torch
 from torch import Tensor
 
 from soundly.editing.candidate import Failure, Norm
-from soundly.editing.constraints import Classified, Constraint, Functional, Outputs, Point
+from soundly.editing.constraints import Classified, Constraint, Point
 from soundly.editing.evidence import Evidence, joined, key_of, quantity
+from soundly.editing.functionals import Functional, Outputs
+from soundly.editing.low_rank import LowRank
 from soundly.editing.rows import Rows, Table
 from soundly.editing.solve import least_change
 from soundly.errors import InvalidInput
@@ -161,7 +163,7 @@ def require(
     """
     build = _Builder(network)
     build.state(constraints, extremes or {})
-    start, value, factor, lower, upper = build.table()
+    start, value, factor, lower, upper, cones = build.table()
     offset, spans = 0, {}
     for key, (_, size) in build.quantities.items():
         spans[key] = slice(offset, offset + size)
@@ -172,7 +174,7 @@ def require(
     points = tuple(build.points)
     whole = joined(network, [made for made, _ in build.quantities.values()])
     evidence = Evidence.of(whole, [p.x for p in points], free)
-    table = (start, place[value], factor, lower, upper, tuple(build.claims))
+    table = (start, place[value], factor, lower, upper, cones, tuple(build.claims))
     return Requirements(*table, network=whole, evidence=evidence, points=points)
 
 
@@ -216,6 +218,7 @@ class Mover:
         norm, bound: what is minimised, and how far a weight may move.
         deadline: value of `time.perf_counter()`.
         goals: what should hold as well as it can (norm "l2" only).
+        within: the changes to choose from; all if None (norm "l2" without a bound only).
     """
 
     requirements: Requirements
@@ -224,6 +227,7 @@ class Mover:
     bound: float | None = None
     deadline: float = math.inf
     goals: Goals | None = None
+    within: LowRank | None = None
 
     def __call__(self, start: Tensor, caution: float) -> Move | Failure:
         """Programs around `start` [n], then around what they lead to, with margins that grow with `caution`.
@@ -243,20 +247,25 @@ class Mover:
 
     def descended(self, theta: Tensor) -> Tensor:
         """Weights that violate the rows less, by ordinary descent: across breaks, where programs do not look."""
-        requirements, evidence = self.requirements, self.requirements.evidence
+        requirements, evidence, origin = self.requirements, self.requirements.evidence, self.requirements.evidence.theta
+
+        def chosen(theta: Tensor) -> Tensor:
+            return theta if self.within is None else origin + self.within(theta - origin)
+
         scale = requirements.magnitude(evidence(theta)[0])
         moving = theta.clone().requires_grad_()
         descent = torch.optim.Adam([moving], lr=float(STRIDE * theta.abs().mean()))
         best, least = theta, math.inf
         with torch.enable_grad():
             for _ in range(DESCENT):
-                values = torch.vmap(lambda x: evidence.at(moving, x)[0], chunk_size=evidence.chunk)(evidence.points)
+                there = chosen(moving)
+                values = torch.vmap(lambda x, t=there: evidence.at(t, x)[0], chunk_size=evidence.chunk)(evidence.points)
                 loss = (requirements.excess(values) / scale).clamp(min=-1e-3).add(1e-3).square().sum()
                 value = float(loss.detach())
                 if time.perf_counter() > self.deadline or not value < math.inf:
                     break
                 if value < least:
-                    best, least = moving.detach().clone(), value
+                    best, least = there.detach().clone(), value
                 descent.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 descent.step()
@@ -482,15 +491,16 @@ class Program:
         assert self.mover.goals is not None
         goals = self.mover.goals.rows
         values = goals.evidence(self.theta)[0]
-        rows = row_gradients(goals, self.theta, torch.arange(len(goals.lower)))
+        rows = self._rows(torch.arange(len(goals.lower)), goals)
         return rows, goals.lower - goals.values(values)
 
     def _moved(self, step: Tensor) -> Tensor:
         values, hinges = self.evidence.moved(self.theta, step)
         return torch.cat([self.requirements.values(values), hinges.reshape(-1)])
 
-    def _rows(self, index: Tensor) -> Tensor:
-        return row_gradients(self.requirements, self.theta, index)
+    def _rows(self, index: Tensor, requirements: Requirements | None = None) -> Tensor:
+        rows = row_gradients(requirements or self.requirements, self.theta, index)
+        return rows if self.mover.within is None else self.mover.within(rows)
 
     def _contradiction(self, found: _Conflict) -> Failure:
         rows = tuple(int(r) for r in found.rows)

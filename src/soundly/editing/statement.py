@@ -36,10 +36,15 @@ STEPS = 1000
 
 DEMANDS: Mapping[str, str] = {
     "within": "", "at_least": "", "at_most": "", "equals": "tolerance", "normalised_near": "eps spread",
-    "keeps_top": "margin",
+    "keeps_top": "margin", "norm_at_most": "", "cosine_at_least": "teacher length",
 }  # fmt: skip
 """What may be demanded of an expression, and the options of each demand."""
-QUANTITIES = ("output", "gradient", "directional", "gradcam", "integrated_gradients", "coordinates", "sum")
+QUANTITIES = (
+    "output", "gradient", "directional", "derivative", "laplacian", "gradcam", "integrated_gradients", "coordinates",
+    "sum",
+)  # fmt: skip
+ORDER = 4
+"""The highest order of a derivative."""
 CHANGES = "at combined times plus"
 
 
@@ -222,6 +227,18 @@ class _Reader:
             parts["directions"].fail(f"expected shape [number, {str(list(shape))[1:]}, not {list(directions.shape)}.")
         return here.directional(of, directions, place=place), len(directions)
 
+    def _derivative(self, value: Value, here: Point) -> tuple[Expression, int]:
+        parts = value.object("of along")
+        along = parts["along"].integers(math.prod(self.shape))
+        if len(along) > ORDER:
+            parts["along"].fail(f"derivatives of order {len(along)}; at most {ORDER}.")
+        return here.derivative(parts["of"].integer(0, self.classes), along), 1
+
+    def _laplacian(self, value: Value, here: Point) -> tuple[Expression, int]:
+        parts = value.object("of", "entries")
+        entries = parts["entries"].integers(math.prod(self.shape)) if "entries" in parts else None
+        return here.laplacian(parts["of"].integer(0, self.classes), entries=entries), 1
+
     def _gradcam(self, value: Value, here: Point) -> tuple[Expression, int]:
         parts = value.object("of layer")
         of, (layer, shape) = parts["of"].integer(0, self.classes), self._place(parts["layer"])
@@ -325,6 +342,16 @@ class _Reader:
                 if mask.numel() != size or not bool(((mask == 0) | (mask == 1)).all()):
                     value.fail(f"expected a mask of {size} numbers, each true or false, 1 or 0.")
                 return e.keeps_top(mask, margin=option("margin", 1e-6), name=name)
+            case "norm_at_most":
+                return e.norm_at_most(value.number(0.0, above=True), name=name)
+            case "cosine_at_least":
+                if "teacher" not in parts:
+                    value.fail('it needs a "teacher", a map.')
+                teacher = parts["teacher"].array()
+                if teacher.numel() != size:
+                    parts["teacher"].fail(f"expected a map of {size} numbers, not {teacher.numel()}.")
+                length = option("length", above=True) if "length" in parts else None
+                return e.cosine_at_least(value.number(0.0, above=True), teacher=teacher, length=length, name=name)
         raise AssertionError(demand)
 
     def goal(self, value: Value, here: Point) -> Goal:

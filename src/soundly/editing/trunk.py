@@ -9,7 +9,7 @@ from a captured graph, one by running any PyTorch module of any size.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, Protocol
@@ -47,10 +47,11 @@ class Trunk(Protocol):
         """The value at a place of the network (the input itself for None)."""
         ...
 
-    def tangents(self, x: Tensor, place: str | None, directions: Tensor) -> Tensor:
+    def tangents(self, x: Tensor, place: str | None, *along: Tensor) -> Tensor:
         """D h[d] for each direction d at a place: [m, *shape] to [m, positions, K], as float64.
 
-        The shape of a direction is that of the place's value, or broadcasts to it.
+        Given several tensors of directions, D^2 h[d, e] and so on, row by row. The shape of a direction is that of the
+        place's value, or broadcasts to it.
         """
         ...
 
@@ -95,7 +96,7 @@ class GraphTrunk:
         self._dtype = torch.promote_types(network.dtype, torch.float32)
         self._features = replace(network.to(self._dtype), outputs=(self._dense.inputs[0],))
         self._last: tuple[Tensor | None, dict[Node, Tensor]] = (None, {})
-        self._moves: dict[tuple[str | None, Shape], tuple[Network, Node, Node]] = {}
+        self._moves: dict[tuple[str | None, tuple[Shape, ...]], tuple[Network, list[Node], Node]] = {}
 
     def features(self, x: Tensor) -> Tensor:
         return self._at(x, self._dense.inputs[0]).reshape(-1, self.weight.shape[1]).double()
@@ -116,40 +117,46 @@ class GraphTrunk:
     def _place(self, place: str | None) -> Node:
         return self.network.input if place is None else self.network.at(place)
 
-    def tangents(self, x: Tensor, place: str | None, directions: Tensor) -> Tensor:
-        shape = tuple(directions.shape[1:])
-        if (place, shape) not in self._moves:
-            self._moves[place, shape] = self._move(place, shape)
-        network, direction, node = self._moves[place, shape]
+    def tangents(self, x: Tensor, place: str | None, *along: Tensor) -> Tensor:
+        shapes = tuple(tuple(directions.shape[1:]) for directions in along)
+        if (place, shapes) not in self._moves:
+            self._moves[place, shapes] = self._move(place, shapes)
+        network, leaves, node = self._moves[place, shapes]
         given = {} if place is None else {node: self.value(x, place)}  # nothing before the place is evaluated again
 
-        def moved(d: Tensor) -> Tensor:
-            return network.evaluate(network.outputs, x.to(self._dtype), given={**given, direction: d})[0]
+        def moved(*directions: Tensor) -> Tensor:
+            chosen = dict(zip(leaves, directions, strict=True))
+            return network.evaluate(network.outputs, x.to(self._dtype), given={**given, **chosen})[0]
 
         with torch.no_grad():
             size = max(1, 2**24 // max(1, math.prod(node.shape)))
-            result: Tensor = torch.vmap(moved, chunk_size=size)(directions.to(self._dtype))
-        return result.reshape(len(directions), -1, self.weight.shape[1]).double()
+            result: Tensor = torch.vmap(moved, chunk_size=size)(*(directions.to(self._dtype) for directions in along))
+        return result.reshape(len(along[0]), -1, self.weight.shape[1]).double()
 
     def tangents_along(self, path: Tensor, directions: Tensor) -> Tensor:
         return torch.stack([self.tangents(x, None, directions) for x in path])
 
-    def _move(self, place: str | None, shape: Shape) -> tuple[Network, Node, Node]:
-        """The network d -> D h[d], its direction leaf, and the place in it."""
+    def _move(self, place: str | None, shapes: Sequence[Shape]) -> tuple[Network, list[Node], Node]:
+        """The network d, e, ... -> D^n h[d, e, ...], the leaves of its directions, and the place in it."""
         node, h = self._place(place), self._dense.inputs[0]
         if h not in dependents(topological([h]), [node]):
             raise EditError(f"layer {self.layer!r} does not depend on {place!r}, so no explanation there involves it.")
-        cotangent, direction = Input("cotangent", h.shape)(), Input("direction", shape)()
-        try:
-            spread = broadcast(direction, node.shape)
-        except ValueError as error:
-            raise InvalidInput(f"directions of shape {shape} do not fit {place!r}, which has {node.shape}.") from error
-        # <c, D h[d]> is linear in c, and its gradient towards c is D h[d].
-        (pulled,) = differentiate(h, [node], seed=cotangent)
-        paired = reshape(Sum(tuple(range(len(node.shape))))(multiply(pulled, spread)), (1,))
-        (moved,) = differentiate(paired, [cotangent])
+        moved, leaves = h, []
+        for i, shape in enumerate(shapes):
+            cotangent, direction = Input(f"cotangent {i}", h.shape)(), Input(f"direction {i}", shape)()
+            leaves.append(direction)
+            try:
+                spread = broadcast(direction, node.shape)
+            except ValueError as error:
+                raise InvalidInput(
+                    f"directions of shape {shape} do not fit {place!r}, which has {node.shape}."
+                ) from error
+            # <c, D h[d]> is linear in c, and its gradient towards c is D h[d].
+            (pulled,) = differentiate(moved, [node], seed=cotangent)
+            paired = reshape(Sum(tuple(range(len(node.shape))))(multiply(pulled, spread)), (1,))
+            (moved,) = differentiate(paired, [cotangent])
         network = simplify(replace(self._features, outputs=(moved,), places={"place": node}))
-        return network, direction, network.places.get("place", node)
+        return network, leaves, network.places.get("place", node)
 
 
 def _is_weighted(node: Node) -> bool:
@@ -343,47 +350,59 @@ class ModuleTrunk:
             value: Tensor = self._run(x, place)["place"]
         return value
 
-    def tangents(self, x: Tensor, place: str | None, directions: Tensor) -> Tensor:
+    def tangents(self, x: Tensor, place: str | None, *along: Tensor) -> Tensor:
         self.try_other_weights(x)
-        return self._moved(x, place, self.value(x, place)[None], directions)[0]
+        return self._moved(x, place, self.value(x, place)[None], along)[0]
 
     def tangents_along(self, path: Tensor, directions: Tensor) -> Tensor:
         self.try_other_weights(path[0])
-        return self._moved(path[0], None, path, directions)
+        return self._moved(path[0], None, path, (directions,))
 
-    def _moved(self, x: Tensor, place: str | None, values: Tensor, directions: Tensor) -> Tensor:
+    def _moved(self, x: Tensor, place: str | None, values: Tensor, along: tuple[Tensor, ...]) -> Tensor:
         """[s, m, positions, K]: how features move with each of several values at a place, in each direction."""
-        shape = values.shape[1:]
-        try:
-            values.new_empty(directions.shape[1:]).expand(shape)
-        except RuntimeError as error:
-            shapes = f"{tuple(directions.shape[1:])} do not fit {place or 'the input'}, which has {tuple(shape)}"
-            raise InvalidInput(f"directions of shape {shapes}.") from error
+        shape, count = values.shape[1:], len(along[0])
+        for directions in along:
+            try:
+                values.new_empty(directions.shape[1:]).expand(shape)
+            except RuntimeError as error:
+                shapes = f"{tuple(directions.shape[1:])} do not fit {place or 'the input'}, which has {tuple(shape)}"
+                raise InvalidInput(f"directions of shape {shapes}.") from error
 
-        def moved(value: Tensor, d: Tensor) -> Tensor:
-            return torch.func.jvp(lambda z: self._run(x, place, z, to_head=True)["head"], (value,), (d.expand(shape),))[
-                1
-            ]
+        def moved(value: Tensor, directions: tuple[Tensor, ...]) -> Tensor:
+            function: Callable[[Tensor], Tensor] = lambda z: self._run(x, place, z, to_head=True)["head"]  # noqa: E731
+            for d in directions:
+                function = _derivative(function, d.expand(shape))
+            return function(value)
 
         size = max(1, 2**26 // max(1, math.prod(shape)))
         at_one = torch.vmap(moved, (None, 0), chunk_size=size)
-        at_several = torch.vmap(at_one, (0, None), chunk_size=max(1, size // max(1, len(directions))))
-        directions = directions.to(values.dtype)
+        at_several = torch.vmap(at_one, (0, None), chunk_size=max(1, size // max(1, count)))
+        along = tuple(directions.to(values.dtype) for directions in along)
         with torch.no_grad():
             self._run(x, place, values[0])  # the whole module, with its checks
             try:
                 found = None
                 if len(values) > 1:
                     with suppress(RuntimeError):  # of modules that look at their input's values
-                        found = at_several(values, directions)
+                        found = at_several(values, along)
                 if found is None:
-                    found = torch.stack([at_one(value, directions) for value in values])
+                    found = torch.stack([at_one(value, along) for value in values])
             except (NotImplementedError, RuntimeError) as error:
                 raise EditError(
                     f"torch could not differentiate {type(self.module).__name__} forward at {place or 'its input'} "
                     f"({error}). Load it as a graph first: soundly.edit(soundly.load(model, example), ...)."
                 ) from error
-        return found.reshape(len(values), len(directions), -1, self.weight.shape[1]).double()
+        return found.reshape(len(values), count, -1, self.weight.shape[1]).double()
+
+
+def _derivative(function: Callable[[Tensor], Tensor], direction: Tensor) -> Callable[[Tensor], Tensor]:
+    """The directional derivative of a function as a function."""
+
+    def moved(z: Tensor) -> Tensor:
+        tangent: Tensor = torch.func.jvp(function, (z,), (direction,))[1]
+        return tangent
+
+    return moved
 
 
 class _Reached(Exception):

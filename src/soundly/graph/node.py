@@ -165,8 +165,14 @@ class Composite(Op):
     def pullback(self, cotangent: Node, node: Node) -> tuple[Node, ...]:
         """The derivative towards each input of `node`; by default that of the expansion."""
         from soundly.graph.differentiate import differentiate
+        from soundly.graph.simplify import rebuild
 
-        return differentiate(self.expand(*node.inputs), node.inputs, seed=cotangent)
+        # Over leaves that stand for the inputs: one of these may be, or depend on, another.
+        apart = {Input(str(i), child.shape)(): child for i, child in enumerate(node.inputs)}
+        seed = Input("cotangent", node.shape)()
+        pulled = differentiate(self.expand(*apart), tuple(apart), seed=seed)
+        new = rebuild(pulled, lambda old, found: {**apart, seed: cotangent}.get(old, found))
+        return tuple(new[part] for part in pulled)
 
     def enclose(self, *bounds: tuple[Tensor, Tensor], unit: float) -> tuple[Tensor, Tensor] | None:
         """Bounds from bounds of the inputs, of the real value and of any evaluation with unit roundoff `unit`; None

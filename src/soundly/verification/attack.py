@@ -8,7 +8,7 @@ is replaced by that of a sigmoid as wide as what it reads is spread.
 
 References: Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR 2018 (projected gradient
 descent); Tashiro, Song, Ermon, "Diversity Can Be Enhanced", NeurIPS 2020 (diversified output initialisation);
-Andriushchenko et al., "Square Attack", ECCV 2020 (search without gradients).
+Andriushchenko et al., "Square Attack", ECCV 2020 (search without gradients); Frank and Wolfe, 1956 (steps in balls).
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class Attack:
         lower, upper: the box [n].
         seed: equal seeds give equal candidates, time limits apart.
         project: moves points [k, n] into a region within the box, such as a ball.
+        lowest: points [k, n] of that region where rows a [k, n] are least.
 
     Attributes:
         best: the least measure met so far (infinite before the first run), and its point [n] in float64. The measure,
@@ -52,7 +53,14 @@ class Attack:
     """
 
     def __init__(
-        self, program: Program, rows: Rows, lower: Tensor, upper: Tensor, seed: int, project: Project | None = None
+        self,
+        program: Program,
+        rows: Rows,
+        lower: Tensor,
+        upper: Tensor,
+        seed: int,
+        project: Project | None = None,
+        lowest: Project | None = None,
     ) -> None:
         self.program = program = logits(program, rows)
         self.dtype, self.device = next(
@@ -61,7 +69,7 @@ class Attack:
         )
         self.rows = rows.to(self.dtype, self.device)
         self.lower, self.upper = (end.to(self.device, torch.float64) for end in (lower, upper))
-        self.project = project
+        self.project, self.lowest = project, lowest
         self.best: tuple[float, Tensor] = (math.inf, (self.lower / 2 + self.upper / 2).cpu())
         self._generator = torch.Generator(self.device).manual_seed(seed)
         self._kept = self.lower.new_empty((0, len(self.lower)))
@@ -196,7 +204,8 @@ class Attack:
         return self._descend(x, lambda y, _: (y * way).sum(-1), steps, deadline)
 
     def _descend(self, x: Tensor, loss: Loss, steps: int, deadline: float) -> Tensor:
-        """Projected descent: one half by signs, the other by Adam. Points without a gradient are drawn anew."""
+        """Projected descent: one half by signs, or towards where the gradient is least, the other by Adam. Points
+        without a gradient are drawn anew."""
         width = (self.upper - self.lower).to(self.dtype)
         mean, square = torch.zeros_like(x), torch.zeros_like(x)
         best, least = x.clone(), x.new_full((len(x),), math.inf)
@@ -212,7 +221,10 @@ class Attack:
             way = gradient.sign()
             way[::2] = adam[::2]
             length = 0.25 * 0.02 ** (t / steps)
-            x = self._inside(x - length * width * way)
+            moved = x - length * width * way
+            if self.lowest is not None:
+                moved[1::2] = torch.lerp(x[1::2], self.lowest(gradient[1::2].double()).to(x), length)
+            x = self._inside(moved)
             still = (gradient == 0).all(-1)
             if bool(still.any()):
                 drawn = self._inside(self.lower + self._random(int(still.sum()), x.shape[1]) * width)

@@ -225,9 +225,11 @@ class InputSplit:
 
     def _treat(self, now: Parts) -> tuple[Parts, Tensor]:
         dtype = self.bounder.dtype
+        lower, upper = self.problem.narrowed(now.lower, now.upper)
+        now = replace(now, lower=lower, upper=upper)
         held = self.jumps.intervals(now.neuron, now.sign, now.end, dtype)
         frame = self.bounder.refresh(now.lower.to(dtype), now.upper.to(dtype), inherited=held)
-        owner, row, clause, least, base, a, loss = self._rows(frame, now)
+        owner, row, clause, least, base, a, points, loss = self._rows(frame, now)
         k, many = now.open.shape
         slack = self.problem.slack[row]
         place = owner * many + clause
@@ -238,11 +240,9 @@ class InputSplit:
         still = now.open & ~done
 
         alive = still.reshape(-1)[place]
-        owner, row, least, base, slack, a, loss, place = (
-            v[alive] for v in (owner, row, least, base, slack, a, loss, place)
+        owner, row, least, base, slack, a, points, loss, place = (
+            v[alive] for v in (owner, row, least, base, slack, a, points, loss, place)
         )
-        low, high = now.lower[owner], now.upper[owner]
-        points = torch.where(a > 0, low, high)
         # A clause is as far from being refuted as its best row, a box as its worst clause.
         reached = torch.full((k * many,), -torch.inf, dtype=a.dtype).scatter_reduce(0, place, least, "amax")
         best = least >= reached[place]
@@ -392,9 +392,9 @@ class InputSplit:
         children.lower[1::2].scatter_(1, entry, at)
         return children
 
-    def _rows(self, frame: Frame, now: Parts) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """owner, row, clause, lower bound, the least of the plane below and its coefficients, and what jumps cost, for
-        every open row."""
+    def _rows(self, frame: Frame, now: Parts) -> tuple[Tensor, ...]:
+        """owner, row, clause, lower bound, the least of the plane below over the box and its coefficients, where it is
+        least, and what jumps cost, for every open row."""
         problem, bounder = self.problem, self.bounder
         rows, clauses = (t[now.case] for t in problem.table)
         wanted = (rows >= 0) & now.open.gather(1, clauses.clamp(min=0))
@@ -402,19 +402,23 @@ class InputSplit:
         row, clause = rows[owner, slot], clauses[owner, slot]
         lines = frame.known
         bounds, bases = [now.lower.new_empty(0)], [now.lower.new_empty(0)]
-        planes = [now.lower.new_empty(0, now.lower.shape[1])]
+        planes, points = ([now.lower.new_empty(0, now.lower.shape[1])] for _ in range(2))
         losses = [now.lower.new_empty(0, len(self.jumps))]
         for part in bounder.portions(len(owner), width=bounder.room):
             which, who = row[part], owner[part]
             start = self._start(which, who)
             found = bounder.backward(frame, lines, start, keep=len(self.jumps) > 0)
-            least = found.least(frame.lower[0][who], frame.upper[0][who])
+            box = frame.lower[0][who], frame.upper[0][who]
+            base = least = replace(found, ball=None).least(*box)
+            if found.ball is not None:
+                least = torch.maximum(base, found.least(*box))
             bounds.append(torch.maximum(least, plainly(frame, start)).double())
-            bases.append(least.double())
+            bases.append(base.double())
             planes.append(found.a.double())
+            points.append(found.lowest(now.lower[who], now.upper[who]))
             losses.append(self.jumps.losses(lines, found, who).double())
-        least, base, a, loss = (torch.cat(v) for v in (bounds, bases, planes, losses))
-        return owner, row, clause, least, base, a, loss
+        least, base, a, at, loss = (torch.cat(v) for v in (bounds, bases, planes, points, losses))
+        return owner, row, clause, least, base, a, at, loss
 
 
 def _cut(low: Tensor, high: Tensor, reach: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,7 @@ class Leaf:
         bound: the row's least value on the leaf; infinite if the leaf is empty.
         multipliers: per step with splits, [1, n], not negative.
         point: [inputs], where the row is least, or, below the goal, deep inside where it is; None if the leaf is empty.
+            With a ball it may lie a little outside.
     """
 
     bound: float
@@ -64,16 +65,23 @@ def solve(bounder: Bounder, frame: Frame, start: Start, splits: Mapping[int, Spl
     box = torch.stack([frame.lower[0][0], frame.upper[0][0]], 1).double().numpy()
     if not all(bool(np.isfinite(v).all()) for v in (a, b, row.a.numpy(), row.d.numpy())):
         return None
-    if time.monotonic() > bounder.deadline:
-        raise OutOfTime
-    limit = {} if math.isinf(bounder.deadline) else {"time_limit": max(0.1, bounder.deadline - time.monotonic())}
-    result = linprog(row.a[0].double().numpy(), A_ub=a, b_ub=b, bounds=box, method="highs-ds", options=limit)
+    cost = row.a[0].double().numpy()
+    result = _solved(bounder, cost, a, b, box)
+    for _ in range(CUTS if bounder.ball is not None else 0):
+        assert bounder.ball is not None
+        if result.status != 0 or result.fun + float(row.d[0]) > goal:
+            break
+        cut = bounder.ball.plane(torch.from_numpy(result.x))
+        if cut is None:
+            break
+        a, b = np.r_[a, cut[0].numpy()[None]], np.r_[b, float(cut[1])]
+        result = _solved(bounder, cost, a, b, box)
     empty = {i: torch.zeros_like(s.sign) for i, s in splits.items()}
     if result.status == 2:
         return Leaf(np.inf, _farkas(a, b, box, where, scale, empty), None)
     if result.status != 0:
         return None
-    for (i, e), dual, size in zip(where, result.ineqlin.marginals, scale, strict=True):
+    for (i, e), dual, size in zip(where, result.ineqlin.marginals[: len(where)], scale, strict=True):
         empty[i][0, e] = max(-dual, 0.0) / size
     bound = float(result.fun) + float(row.d[0])
     target = (bound + goal) / 2 - float(row.d[0])
@@ -81,6 +89,13 @@ def solve(bounder: Bounder, frame: Frame, start: Start, splits: Mapping[int, Spl
         return Leaf(bound, empty, torch.from_numpy(result.x))
     inside = _inside(np.r_[a, row.a.double().numpy()], np.r_[b, target], box)
     return Leaf(bound, empty, torch.from_numpy(result.x if inside is None else inside))
+
+
+def _solved(bounder: Bounder, cost: Array, a: Array, b: Array, box: Array) -> Any:
+    if time.monotonic() > bounder.deadline:
+        raise OutOfTime
+    limit = {} if math.isinf(bounder.deadline) else {"time_limit": max(0.1, bounder.deadline - time.monotonic())}
+    return linprog(cost, A_ub=a, b_ub=b, bounds=box, method="highs-ds", options=limit)
 
 
 def _inside(a: Array, b: Array, box: Array) -> Array | None:
@@ -103,10 +118,12 @@ def _farkas(
     cost = np.r_[np.zeros(n), 1.0]
     result = linprog(cost, A_ub=wide, b_ub=b, bounds=np.r_[box, [[0.0, np.inf]]], method="highs-ds")
     if result.status == 0 and result.fun > 0:
-        for (i, entry), dual, size in zip(where, result.ineqlin.marginals, scale, strict=True):
+        for (i, entry), dual, size in zip(where, result.ineqlin.marginals[: len(where)], scale, strict=True):
             empty[i][0, entry] = max(-dual, 0.0) / size * ENLARGED / result.fun
     return empty
 
 
+CUTS = 50
+"""A ball is cut out by at most so many of its tangent planes, each where the last solution left it (Kelley, 1960)."""
 ENLARGED = 1e3
 """The bound that an empty leaf shall reach, roughly: rows are far smaller."""

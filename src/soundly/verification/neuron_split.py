@@ -4,16 +4,15 @@ A part of the region is described by constraints v_i >= p or v_i <= p. They clam
 rows with multipliers that are optimised together with the slopes of the lines; both by closed-form gradients, without
 an autograd tape. Intervals of inner values are those of the root.
 
-Reference: Wang et al., "Beta-CROWN", NeurIPS 2021; Bunel et al., "Branch and Bound for Piecewise Linear Neural Network
-Verification", JMLR 2020 (branching); De Palma et al., "Improved Branch and Bound", 2021 (filtered branching); Shi et
-al., "Neural Network Verification with Branch-and-Bound for General Nonlinearities", 2024 (splitting points).
+Reference: Wang et al., "Beta-CROWN", NeurIPS 2021; De Palma et al., "Improved Branch and Bound", 2021 (filtered
+branching).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,12 +22,14 @@ from torch import Tensor
 
 from soundly.bounds.batch import Bounder, Frame, Pass, Side, Slopes, Split, Start, copied
 from soundly.bounds.conditional import ROUNDS, Tightened, tighten
-from soundly.bounds.lines import bent, jumps, kink
+from soundly.bounds.lines import kink
 from soundly.bounds.optimise import Refined, raised
 from soundly.bounds.optimise import first as first_slopes
 from soundly.bounds.program import Function, Step
+from soundly.verification.branching import candidates
 from soundly.verification.forest import BOUND, LEAF, NEURON, Forest
 from soundly.verification.leaf import solve
+from soundly.verification.neuron_parts import Neurons, Parts, Slots
 from soundly.verification.problem import Problem
 from soundly.verification.proof import Grown
 from soundly.verification.tightening import Bounds, bounds_found
@@ -40,73 +41,6 @@ GAIN, YIELD, TURN = 0.05, 0.02, 1e10
 while, longer each time, if of its intervals a smaller share became tighter; up to how many products that may take."""
 PASSES = 20
 """Roughly how many passes a subproblem takes."""
-
-
-@dataclass(frozen=True, eq=False)
-class Parts:
-    """Subproblems: `neuron`, `sign`, `at` and `beta` [k, depth] describe the constraints (neuron -1: none), `slopes`
-    [k, slots] the free lines; with tree nodes, trees, bounds, and which of the search's intervals they have."""
-
-    neuron: Tensor
-    sign: Tensor
-    at: Tensor
-    beta: Tensor
-    slopes: Tensor
-    node: Tensor
-    tree: Tensor
-    bound: Tensor
-    ends: Tensor
-
-    def __len__(self) -> int:
-        return len(self.node)
-
-    def _asdict(self) -> dict[str, Tensor]:
-        return {f.name: getattr(self, f.name) for f in fields(self)}
-
-    def _fields(self) -> tuple[Tensor, ...]:
-        return self.neuron, self.sign, self.at, self.beta, self.slopes, self.node, self.tree, self.bound, self.ends
-
-    def pick(self, index: Tensor | slice) -> Parts:
-        return Parts(*(v[index] for v in self._fields()))
-
-    @staticmethod
-    def join(parts: list[Parts]) -> Parts:
-        depth = max(p.neuron.shape[1] for p in parts)
-        wide = [p.deeper(depth) for p in parts]
-        return Parts(*(torch.cat(v) for v in zip(*(p._fields() for p in wide), strict=True)))
-
-    @property
-    def last(self) -> Tensor:
-        """[k, depth]: which constraints are the last ones of their neuron."""
-        later = torch.ones(self.neuron.shape[1], self.neuron.shape[1], dtype=torch.bool).triu(1)
-        same = self.neuron[:, :, None] == self.neuron[:, None, :]
-        return ~(same & later).any(2)
-
-    def deeper(self, depth: int) -> Parts:
-        """With room for that many constraints."""
-        extra = depth - self.neuron.shape[1]
-        if extra == 0:
-            return self
-        neuron, sign, at, beta = (
-            torch.cat([v, v.new_full((len(v), extra), fill)], 1)
-            for v, fill in ((self.neuron, -1), (self.sign, 0), (self.at, 0), (self.beta, 0))
-        )
-        return replace(self, neuron=neuron, sign=sign, at=at, beta=beta)
-
-
-@dataclass(frozen=True, eq=False)
-class Slots:
-    """Which free slopes there are: the entries whose relaxations at the root have something to choose.
-
-    Attributes:
-        entries: step and side -> entries.
-        first: step and side -> position of its first entry among all slots.
-        count: of all of them.
-    """
-
-    entries: dict[Side, Tensor]
-    first: dict[Side, int]
-    count: int
 
 
 class NeuronSplit:
@@ -134,19 +68,8 @@ class NeuronSplit:
         self.steps = bounder.steps
         self.dtype = root.lower[0].dtype
         self.forest = Forest()
-        starts = [0]
-        for step in self.steps:
-            starts.append(starts[-1] + step.size)
-        self.offset = torch.tensor(starts)
-        entries, first, count = {}, {}, 0
-        for key, mask in bounder.free(root).items():
-            entries[key], first[key] = mask[0].nonzero()[:, 0], count
-            count += len(entries[key])
-        self.slots = Slots(entries, first, count)
-        self.jumps: dict[int, set[float]] = {}
-        for step in self.steps:
-            if isinstance(step, Function):
-                self.jumps.setdefault(step.source, set()).update(jumps(step.op))
+        self.neurons, self.slots = Neurons(self.steps), Slots.of(bounder, root)
+        self.offset = self.neurons.offset
         self.rows = self._best_rows(clauses)
         loose = {i: bounder.loose(i, root)[0].nonzero()[:, 0] for i in range(len(self.steps)) if bounder.read[i]}
         self.loose = {i: entry for i, entry in loose.items() if len(entry) and copied(self.steps[i]) is None}
@@ -187,10 +110,9 @@ class NeuronSplit:
     def _plant(self, clauses: Sequence[int]) -> Parts:
         nodes = [self.forest.plant(self.case, k, k + 1) for k in clauses]
         n = len(nodes)
-        slopes = torch.zeros(n, self.slots.count, dtype=self.dtype)
-        for key, value in first_slopes(self.bounder, self.root).items():
-            index, first = self.slots.entries[key], self.slots.first[key]
-            slopes[:, first : first + len(index)] = value[:, index]
+        slopes = self.slots.flat(
+            first_slopes(self.bounder, self.root), torch.zeros(n, self.slots.count, dtype=self.dtype)
+        )
         none = torch.empty(n, 0, dtype=self.dtype)
         return Parts(
             torch.empty(n, 0, dtype=torch.int64), none, none, none, slopes, torch.tensor(list(nodes)),
@@ -210,48 +132,10 @@ class NeuronSplit:
                 begin += len(entry)
                 lower[i], upper[i] = lower[i].repeat(k, 1), upper[i].repeat(k, 1)
                 lower[i][:, entry], upper[i][:, entry] = self.low[parts.ends, span], self.high[parts.ends, span]
-        splits = {}
-        step_of = torch.bucketize(parts.neuron, self.offset, right=True) - 1
-        last = parts.last
-        for i in step_of[parts.neuron >= 0].unique().tolist():
-            owner, place = (step_of == i).nonzero(as_tuple=True)
-            entry = parts.neuron[owner, place] - self.offset[i]
-            sign, at, beta = (v[owner, place] for v in (parts.sign, parts.at, parts.beta))
-            low, high = (v[i].expand(k, -1).clone() for v in (lower, upper))
-            # A neuron may be split at several points: all clamp it, the last one has a multiplier.
-            for side, end, pick in ((1, low, "amax"), (-1, high, "amin")):
-                mine = sign == side
-                flat = end.view(-1)
-                flat.scatter_reduce_(0, (owner * end.shape[1] + entry)[mine], at[mine], pick)
-            dense = [torch.zeros_like(low) for _ in range(3)]
-            mine = last[owner, place]
-            for v, target in zip((sign, at, beta), dense, strict=True):
-                target[owner[mine], entry[mine]] = v[mine]
-            for t in self.jumps.get(i, ()):
-                # Both sides of a jump belong to one half each: the right half has the right side's value at t, too.
-                here = (dense[0] != 0) & (dense[1] == t)
-                beyond = (
-                    torch.nextafter(low.new_tensor(t), low.new_tensor(math.inf)),
-                    torch.nextafter(low.new_tensor(t), low.new_tensor(-math.inf)),
-                )
-                low = torch.where(here & (dense[0] > 0) & (low == t) & (high > t), beyond[0], low)
-                high = torch.where(here & (dense[0] < 0) & (high == t) & (low < t), beyond[1], high)
-            lower[i], upper[i] = low, high
-            splits[i] = Split(*dense)
-        empty = torch.zeros(k, dtype=torch.bool)
-        for i in splits:
-            empty |= (lower[i] > upper[i]).any(1)
-            lower[i], upper[i] = torch.minimum(lower[i], upper[i]), torch.maximum(lower[i], upper[i])
-        return Frame(lower, upper, empty), splits
+        return self.neurons.held(parts, lower, upper)
 
     def _slopes(self, parts: Parts) -> dict[Side, Tensor]:
-        found = {}
-        for key, index in self.slots.entries.items():
-            dense = parts.slopes.new_zeros(len(parts), self.steps[key[0]].size)
-            first = self.slots.first[key]
-            dense[:, index] = parts.slopes[:, first : first + len(index)]
-            found[key] = dense
-        return found
+        return self.slots.dense(parts.slopes, self.steps)
 
     def _bound(self, parts: Parts, *, keep: bool = False) -> tuple[Tensor, Pass, Frame, dict[int, Split]]:
         frame, splits = self._frame(parts)
@@ -276,15 +160,7 @@ class NeuronSplit:
         return self._updated(parts, found.slopes, found.multipliers, bound)
 
     def _updated(self, parts: Parts, slopes: Slopes, force: Mapping[int, Tensor], bound: Tensor) -> Parts:
-        flat = parts.slopes.clone()
-        for key, value in slopes.items():
-            index, first = self.slots.entries[key], self.slots.first[key]
-            flat[:, first : first + len(index)] = value[:, index]
-        beta = parts.beta.clone()
-        step_of = torch.bucketize(parts.neuron, self.offset, right=True) - 1
-        for i, v in force.items():
-            owner, place = ((step_of == i) & parts.last & (parts.neuron >= 0)).nonzero(as_tuple=True)
-            beta[owner, place] = v[owner, parts.neuron[owner, place] - self.offset[i]]
+        flat, beta = self.slots.flat(slopes, parts.slopes), self.neurons.multipliers(parts, force)
         return replace(parts, beta=beta, slopes=flat, bound=torch.maximum(parts.bound, bound))
 
     # ---------------------------------------------------------------- intervals of possible counterexamples
@@ -336,10 +212,7 @@ class NeuronSplit:
 
     def _recorded(self, parts: Parts, found: Tightened, own: Tensor, turn: int) -> Bounds:
         """For the certificate; one part for each bound."""
-        slopes = torch.zeros(len(parts), self.slots.count)
-        for side, index in self.slots.entries.items():
-            begin = self.slots.first[side]
-            slopes[:, begin : begin + len(index)] = found.slopes[side][:, index].float()
+        slopes = self.slots.flat(found.slopes, torch.zeros(len(parts), self.slots.count))
         parts = self._updated(replace(parts, beta=torch.zeros_like(parts.beta)), {}, found.multipliers, parts.bound)
         key = 2 * (self.offset[found.step] + found.entry) + found.side
         force = found.multipliers[len(self.steps) - 1]
@@ -350,64 +223,12 @@ class NeuronSplit:
 
     # ---------------------------------------------------------------- branching
 
-    def _scores(self, parts: Parts) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Candidates: neurons [c], where to split them [k, c], two scores [2, k, c], the first multipliers of both
-        halves [2, k, c]; and points of the worst bounds.
-
-        The scores are what the relaxation of a neuron costs the bound: at the point where the bound is taken, and at
-        the worst point of its interval.
-        """
-        _, found, frame, _ = self._bound(parts, keep=True)
-        lines = self.bounder.lines(frame, self._slopes(parts))
-        x = torch.where(found.a > 0, frame.lower[0], frame.upper[0])
-        values = self.bounder.follow(lines, found, x)
-        neurons, points, here, worst, force = [], [], [], [], []
-        for j, step in enumerate(self.steps):
-            if not isinstance(step, Function) or j not in found.kept:
-                continue
-            i = step.source
-            if i == 0:  # inputs are split by the other search
-                continue
-            low, high = frame.lower[i].expand(len(parts), -1), frame.upper[i].expand(len(parts), -1)
-            index = bent(step.op, low, high).any(0).nonzero()[:, 0]
-            if len(index) == 0:
-                continue
-            low, high, a = low[:, index], high[:, index], found.kept[j][:, index]
-            v = values[i][:, index].clamp(low, high)
-            line = [w.expand(len(parts), -1)[:, index] for w in lines[j]]
-            plane = torch.where(a >= 0, line[0] * v + line[1], line[2] * v + line[3])
-            loss = a * (step.op.apply(v) - plane)
-            at = torch.zeros_like(low) if kink(step.op) is not None else (low + high) / 2
-            for t in step.op.breaks:
-                at = torch.where((low < t) & (t < high), t, at)
-            for t in jumps(step.op):
-                at = torch.where((low <= t) & (t <= high), t, at)
-            widest = torch.where(a < 0, line[3], torch.zeros_like(a))  # the chord's intercept
-            if kink(step.op) is None:
-                middle = step.op.apply(at)
-                widest = torch.where(a >= 0, middle - line[0] * at - line[1], line[2] * at + line[3] - middle)
-                widest = widest.clamp(min=0)
-                loss = torch.maximum(loss, 0.5 * a.abs() * widest)
-            inside = bent(step.op, low, high)
-            neurons.append(index + self.offset[i])
-            points.append(at)
-            here.append(torch.where(inside, loss, -1.0))
-            worst.append(torch.where(inside, a.abs() * widest, -1.0))
-            # On each half the function is one straight line, and a plane that was better beyond it is made up for.
-            ends, slope = kink(step.op), torch.where(a >= 0, line[0], line[2])
-            left, right = (slope, slope) if ends is None else ends
-            force.append(torch.stack([a * (slope - left), a * (right - slope)]).clamp(min=0))
-        if not neurons:
-            none = x.new_empty(len(parts), 0)
-            return torch.empty(0, dtype=torch.int64), none, torch.stack([none, none]), torch.stack([none, none]), x
-        return (
-            torch.cat(neurons), torch.cat(points, 1), torch.stack([torch.cat(here, 1), torch.cat(worst, 1)]),
-            torch.cat(force, 2), x,
-        )  # fmt: skip
-
     def _branched(self, parts: Parts) -> tuple[Parts, Tensor, Tensor]:
         """Both children of the best split of each subproblem, [2k] in turn; who could not be split; worst points."""
-        neurons, points, scores, force, x = self._scores(parts)
+        _, found, frame, _ = self._bound(parts, keep=True)
+        lines = self.bounder.lines(frame, self._slopes(parts))
+        x = found.lowest(frame.lower[0], frame.upper[0])
+        neurons, points, scores, force = candidates(self.bounder, frame, lines, found, x, self.offset)
         k = len(parts)
         if len(neurons) == 0:
             return parts.pick(slice(0, 0)), torch.ones(k, dtype=torch.bool), x
@@ -422,7 +243,7 @@ class NeuronSplit:
         at = points.gather(1, chosen).repeat_interleave(2, 1).reshape(-1, 1)
         sign = torch.tensor([-1.0, 1.0], dtype=self.dtype).repeat(k * width)[:, None]
         beta = torch.stack([f.gather(1, chosen) for f in force], 2).reshape(-1, 1)
-        trial = _extended(wide, neuron, sign, at, beta)
+        trial = wide.extended(neuron, sign, at, beta)
         least = torch.cat([self._bound(trial.pick(part))[0] for part in self.bounder.portions(len(trial))])
         least = torch.maximum(least, trial.bound).reshape(k, width, 2)
         goal = self._goal(parts)[:, None, None]
@@ -493,7 +314,7 @@ class NeuronSplit:
         """Whether splits alone have cost as much as it would cost to tighten the roots' intervals, and did not do."""
         passes = 4 * ROUNDS * sum(map(len, self.loose.values()))
         patience = len(self.roots) * passes > PASSES * self.subproblems
-        return passes > 0 and not (self.squeezing or patience or passes * self.bounder.cost > TURN)
+        return bool(self.loose) and not (self.squeezing or patience or passes * self.bounder.cost > TURN)
 
     def squeeze(self, rounds: int) -> None:
         """Begins anew with the trees that are not done, and tightens intervals from now on."""
@@ -578,12 +399,8 @@ class NeuronSplit:
             used, which = r.which.unique(return_inverse=True)
             slot = 2 * (self.offset[i] + r.entry) + r.side
             keys |= dict(zip(slot.tolist(), (which + count).tolist(), strict=True))
-            flat = torch.zeros(len(used), self.slots.count)
-            for key, v in r.slopes.items():
-                if key in self.slots.entries:
-                    index, first = self.slots.entries[key], self.slots.first[key]
-                    flat[:, first : first + len(index)] = v[used][:, index].float()
-            rows.append(flat)
+            none = torch.zeros(len(used), self.slots.count)
+            rows.append(self.slots.flat({side: v[used] for side, v in r.slopes.items()}, none))
             count += len(used)
         return keys, torch.cat(rows)
 
@@ -615,9 +432,3 @@ def piecewise(step: Step) -> bool:
 
 def _portions(parts: Parts, bounder: Bounder) -> list[Parts]:
     return [parts.pick(p) for p in bounder.portions(len(parts))]
-
-
-def _extended(parts: Parts, neuron: Tensor, sign: Tensor, at: Tensor, beta: Tensor) -> Parts:
-    """With one constraint more each."""
-    more = {"neuron": neuron, "sign": sign, "at": at, "beta": beta}
-    return replace(parts, **{name: torch.cat([getattr(parts, name), v], 1) for name, v in more.items()})

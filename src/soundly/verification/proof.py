@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from soundly.bounds.program import Affine, Convolution, Function, Matrix, Program, Sparse, Times, Variable
-from soundly.certificate.format import FORMAT, NETWORK, VERIFICATION, VERSION, Certificate
+from soundly.certificate.format import FLOAT32, FORMAT, NETWORK, VERIFICATION, VERSION, Certificate
 from soundly.graph.elementwise import Elementwise
 from soundly.verification.forest import BOUND, LEAF, REFRESH, Forest
 from soundly.verification.problem import Problem
@@ -63,12 +63,11 @@ class Grown:
 
 def certificate(problem: Problem, grown: Sequence[Grown], *, claim: str, model: Mapping[str, str]) -> Certificate:
     """The certificate of a search that left nothing open."""
-    header, arrays = _program(problem.program)
-    arrays |= _cases(problem)
+    header, arrays = _question(problem)
     arrays |= _trees(problem.program, grown)
     return Certificate(
         {
-            "format": FORMAT, "version": VERSION, "kind": VERIFICATION, "arithmetic": NETWORK, "claim": claim,
+            "format": FORMAT, "version": VERSION, "kind": VERIFICATION, "claim": claim,
             "model": dict(model), "made_with": {"torch": torch.__version__}, **header,
         },
         arrays,
@@ -77,21 +76,30 @@ def certificate(problem: Problem, grown: Sequence[Grown], *, claim: str, model: 
 
 def identity(problem: Problem) -> dict[str, Array]:
     """The numbers of a problem: equal for equal problems."""
-    header, arrays = _program(problem.program)
-    text = np.frombuffer(json.dumps(header, sort_keys=True).encode(), dtype=np.uint8)
-    return arrays | _cases(problem) | {"header": text}
+    header, arrays = _question(problem)
+    return arrays | {"header": np.frombuffer(json.dumps(header, sort_keys=True).encode(), dtype=np.uint8)}
 
 
 def differences(proof: Certificate, problem: Problem) -> list[str]:
     """How a certificate's network, boxes and rows differ from those of a problem; none if it proves exactly that."""
-    header, arrays = _program(problem.program)
-    arrays |= _cases(problem)
-    found = [f"{name} differs" for name, value in header.items() if proof.header.get(name) != value]
+    header, arrays = _question(problem)
+    names = [*header, *({"ball"} - set(header))]
+    found = [f"{name} differs" for name in names if proof.header.get(name) != header.get(name)]
     for name, array in arrays.items():
         other = proof.arrays.get(name)
         if other is None or other.dtype != array.dtype or not np.array_equal(other, array):
             found.append(f"array {name!r} differs")
     return found
+
+
+def _question(problem: Problem) -> tuple[dict[str, Any], dict[str, Array]]:
+    header, arrays = _program(problem.program)
+    header["arithmetic"] = FLOAT32 if problem.arithmetic == "float32" else NETWORK
+    ball = problem.ball
+    if ball is not None:
+        header["ball"] = ball.norm
+        arrays |= {"ball_centre": _f8(ball.centre[0]), "ball_radius": _f8(ball.radius[0])}
+    return header, arrays | _cases(problem)
 
 
 def _f8(x: Tensor) -> Array:
@@ -194,7 +202,7 @@ def _function(f: Elementwise, k: int) -> tuple[dict[str, Any], dict[str, Array]]
 
 
 def _cases(problem: Problem) -> dict[str, Array]:
-    rows = problem.rows
+    rows, slack = problem.rows, problem.slack if problem.stated is None else problem.stated
     spans = problem.row_spans.tolist()
     order = np.concatenate([np.arange(first, last) for first, last in spans])
     y, x = _f8(rows.y)[order], _f8(rows.x)[order] if rows.reads_inputs else np.zeros((len(order), 0))
@@ -209,7 +217,7 @@ def _cases(problem: Problem) -> dict[str, Array]:
         "case_clauses": _i8(problem.spans[:, 1] - problem.spans[:, 0]),
         "row_start": np.searchsorted(at, np.arange(len(order) + 1)).astype(np.int64),
         "row_column": column.astype(np.int64), "row_value": both[at, column],
-        "row_constant": _f8(rows.constant)[order], "row_slack": _f8(problem.slack)[order], "row_clause": clause,
+        "row_constant": _f8(rows.constant)[order], "row_slack": _f8(slack)[order], "row_clause": clause,
     }  # fmt: skip
 
 

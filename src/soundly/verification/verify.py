@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -22,14 +22,16 @@ from torch import Tensor
 from soundly.bounds.batch import Bounder, OutOfTime
 from soundly.bounds.conditional import with_rows
 from soundly.bounds.optimise import refine
+from soundly.bounds.program import Program
 from soundly.certificate.verification import replay as replay_proof
 from soundly.errors import InvalidInput, MissingRule
 from soundly.spec.claim import Claim
 from soundly.verification.attack import Attack
+from soundly.verification.float32 import with_float32
 from soundly.verification.input_split import InputSplit
 from soundly.verification.journal import Journal
 from soundly.verification.neuron_split import NeuronSplit, piecewise
-from soundly.verification.problem import Problem, problem_of
+from soundly.verification.problem import Arithmetic, Problem, problem_of
 from soundly.verification.proof import certificate, identity
 from soundly.verification.replay import Replay, replay
 from soundly.verification.rows import Rows
@@ -63,6 +65,7 @@ def verify(
     attack: bool = True,
     journal: str | os.PathLike[str] | None = None,
     progress: Callable[[Progress], None] | None = None,
+    arithmetic: Arithmetic = "real",
 ) -> Verdict:
     """Decides whether a claim holds for every input of its region.
 
@@ -77,20 +80,37 @@ def verify(
         journal: a file that keeps the search, written every few seconds; with the same claim the search goes on from
             there.
         progress: called now and then.
+        arithmetic: what a proof covers: "real", or "float32" as well: every evaluation in float32, at its numbers in
+            the region, whatever the order of sums and with or without fused products (see docs/verification.md).
 
     Returns:
-        Proved: for all real inputs of the region the network, in real arithmetic, satisfies the claim; its certificate
+        Proved: for all real inputs of the region the network, in that arithmetic, satisfies the claim; its certificate
         was accepted by `soundly.check`. Refuted: with a witness. Unknown: with a reason. Empty: there is no input.
         Interrupting (Ctrl-C) returns what is known.
 
     Raises:
-        InvalidInput: an argument is of the wrong type, or the journal is that of another claim.
+        InvalidInput: an argument is of the wrong type, or the journal is that of another claim; the network is not in
+            float32, or how one of its operations is rounded is not known, where float32 is asked for.
     """
     if not isinstance(claim, Claim):
         raise InvalidInput(f"claim is a {type(claim).__name__}; give a Claim, as soundly.robust or read_vnnlib return.")
     if timeout is not None and not timeout > 0:
         raise InvalidInput(f"timeout is {timeout}; give seconds above 0, or None.")
-    run = _Run(claim, model, timeout, memory, attack, journal, progress)
+    if arithmetic not in ("real", "float32"):
+        raise InvalidInput(f'arithmetic is {arithmetic!r}; give "real" or "float32".')
+    run = _Run(claim, model, timeout, memory, attack, journal, progress, arithmetic)
+    with torch.no_grad():
+        return run.verdict()
+
+
+def verify_part(claim: Claim, whole: Problem, *, timeout: float | None = None, attack: bool = True) -> Verdict:
+    """`verify` for claims that differ in their box alone.
+
+    Args:
+        claim: its region is a Box.
+        whole: the problem of the same claim over a box that contains this one.
+    """
+    run = _Run(claim, None, timeout, None, attack, None, None, whole=whole)
     with torch.no_grad():
         return run.verdict()
 
@@ -115,6 +135,8 @@ class _Run:
     attacking: bool
     journal_path: str | os.PathLike[str] | None
     progress: Callable[[Progress], None] | None
+    arithmetic: Arithmetic = "real"
+    whole: Problem | None = None
 
     def __post_init__(self) -> None:
         self.begun = time.monotonic()
@@ -134,7 +156,7 @@ class _Run:
             return Empty(self._effort("empty region" if self.claim.is_empty else "no property"))
         try:
             try:
-                problem = self.problem = problem_of(self.claim)
+                problem = self.problem = self._problem()
             except MissingRule as error:
                 self._attack_network()
                 raise _Stop(f"no bounds for this network: {error}") from error
@@ -154,6 +176,28 @@ class _Run:
             reason = "interrupted"
         self.journal.write(now=True)
         return Unknown(min(self.bound, 0.0), self.open, reason, self._effort("unknown"))
+
+    def _problem(self) -> Problem:
+        if self.whole is not None:
+            return self._part(self.whole)
+        problem = problem_of(self.claim, self.arithmetic)
+        if self.arithmetic == "real":
+            return problem
+        try:
+            problem = with_float32(problem, self.deadline)
+        except TimeoutError as late:
+            raise OutOfTime from late
+        if not bool(torch.isfinite(problem.slack).all()):
+            raise _Stop("what float32 rounds has no bound on this region: a value may overflow, or be undefined")
+        return problem
+
+    def _part(self, whole: Problem) -> Problem:
+        """The whole's program, which holds on every box within."""
+        box = self.claim.region.box
+        lower, upper = (end.reshape(1, -1) for end in (box.lower, box.upper))
+        if not bool((lower >= whole.lower).all() & (upper <= whole.upper).all()):
+            raise InvalidInput("whole: the claim's box is not inside this problem's box.")
+        return replace(whole, lower=lower, upper=upper)
 
     def _effort(self, settled: str) -> Effort:
         return Effort(time.monotonic() - self.begun, self.subproblems, settled)
@@ -181,14 +225,18 @@ class _Run:
                 problem.rows.y[first:last], problem.rows.x[first:last], problem.rows.constant[first:last], clause
             )
             region = self.claim.region
-            project = None
+            project = lowest = None
             if len(problem.lower) == 1 and getattr(region, "norm", "linf") != "linf":
 
                 def project(x: Tensor) -> Tensor:
                     return region.project(x.double().reshape(-1, *region.shape)).reshape(len(x), -1)
 
+                def lowest(a: Tensor) -> Tensor:
+                    assert problem.ball is not None
+                    return problem.ball.lowest(a, problem.lower, problem.upper)
+
             self.attacks[case] = Attack(
-                problem.program.to(torch.float32), rows, problem.lower[case], problem.upper[case], 0, project
+                problem.program.to(torch.float32), rows, problem.lower[case], problem.upper[case], 0, project, lowest
             )
         return self.attacks[case]
 
@@ -231,12 +279,16 @@ class _Run:
 
     # ---------------------------------------------------------------- the strategy
 
+    def _bounder(self, program: Program, *, together: bool = False) -> Bounder:
+        assert self.problem is not None
+        return Bounder(program, together=together, deadline=self.deadline, ball=self.problem.ball)
+
     def _decide(self, problem: Problem) -> Verdict:
         cases = len(problem.lower)
         vary = int((problem.upper > problem.lower).sum(1).max())
         # A point cannot be split: what decides it is the last digits.
         program, margin = (problem.program, 0.0) if vary == 0 else (problem.program.to(torch.float32), MARGIN)
-        wide = Bounder(program, together=True, deadline=self.deadline)
+        wide = self._bounder(program, together=True)
         for case in range(min(cases, 4)):
             self._try(case, min(max(0.05, wide.cost * PATIENCE), 2.0))
         settled: list[tuple[Search, list[int]]] = []
@@ -279,7 +331,7 @@ class _Run:
             if len(points):
                 self._offer(case, points)
             if search.margin > 0 and search.stack and bool((search.stack[-1].bound > -search.margin).any()):
-                search.bounder = Bounder(search.problem.program, together=True, deadline=self.deadline)
+                search.bounder = self._bounder(search.problem.program, together=True)
                 search.margin = 0.0
             if time.monotonic() - self.told > 0.5:
                 self.told = time.monotonic()
@@ -324,10 +376,11 @@ class _Run:
             problem.program, every.y[first:last], every.x[first:last] if every.reads_inputs else None,
             every.constant[first:last],
         )  # fmt: skip
-        narrow, margin = Bounder(program.to(torch.float32), deadline=self.deadline), MARGIN
+        narrow, margin = self._bounder(program.to(torch.float32)), MARGIN
         if narrow.cost <= SMALL:
-            narrow, margin = Bounder(program, deadline=self.deadline), 1e-9
-        lower, upper = (v[case : case + 1].to(narrow.dtype) for v in (problem.lower, problem.upper))
+            narrow, margin = self._bounder(program), 1e-9
+        box = problem.narrowed(problem.lower[case : case + 1], problem.upper[case : case + 1])
+        lower, upper = (v.to(narrow.dtype) for v in box)
         root = narrow.refresh(lower, upper)
         clauses = list(range(int(problem.spans[case, 1] - problem.spans[case, 0])))
         search = NeuronSplit(problem, narrow, case, root, clauses, margin=margin)
@@ -402,7 +455,7 @@ class _Run:
                     if not search.reopen(mine):
                         raise _Stop("the certificate was not accepted: a leaf is open that the search takes for proved")
                     if isinstance(search, InputSplit):
-                        search.bounder = Bounder(problem.program, together=True, deadline=self.deadline)
+                        search.bounder = self._bounder(problem.program, together=True)
                         search.margin = 0.0
                         self._work_inputs(search)
                         refused = search.stuck

@@ -1,0 +1,262 @@
+"""What is certain about an attribution while its input moves: bounds on the map, its largest cells, how far it changes.
+
+An attribution is a network, so each of these is a claim: a bound is found by optimised linear bounds, stated as a claim
+with a little room, and proved by `verify`. Metrics of other tools sample; these hold for every input of the region.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from soundly.bounds.batch import Bounder, Frame, Start
+from soundly.bounds.optimise import first, raised, refine
+from soundly.errors import InvalidInput
+from soundly.graph.elementwise import ABS, SQUARE
+from soundly.graph.linear import Sum, reshape, subtract
+from soundly.graph.network import Network
+from soundly.graph.node import Constant
+from soundly.graph.simplify import simplify
+from soundly.spec.claim import Claim, Property, Row, within
+from soundly.spec.region import Ball, Box
+from soundly.verification.attack import Attack
+from soundly.verification.problem import Problem, problem_of
+from soundly.verification.verdict import Proved, Refuted, Verdict
+from soundly.verification.verify import REFINING, SMALL, TOGETHER, WORK, verify
+
+ROUNDS = 20
+"""How often the slopes of each bound are improved."""
+ROOM = 1e-3
+"""By how much claims are weaker than the bounds they come from, of how far the values move."""
+PAIRS = 2**16
+"""The most comparisons of two cells."""
+
+
+@dataclass(frozen=True, eq=False)
+class MapBounds:
+    """Bounds on an attribution over a region, of the map's shape; they hold if the verdict on `claim` is `Proved`."""
+
+    lower: Tensor
+    upper: Tensor
+    verdict: Verdict
+    claim: Claim
+
+
+@dataclass(frozen=True, eq=False)
+class TopK:
+    """The cells that are certain to be among the k largest, by flat position, if the verdict on `claim` is `Proved`.
+
+    Attributes:
+        cells: the k largest at the point itself, largest first.
+        certain: those of them that stay among the k largest for every input of the region. If there are none, nothing
+            is claimed and the verdict is `Empty`.
+    """
+
+    cells: tuple[int, ...]
+    certain: tuple[int, ...]
+    verdict: Verdict
+    claim: Claim
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """How far an attribution moves within a region.
+
+    Attributes:
+        upper: no input of the region changes it by more, if the verdict on `claim` is `Proved`.
+        reached: the largest change that an attack found, at `worst`.
+        worst: a point of the region.
+    """
+
+    upper: float
+    reached: float
+    worst: Tensor
+    verdict: Verdict
+    claim: Claim
+
+
+def certify_map(attribution: Network, region: Box | Ball, *, timeout: float | None = None) -> MapBounds:
+    """Lower and upper maps: between them lies the attribution of every input of the region.
+
+    Args:
+        attribution: a network whose output is the map, as `soundly.gradcam` returns.
+        timeout: seconds for the proof.
+    """
+    shape = attribution.output.shape
+    lower, low = _least(problem_of(within(attribution, _box(region), 0.0, 0.0))).chunk(2)
+    unit = _unit(-low - lower, lower)
+    lower, upper = (lower - ROOM * unit).reshape(shape), (ROOM * unit - low).reshape(shape)
+    claim = _scaled(within(attribution, region, lower, upper), unit)
+    return MapBounds(lower, upper, verify(claim, timeout=timeout, attack=False), claim)
+
+
+def certify_top_k(attribution: Network, x: Tensor, region: Box | Ball, k: int, *, timeout: float | None = None) -> TopK:
+    """Which of the k largest cells of a map stay among the k largest for every input of the region.
+
+    A cell does if at most k - 1 others are not proved to be smaller. Differences of two cells are bounded as such,
+    which says more than bounds of either.
+    """
+    values = _value(attribution, x).reshape(-1)
+    n = len(values)
+    if not isinstance(k, int) or not 0 < k <= n or k * n > PAIRS:
+        raise InvalidInput(f"k is {k!r} of {n} cells; give 1 to {n}, and at most {PAIRS} comparisons.")
+    cells = values.argsort(descending=True, stable=True)[:k].tolist()
+    pairs = [(p, q) for p in cells for q in range(n) if p != q]
+    bound = _least(problem_of(_larger(attribution, _box(region), pairs))) if pairs else torch.empty(0)
+    unit = _unit(values.max() - values.min() - bound, bound)
+    proved = [pair for pair, b in zip(pairs, bound.tolist(), strict=True) if b > ROOM * unit]
+    certain = tuple(p for p in cells if sum(a == p for a, _ in proved) >= n - k)
+    claim = _scaled(_larger(attribution, region, [pair for pair in proved if pair[0] in certain]), unit)
+    claim = replace(claim, name=f"cells {list(certain)} among the {k} largest")
+    return TopK(tuple(cells), certain, verify(claim, timeout=timeout, attack=False), claim)
+
+
+def certify_change(
+    attribution: Network,
+    x: Tensor,
+    region: Box | Ball,
+    *,
+    norm: Literal["l1", "l2", "linf"] = "l1",
+    relative: bool = True,
+    timeout: float | None = None,
+    tighten: float = 0.0,
+) -> Change:
+    """The most an attribution changes within a region: the worst case of what sensitivity metrics sample.
+
+    Args:
+        attribution: a network whose output is the map.
+        x: the input whose map the others are compared with.
+        norm: of the difference of two maps.
+        relative: to the norm of the map at x. With norm "l2" this is captum's `sensitivity_max`, for all inputs and
+            not for ten.
+        timeout: seconds for the proof.
+        tighten: seconds in which searches may lower the bound.
+    """
+    if norm not in ("l1", "l2", "linf"):
+        raise InvalidInput(f'norm is {norm!r}; give "l1", "l2" or "linf".')
+    base = _value(attribution, x)
+    size = float(torch.linalg.vector_norm(base.double(), {"l1": 1, "l2": 2, "linf": math.inf}[norm]))
+    if relative and size == 0:
+        raise InvalidInput("relative: the map at x is zero, so no change is relative to it; relative=False.")
+    square, unit = norm == "l2", size if relative else 1.0
+    change = _change(attribution, base, norm)
+    problem = problem_of(within(change, _box(region), None, 0.0))
+    limit = (1 + ROOM) * float((-_least(problem)).max())
+    room = _unit(torch.tensor([limit]), base)
+    reached, worst = _reached(change, problem, region, limit)
+    claim = _scaled(within(change, region, None, limit), room)
+    verdict = verify(claim, timeout=timeout, attack=False)
+    until = time.monotonic() + tighten
+    while isinstance(verdict, Proved) and (left := until - time.monotonic()) > 0 and limit > 1.02 * reached:
+        closer = _scaled(within(change, region, None, (limit + reached) / 2), room)
+        match verify(closer, timeout=left):
+            case Proved() as outcome:
+                claim, verdict, limit = closer, outcome, (limit + reached) / 2
+            case Refuted(witness=point, outputs=values):
+                reached, worst = float(values.max()), point
+            case _:
+                break
+
+    def scaled(v: float) -> float:
+        return (math.sqrt(max(v, 0.0)) if square else v) / unit
+
+    return Change(scaled(limit), scaled(reached), worst.reshape(x.shape), verdict, claim)
+
+
+# -- networks and claims
+
+
+def _change(attribution: Network, base: Tensor, norm: str) -> Network:
+    """|map - base| cell by cell for linf, its sum for l1, the sum of its squares for l2."""
+    fixed = Constant("map at x", attribution.output.shape)()
+    moved = subtract(attribution.output, fixed)
+    size = SQUARE(moved) if norm == "l2" else ABS(moved)
+    flat = reshape(size, (math.prod(size.shape),))
+    result = flat if norm == "linf" else reshape(Sum((0,))(flat), (1,))
+    values = {**attribution.values, fixed: base.to(attribution.dtype)}
+    return simplify(
+        replace(attribution, outputs=(result,), values=values, name=f"change of {attribution.name}")
+    )  # fmt: skip
+
+
+def _larger(network: Network, region: Box | Ball, pairs: Sequence[tuple[int, int]]) -> Claim:
+    """The first cell of each pair exceeds the second."""
+    rows = [[Row({p: Fraction(1), q: Fraction(-1)}, {}, Fraction(0))] for p, q in pairs]
+    sizes = math.prod(network.output.shape), math.prod(network.input.shape)
+    return Claim(network, region, Property.of(rows, outputs=sizes[0], inputs=sizes[1]), name="cells in order")
+
+
+def _value(network: Network, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        value: Tensor = network(x.detach().to(device=network.device, dtype=network.dtype)).cpu()
+    return value
+
+
+def _box(region: Box | Ball) -> Box:
+    if not isinstance(region, (Box, Ball)) or region.is_empty:
+        raise InvalidInput("region must be a Box or a Ball that holds a point.")
+    return region.box
+
+
+def _unit(moves: Tensor, values: Tensor) -> float:
+    """A power of two that says how far values move, or their size where they do not."""
+    finite = moves[torch.isfinite(moves)]
+    size = max(finite.amax().item() if len(finite) else 0.0, 1e-6 * values.nan_to_num(0.0, 0.0, 0.0).abs().sum().item())
+    return math.ldexp(1.0, math.frexp(size)[1]) if size > 0 else 1.0
+
+
+def _scaled(claim: Claim, unit: float) -> Claim:
+    """The same claim with its rows in another unit, a power of two: a search stops at margins of size one."""
+    rows = claim.property
+    y = replace(rows.y, value=rows.y.value / unit)
+    return replace(claim, property=replace(rows, y=y, b=rows.b / unit, exact=None))
+
+
+# -- bounds
+
+
+def _least(problem: Problem) -> Tensor:
+    """Lower bounds [rows] of the rows of a problem, one to a clause, by optimised linear bounds."""
+    with torch.no_grad():
+        bounder = Bounder(problem.program.to(torch.float32))
+        if bounder.cost <= SMALL:
+            bounder = Bounder(problem.program)
+        root = bounder.refresh(*(v[:1].to(bounder.dtype) for v in (problem.lower, problem.upper)))
+        loose = sum(int(bounder.loose(i, root).sum()) for i in range(len(bounder.steps)) if bounder.read[i])
+        if 8 * REFINING * loose * bounder.cost < WORK:
+            refine(bounder, root, rounds=REFINING)
+        elif 8 * TOGETHER * loose * bounder.cost < WORK:
+            refine(bounder, root, rounds=TOGETHER, together=True)
+        rows, slopes = problem.rows, first(bounder, root)
+        found = [torch.empty(0, dtype=bounder.dtype)]
+        for part in bounder.portions(len(rows)):
+            constant = rows.constant[part].to(bounder.dtype)
+            start = Start({len(bounder.steps) - 1: rows.y[part].to(bounder.dtype)}, constant)
+            many = {key: v.expand(len(constant), -1) for key, v in slopes.items()}
+            frame = Frame(root.lower, root.upper, torch.zeros(len(constant), dtype=torch.bool))
+            goal = torch.full_like(constant, math.inf)
+            found.append(raised(bounder, frame, start, many, rounds=ROUNDS, goal=goal).bound)
+        return torch.cat(found).double()
+
+
+def _reached(change: Network, problem: Problem, region: Box | Ball, limit: float) -> tuple[float, Tensor]:
+    """A large change within the region, as the network itself computes it, and where."""
+    project = None
+    if isinstance(region, Ball) and region.norm != "linf":
+
+        def project(x: Tensor) -> Tensor:
+            return region.project(x.double().reshape(-1, *region.shape)).reshape(len(x), -1)
+
+    # Changes beyond the limit: as there are none, the attack goes on to its end.
+    rows = replace(problem.rows, constant=problem.rows.constant + (limit if math.isfinite(limit) else 1e9))
+    attack = Attack(problem.program.to(torch.float32), rows, problem.lower[0], problem.upper[0], 0, project)
+    attack.run(steps=40, restarts=16)
+    x = region.project(attack.best[1].reshape(region.shape), dtype=torch.float64).reshape(change.input.shape)
+    return float(_value(change.to(torch.float64), x).max()), x
