@@ -50,9 +50,41 @@ def levels(root: Node) -> list[Node]:
 
 
 @dataclass
+class Lemma:
+    """Neuron key / 2 is at least (even key) or at most value; a row of slopes for each leaf of the tree."""
+
+    key: int
+    value: float
+    root: Node
+    case: int = 0
+    slots: Sequence[int] = ()
+    slopes: Sequence[Sequence[float]] = ()
+
+
+def lemma_arrays(lemmas: Sequence[Lemma]) -> dict[str, np.ndarray]:
+    trees = [levels(lemma.root) for lemma in lemmas]
+    nodes = [node for tree in trees for node in tree]
+    integers = {
+        "lemma_case": [lemma.case for lemma in lemmas], "lemma_key": [lemma.key for lemma in lemmas],
+        "lemma_start": np.cumsum([0, *map(len, trees)]), "lemma_what": [n.what if n.kind else -1 for n in nodes],
+        "lemma_slot_start": np.cumsum([0, *(len(lemma.slots) for lemma in lemmas)]),
+        "lemma_slots": [slot for lemma in lemmas for slot in lemma.slots],
+    }  # fmt: skip
+    floats = {
+        "lemma_value": [lemma.value for lemma in lemmas], "lemma_at": [n.at for n in nodes],
+        "lemma_beta": [b for n in nodes for b in n.beta],
+    }  # fmt: skip
+    slopes = np.array([v for lemma in lemmas for row in lemma.slopes for v in row], "f4")
+    return {
+        **{name: np.array(v, np.int64) for name, v in integers.items()},
+        **{name: np.array(v, np.float64) for name, v in floats.items()}, "lemma_slopes": slopes,
+    }  # fmt: skip
+
+
+@dataclass
 class Claim:
     """A network, cases (lower, upper, clauses of rows (y, x, constant, slack)), and trees (case, first, last, root);
-    perhaps a ball (norm, centre, radius)."""
+    perhaps lemmas, and a ball (norm, centre, radius)."""
 
     steps: list[dict[str, Any]]
     arrays: dict[str, np.ndarray]
@@ -61,6 +93,7 @@ class Claim:
     slots: Sequence[int] = ()
     slopes: Any = None
     groups: Sequence[Mapping[int, int]] = ()
+    lemmas: Sequence[Lemma] = ()
     ball: tuple[str, Any, Any] | None = None
 
     def certificate(self) -> Certificate:
@@ -122,6 +155,7 @@ class Claim:
         }  # fmt: skip
         a |= {name: np.array(v, np.int64) for name, v in integers.items()}
         a |= {name: np.array(v, np.float64) for name, v in floats.items()}
+        a |= lemma_arrays(self.lemmas)
         a["tree_clause"] = np.array([[t[1], t[2]] for t in self.trees], np.int64).reshape(-1, 2)
         a["slopes"] = np.zeros((0, len(self.slots)), "f4") if self.slopes is None else np.array(self.slopes, "f4")
         header = {

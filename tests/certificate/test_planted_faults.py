@@ -31,8 +31,8 @@ from soundly.certificate import Certificate
 def broken(old: str, new: str) -> Any:
     """The checker with one piece of its source exchanged."""
     folder = Path(checker.__file__).parent
-    names = ("rings", "ball", "functions", "products", "program", "bounding", "forms", "intervals", "conditional",
-             "reading", "verification")  # fmt: skip
+    names = ("rings", "ball", "functions", "products", "program", "bounding", "crop", "forms", "intervals",
+             "conditional", "reading", "lemmas", "verification")  # fmt: skip
     sources = {name: (folder / f"{name}.py").read_text(encoding="utf-8") for name in names}
     assert sum(s.count(old) for s in sources.values()) == 1, f"{old!r} is not in the checker exactly once: adapt this"
     for name in names:
@@ -150,8 +150,8 @@ FAULTS = {
     "intervals too narrow": ("low, high = centre - radius - cost, centre + radius + cost",
                              "low, high = centre - radius / 2, centre + radius / 2"),
     "no absolute values in radii": ("radius += part.absolute.apply(r)", "radius += np.abs(part.apply(r))"),
-    "empty means proven": ("dead = dead | _settle(frame, i)\n        if not tightened",
-                           "dead = dead | True\n        if not tightened"),
+    "empty means proven": ("dead = dead | _settle(frame, i)\n        if tightened",
+                           "dead = dead | True\n        if tightened"),
     "the wrong row of the frame": ("node.frame, node.row = frame, row", "node.frame, node.row = frame, 0"),
     "corners of products forgotten": ("corners = np.stack([a * c, a * d, b * c, b * d])",
                                       "corners = np.stack([a * c, b * d])"),

@@ -16,7 +16,7 @@ import torch
 from soundly.auditing.generation import recipe as drawn
 from soundly.auditing.oracles import ORACLES, Oracle, Subject
 from soundly.auditing.recipes import Recipe
-from soundly.errors import SoundlyError
+from soundly.errors import CaptureMismatch, SoundlyError
 
 SHRINKING = 20.0
 """Seconds for making one finding small."""
@@ -65,6 +65,8 @@ def examine(
             tally.checks[name] = tally.checks.get(name, 0) + 1
         try:
             text = next(oracle(subject, random.Random(seed)), None)
+        except CaptureMismatch as error:  # lowering compares itself with the network: a mismatch is a fault of its own
+            text = f"{type(error).__name__}: {error}"
         except SoundlyError as error:
             if tally is not None:
                 kind = f"{name}: {type(error).__name__}"
@@ -116,7 +118,7 @@ def shrunk(recipe: Recipe, seed: int, oracle: str, *, seconds: float = SHRINKING
     def fails(candidate: Recipe) -> bool:
         try:
             point = [(a + b) / 2 for a, b in zip(*candidate.box, strict=True)]
-            valid = all(bool(torch.isfinite(v).all()) for v in candidate.run(point))
+            valid = all(v.numel() and bool(torch.isfinite(v).all()) for v in candidate.run(point))
         except (RuntimeError, IndexError, ValueError, TypeError, NotImplementedError):
             return False  # torch refuses it: no recipe at all
         return valid and next(examine(candidate, seed, oracles=only), None) is not None

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -221,7 +220,10 @@ def _conv(r: random.Random, i: int, shapes: Shapes) -> list[Drawn]:
 
     kernel, stride, padding, dilation = each(1, 2, 3), each(1, 1, 2), each(0, 0, 1, 2), each(1, 1, 2)
     if r.random() < 0.3:
-        weight, bias = _weight(r, [channels, max(1, out // groups), *kernel]), _weight(r, [max(1, out // groups) * groups])
+        weight, bias = (
+            _weight(r, [channels, max(1, out // groups), *kernel]),
+            _weight(r, [max(1, out // groups) * groups]),
+        )
         extra = each(0, 0, 1)
         where = [{"value": i}, weight, bias, stride, padding, extra, groups, dilation]
         return [("conv_transpose1d" if n == 1 else "conv_transpose2d", where)]
@@ -338,7 +340,8 @@ def _attended(r: random.Random, i: int, shapes: Shapes) -> list[Drawn]:
 
 
 KINDS: dict[str, tuple[float, Callable[[random.Random, int, Shapes], list[Drawn]]]] = {
-    "each": (5, _each), "gelu": (0.3, _gelu), "clamp": (0.5, _clamped), "power": (0.5, _powered), "root": (0.5, _rooted),
+    "each": (5, _each), "gelu": (0.3, _gelu), "clamp": (0.5, _clamped), "power": (0.5, _powered),
+    "root": (0.5, _rooted),
     "two": (3, _two), "where": (0.5, _chosen), "linear": (3, _linear), "matmul": (0.8, _matmul), "conv": (1.5, _conv),
     "pool": (1, _pool), "normal": (0.7, _normal), "soft": (0.7, _soft), "reduce": (1, _reduced), "view": (0.7, _viewed),
     "move": (2, _moved), "attention": (0.3, _attended),

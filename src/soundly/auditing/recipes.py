@@ -1,8 +1,8 @@
 """Random computations as plain data: a list of ATen calls, which torch can run and soundly can capture.
 
-A recipe is JSON all the way down, so a failure is a small file that can be read, edited and replayed. Its graph is made
-by the very rules that capture uses (`soundly.graph.aten`), call by call, so that a rule and torch's own operation can be
-compared value for value.
+A recipe is JSON all the way down, so a failure is a small file that can be read, edited and replayed. Its graph is
+made by the very rules that capture uses (`soundly.graph.aten`), call by call, so that a rule and torch's own operation
+can be compared value for value.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The exact minimum of a small piecewise linear program over a box, by mixed-integer programming.
 
-A reference that shares nothing with bounds and searches: maps are taken as matrices, intervals for the big-M constraints
-are computed here, and HiGHS does the rest.
+A reference that shares nothing with bounds and searches: maps are taken as matrices, intervals for the big-M
+constraints are computed here, and HiGHS does the rest.
 """
 
 from __future__ import annotations

@@ -207,16 +207,18 @@ class Bounder:
         *,
         inherited: Frame | None = None,
         slopes: Mapping[int, Slopes] | None = None,
+        first: int = 0,
     ) -> Frame:
         """Intervals of every step over boxes [batch, inputs]: forward intervals, met with the inherited ones, and with
         backward bounds where a relaxation depends on them.
 
         Args:
             slopes: for the rows of some steps, the slopes of the functions below.
+            first: steps before this one keep the inherited intervals, unless affine forms are followed.
         """
-        frame = self._intervals(lower, upper, inherited, slopes, self.last)
+        frame = self._intervals(lower, upper, inherited, slopes, self.last, first)
         if frame is None:
-            frame = self._intervals(lower, upper, inherited, slopes, None)
+            frame = self._intervals(lower, upper, inherited, slopes, None, first)
             assert frame is not None
         return frame
 
@@ -227,6 +229,7 @@ class Bounder:
         inherited: Frame | None,
         slopes: Mapping[int, Slopes] | None,
         last: Last | None,
+        first: int,
     ) -> Frame | None:
         """None where the last products were to be bounded together and that says nothing."""
         frame = Frame([], [], (lower > upper).any(-1))
@@ -235,6 +238,11 @@ class Bounder:
         read = self.read if last is None else self.read_before
         known = frame.known
         for i, step in enumerate(self.steps):
+            if inherited is not None and i < first and not forms.used:
+                frame.lower.append(inherited.lower[i])
+                frame.upper.append(inherited.upper[i])
+                known |= {j: line for j, line in inherited.known.items() if j == i}
+                continue
             low, high = (lower, upper) if isinstance(step, Variable) else self.forward(step, frame)
             if inherited is not None:
                 low, high = torch.maximum(low, inherited.lower[i]), torch.minimum(high, inherited.upper[i])
@@ -252,8 +260,8 @@ class Bounder:
                 own = None if slopes is None else slopes.get(i)
                 self._tighten(i, frame, last, known if own is None else self.lines(frame, own, known=known))
             low, high = frame.lower[i], frame.upper[i]
-            # Rounding must not make an interval of one point look empty, nor the side of a jump at 0 that 0 is on.
-            slack = 1000 * torch.finfo(self.dtype).eps * (low.abs() + high.abs()) + torch.finfo(self.dtype).tiny
+            # Rounding must not make an interval of one point look empty.
+            slack = 1000 * torch.finfo(self.dtype).eps * (low.abs() + high.abs())
             frame.infeasible = frame.infeasible | (low > high + slack).any(-1)
             # An empty interval would only produce nonsense further up.
             frame.lower[i], frame.upper[i] = torch.minimum(low, high), torch.maximum(low, high)

@@ -541,7 +541,11 @@ def _compare(
 
 
 def _at_jump(program: Program, values: list[Tensor]) -> bool:
-    """Whether a function is read so near to a jump that rounding may decide its side."""
+    """Whether a function is read so near to a jump that rounding may decide its side; perhaps that of a constant: then
+    both values lie within its error."""
+    folded = (step for step in program.steps if isinstance(step, Affine) and step.bias_error is not None)
+    if any(bool((step.bias_error > 1e-9 * (1 + step.bias.abs())).any()) for step in folded):  # type: ignore[operator]
+        return True
     return any(
         bool(((values[step.source] - t).abs() <= 1e-9 * (1 + abs(t))).any())
         for step in program.steps if isinstance(step, Function)

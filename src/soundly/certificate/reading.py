@@ -49,6 +49,31 @@ def _refuse(problem: str) -> NoReturn:
 
 
 @dataclass(frozen=True, eq=False)
+class Lemmas:
+    """Bounds of single neurons, at least (side 0) or at most (1) `value` on a case's box, and their trees.
+
+    start [L + 1]: the nodes of each; what is -1 in a leaf, else the neuron that is split. slot_start, slope_start and
+    beta_start [L + 1]: the slots of each, a row of slopes per leaf, and the multipliers above each leaf in turn.
+    """
+
+    case: Array
+    step: Array
+    entry: Array
+    side: Array
+    value: Array
+    start: Array
+    what: Array
+    at: Array
+    child: Array
+    slot_start: Array
+    slots: Array
+    slope_start: Array
+    slopes: Array
+    beta_start: Array
+    beta: Array
+
+
+@dataclass(frozen=True, eq=False)
 class Proof:
     """A certificate's contents, valid in themselves.
 
@@ -87,6 +112,7 @@ class Proof:
     force: Array
     stored: Stored
     float32: bool
+    lemmas: Lemmas
 
 
 class _Reader:
@@ -155,13 +181,14 @@ def read(certificate: Certificate) -> Proof:
     cases = _cases(arrays, inputs, outputs)
     stored = _stored(arrays, slopes, neurons)
     trees = _trees(arrays, program, cases["pair_start"], cases["pair_rows"], stored)
+    lemmas = _lemmas(arrays, program, len(cases["lower"]))
     rows = np.diff(cases["pair_rows"][cases["pair_start"]]).max()
     if rows * inputs > MAX_CLIPPED and (trees["flags"] & CLIP).any():
         _refuse(f"flags: {rows} rows of one case with {inputs} inputs are too many to clip with")
     if unused := set(certificate.arrays) - arrays.used:
         _refuse(f"arrays that nothing refers to: {sorted(unused)!s:.200}")
     return Proof(
-        program=program, stored=stored, float32=header["arithmetic"] == FLOAT32, **cases, **trees
+        program=program, stored=stored, lemmas=lemmas, float32=header["arithmetic"] == FLOAT32, **cases, **trees
     )  # fmt: skip
 
 
@@ -407,19 +434,7 @@ def _trees(arrays: _Reader, program: Program, pair_start: Array, pair_rows: Arra
     step = np.searchsorted(program.offsets, what[split], side="right") - 1
     if not np.isin(step, [i for i in program.bounded if i > 0]).all():
         _refuse("what: a neuron is split that no function or product reads, or an input as a neuron")
-    # In level order the children of the i-th split are nodes 1 + 2 i and 2 + 2 i: then every node is reached once.
-    before = np.cumsum(~leaf) - ~leaf
-    tree = np.repeat(np.arange(trees), np.diff(start))
-    position, number = np.arange(nodes) - start[tree], before - before[start[tree]]
-    if (position > 2 * number)[~leaf].any():
-        _refuse("kind: the nodes of a tree are not in level order")
-    splits = np.add.reduceat(~leaf, start[:-1], dtype=int) if trees else np.zeros(0, int)
-    if (np.diff(start) != 1 + 2 * splits).any():
-        _refuse("kind: a tree's splits and nodes do not fit")
-    depth = np.zeros(nodes, int)  # how many neuron splits lie above a node
-    child = start[tree] + 1 + 2 * number
-    for node in np.flatnonzero(~leaf).tolist():
-        depth[child[node] : child[node] + 2] = depth[node] + split[node]
+    tree, child, depth = _levels(start, ~leaf, split)
     rows = np.where(clause[:, 1] - clause[:, 0] == 1, np.diff(pair_rows)[pair_start[case] + clause[:, 0]], -1)
     length = np.diff(beta_start)
     if ((length != 0) & (length != depth)).any():
@@ -430,6 +445,59 @@ def _trees(arrays: _Reader, program: Program, pair_start: Array, pair_rows: Arra
         "beta": beta,
         **_tightened(arrays, program, stored, depth, rows[tree]),
     }  # fmt: skip
+
+
+def _levels(start: Array, inner: Array, counted: Array) -> tuple[Array, Array, Array]:
+    """Of nodes in level order: their trees, the first of the two children of each, how many counted ones are above."""
+    # The children of a tree's i-th split are its nodes 1 + 2 i and 2 + 2 i: then every node is reached once.
+    nodes, trees = len(inner), len(start) - 1
+    before = np.cumsum(inner) - inner
+    tree = np.repeat(np.arange(trees), np.diff(start))
+    position, number = np.arange(nodes) - start[tree], before - before[start[tree]]
+    if (position > 2 * number)[inner].any():
+        _refuse("kind: the nodes of a tree are not in level order")
+    splits = np.add.reduceat(inner, start[:-1], dtype=int) if trees else np.zeros(0, int)
+    if (np.diff(start) != 1 + 2 * splits).any():
+        _refuse("kind: a tree's splits and nodes do not fit")
+    depth = np.zeros(nodes, int)
+    child = start[tree] + 1 + 2 * number
+    for node in np.flatnonzero(inner).tolist():
+        depth[child[node] : child[node] + 2] = depth[node] + counted[node]
+    return tree, child, depth
+
+
+def _lemmas(arrays: _Reader, program: Program, cases: int) -> Lemmas:
+    starts, neurons = program.offsets, int(program.offsets[-1])
+    key = arrays.indices("lemma_key", None, 2 * neurons, least=2 * int(starts[1]))
+    count = len(key)
+    case, value = arrays.indices("lemma_case", count, cases), arrays.numbers("lemma_value", count)
+    what = arrays.indices("lemma_what", None, neurons, least=-1)
+    at = arrays.numbers("lemma_at", len(what))
+    start = arrays.offsets("lemma_start", count, len(what), least=1)
+    inner = what >= 0
+    tree, child, depth = _levels(start, inner, inner)
+    if (at[~inner] != 0).any():
+        _refuse("lemma_at must be 0 in leaves")
+    step, of = np.searchsorted(starts, key // 2, side="right") - 1, np.searchsorted(starts, what, side="right") - 1
+    bounded = [i for i in program.bounded if i > 0]
+    if (~np.isin(of, bounded) | (of >= step[tree]))[inner].any():
+        _refuse("lemma_what: an input, a neuron that no function or product reads, or one of no earlier step")
+    slots = arrays.indices("lemma_slots", None, 2 * neurons)
+    slot_start = arrays.offsets("lemma_slot_start", count, len(slots))
+    number = np.repeat(np.arange(count), np.diff(slot_start))
+    if len(np.unique(number * (2 * neurons) + slots)) != len(slots):
+        _refuse("lemma_slots: one twice")
+    leaves = np.bincount(tree[~inner], minlength=count)
+    slope_start = np.cumsum([0, *(leaves * np.diff(slot_start)).tolist()])
+    beta_start = np.cumsum([0, *np.bincount(tree, np.where(inner, 0, depth), count).astype(int).tolist()])
+    slopes = arrays.numbers("lemma_slopes", int(slope_start[-1]), dtypes="f4")
+    force = arrays.numbers("lemma_beta", int(beta_start[-1]))
+    if not (force >= 0).all():
+        _refuse("lemma_beta is negative")
+    return Lemmas(
+        case, step, key // 2 - starts[step], key % 2, value, start, what, at, child, slot_start, slots, slope_start,
+        slopes, beta_start, force,
+    )  # fmt: skip
 
 
 def _tightened(arrays: _Reader, program: Program, stored: Stored, depth: Array, rows: Array) -> dict[str, Array]:

@@ -6,8 +6,9 @@ an empty box or an empty interval. Nodes are replayed in batches, deepest first,
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,12 @@ import numpy.typing as npt
 
 from soundly.certificate.bounding import Bound, Exceptions, Frame, Pieces, Splits, View, pieces, relax, tangent
 from soundly.certificate.conditional import Conditions, tighten
+from soundly.certificate.crop import Crops
 from soundly.certificate.float32 import row_errors
 from soundly.certificate.format import Certificate
 from soundly.certificate.forms import INPUTS as FORMS
 from soundly.certificate.intervals import in_time, refresh
+from soundly.certificate.lemmas import Narrowing, narrow
 from soundly.certificate.program import Affine, Apply, Times, nonlinear_sources
 from soundly.certificate.reading import BOUND, CLIP, INPUT, LEAF, REFRESH, TOGETHER, Proof, Refused, read
 from soundly.certificate.rings import U
@@ -100,6 +103,7 @@ class _Replayer:
         if proof.float32:
             changes = row_errors(proof, at_once=self.narrow, deadline=self.deadline)
             proof = self.proof = replace(proof, slack=(proof.slack + changes) * (1 + 4 * U))
+        self.lemmas = Narrowing(proof.program, proof.lemmas, lambda: in_time(self.deadline))
         self.failed: dict[tuple[int, int], tuple[Array, Array, Array]] = {}
         self.margin = np.full(pairs, np.inf)
         self.left_open = [np.zeros(last - first, bool) for first, last in proof.tree_clause.tolist()]
@@ -118,7 +122,8 @@ class _Replayer:
             lower, upper = self._narrowed(proof.lower[some[:, 0]], proof.upper[some[:, 0]])
             row_of: dict[int, tuple[Frame, int, bool]] = {}
             for forms, which in self._alike(self._followed(some[:, 0], some[:, 2])):
-                frame, dead = self._refresh(lower[which], upper[which], None, some[which, 1], forms)
+                known = partial(self.lemmas.narrow, some[which, 0])
+                frame, dead = self._refresh(lower[which], upper[which], None, some[which, 1], forms, known)
                 row_of |= {key: (frame, row, bool(dead[row])) for row, key in enumerate(which.tolist())}
             first, last = np.searchsorted(number, [begin, begin + len(some)])
             for tree, key in zip(order[first:last].tolist(), (number[first:last] - begin).tolist(), strict=True):
@@ -165,11 +170,12 @@ class _Replayer:
                 yield value, which[begin : begin + size]
 
     def _refresh(
-        self, lower: Array, upper: Array, inherited: Frame | None, group: Array, forms: int
-    ) -> tuple[Frame, Array]:
+        self, lower: Array, upper: Array, inherited: Frame | None, group: Array, forms: int,
+        narrow: Callable[[Frame, int, Crops], None] | None = None,
+    ) -> tuple[Frame, Array]:  # fmt: skip
         proof = self.proof
         return refresh(proof.program, lower, upper, inherited, group, proof.stored, forms=forms > 0,
-                       together=forms > 1, deadline=self.deadline)  # fmt: skip
+                       together=forms > 1, narrow=narrow, deadline=self.deadline)  # fmt: skip
 
     def _replay(self, batch: list[_Node]) -> None:
         proof, living = self.proof, []
@@ -295,14 +301,18 @@ class _Replayer:
         return frame
 
     def _held(self, nodes: Sequence[_Node]) -> Frame:
-        """The nodes' boxes, and of other steps what their neuron splits say."""
-        changed = {step for node in nodes for step, *_ in node.splits}
+        """The nodes' boxes, and of other steps what lemmas and their neuron splits say."""
+        facts = [self.lemmas.known(int(self.proof.tree_case[node.tree])) for node in nodes]
+        changed = {step for node in nodes for step, *_ in node.splits} | {step for own in facts for step, *_ in own}
         frame = Frame()
         for i, step in enumerate(self.proof.program.steps):
             for ends, none in ((frame.lower, -np.inf), (frame.upper, np.inf)):
                 unknown = np.broadcast_to(none, (len(nodes), step.size))
                 ends.append(unknown.copy() if i in changed else unknown)
         frame.lower[0], frame.upper[0] = np.stack([n.lower for n in nodes]), np.stack([n.upper for n in nodes])
+        for row, own in enumerate(facts):
+            for fact in own:
+                narrow(frame, np.array([row]), fact)
         self._clamp(frame, nodes)
         return frame
 

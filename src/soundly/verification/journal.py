@@ -80,6 +80,10 @@ class Journal:
             search.restore(self.found.pop(key))
         self.searches[key] = search
 
+    def forget(self, key: str) -> None:
+        """Keeps a search no longer."""
+        self.searches.pop(key, None)
+
     def write(self, *, now: bool = False) -> None:
         """Writes the file if it is time."""
         if self.path is None or not (now or time.monotonic() - self.written > EVERY):

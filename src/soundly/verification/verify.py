@@ -12,14 +12,14 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from soundly.bounds.batch import Bounder, OutOfTime
+from soundly.bounds.batch import Bounder, Frame, OutOfTime
 from soundly.bounds.conditional import with_rows
 from soundly.bounds.optimise import refine
 from soundly.bounds.program import Program
@@ -30,9 +30,11 @@ from soundly.verification.attack import Attack
 from soundly.verification.float32 import with_float32
 from soundly.verification.input_split import InputSplit
 from soundly.verification.journal import Journal
+from soundly.verification.lemmas import narrowed
+from soundly.verification.necks import NeckSplit, neck_of
 from soundly.verification.neuron_split import NeuronSplit, piecewise
 from soundly.verification.problem import Arithmetic, Problem, problem_of
-from soundly.verification.proof import certificate, identity
+from soundly.verification.proof import Lemma, certificate, identity
 from soundly.verification.replay import Replay, replay
 from soundly.verification.rows import Rows
 from soundly.verification.verdict import Effort, Empty, Progress, Proved, Refuted, Unknown, Verdict
@@ -348,15 +350,26 @@ class _Run:
                 self._try(case, SHARE * passed)
 
     def _case(self, problem: Problem, case: int, inputs: InputSplit | None) -> Search:
-        """Settles one case by splitting neurons, or inputs, whichever is done first."""
+        """Settles one case by splitting neurons, or inputs, whichever is done first, with lemmas about a neck."""
         neurons: NeuronSplit | None = None
+        neck: NeckSplit | None = None
+        used: list[int] = []
         turn = 1.0
         while True:
             end = time.monotonic() + turn
             if neurons is None:
                 neurons = self._rooted(problem, case)
-                self.journal.follow(f"neurons {case}", neurons)
-            self._work_neurons(neurons, end if inputs is not None else math.inf)
+                self.journal.follow(f"neurons {case} {used}", neurons)
+                if len(neurons.waiting) and (ends := neck_of(neurons.bounder, neurons.root)) is not None:
+                    neck = NeckSplit(neurons, ends)
+                    self.journal.follow(f"neck {case}", neck)
+            if neck is not None and len(neck.done) > len(used):
+                self.journal.forget(f"neurons {case} {used}")
+                used = neck.done
+                neurons = self._rooted(problem, case, neck.frame(used), neck.lemmas_of(used))
+                self.journal.follow(f"neurons {case} {used}", neurons)
+            seeking = neck is not None and len(neck.waiting) > 0
+            self._work_neurons(neurons, end if inputs is not None or seeking else math.inf)
             if not len(neurons.waiting) and not neurons.stuck:
                 return neurons
             over = not len(neurons.waiting)
@@ -367,9 +380,16 @@ class _Run:
             elif over:
                 self.bound = neurons.bound
                 raise _Stop("nothing is left to split: the claim neither holds nor fails by a margin")
+            if neck is not None and seeking:
+                if neck.fresh:
+                    neck.begin(50)
+                self._work_neurons(neck, time.monotonic() + 2 * turn, told=neurons)
             turn *= 2
 
-    def _rooted(self, problem: Problem, case: int) -> NeuronSplit:
+    def _rooted(
+        self, problem: Problem, case: int, before: Frame | None = None, lemmas: Sequence[Lemma] = ()
+    ) -> NeuronSplit:
+        """The search by neurons, begun with what lemmas said before."""
         first, last = problem.row_spans[case].tolist()
         every = problem.rows
         program = with_rows(
@@ -381,25 +401,35 @@ class _Run:
             narrow, margin = self._bounder(program), 1e-9
         box = problem.narrowed(problem.lower[case : case + 1], problem.upper[case : case + 1])
         lower, upper = (v.to(narrow.dtype) for v in box)
-        root = narrow.refresh(lower, upper)
+        root = narrow.refresh(lower, upper, inherited=before)
         clauses = list(range(int(problem.spans[case, 1] - problem.spans[case, 0])))
-        search = NeuronSplit(problem, narrow, case, root, clauses, margin=margin)
+        search = NeuronSplit(problem, narrow, case, root, clauses, margin=margin, lemmas=lemmas)
         search.begin(20)
         self.subproblems += search.subproblems
         self.bound = search.bound
+        if len(search.waiting):
+            known = narrowed(problem, narrow, program, root, case)
+            root, lemmas = known.frame, [*lemmas, *known.lemmas]
+            self.subproblems += known.subproblems
+            if known.lemmas:
+                search = NeuronSplit(problem, narrow, case, root, clauses, margin=margin, lemmas=lemmas)
+                search.begin(20)
+                self.subproblems += search.subproblems
+                self.bound = search.bound
         rows = sum(int(narrow.loose(i, root).sum()) for i in range(len(narrow.steps)) if narrow.read[i])
         # Slopes of products and smooth functions are many: their choice is shared.
         together = not all(piecewise(narrow.steps[j]) for j, _ in narrow.free(root))
         rounds = TOGETHER if together else REFINING
         if len(search.waiting) and 8 * rounds * rows * narrow.cost < WORK:
             refined = refine(narrow, root, rounds=rounds, together=together)
-            search = NeuronSplit(problem, narrow, case, root, clauses, margin=margin, refined=refined)
+            search = NeuronSplit(problem, narrow, case, root, clauses, margin=margin, refined=refined, lemmas=lemmas)
             search.begin(50)
             self.subproblems += search.subproblems
             self.bound = search.bound
         return search
 
-    def _work_neurons(self, search: NeuronSplit, until: float) -> None:
+    def _work_neurons(self, search: NeuronSplit, until: float, *, told: NeuronSplit | None = None) -> None:
+        """Steps until nothing waits, or until some time; what is told is the bound of a search for the claim."""
         batch = 4
         while len(search.waiting):
             if time.monotonic() > until:
@@ -415,7 +445,7 @@ class _Run:
             self.subproblems += search.subproblems - before
             spent = time.monotonic() - start
             batch = int(max(1, min(PARTS, 2 * batch, batch * 0.7 / max(spent, 1e-3))))
-            self.bound = search.bound
+            self.bound = (told or search).bound
             if len(points):
                 self._offer(search.case, points)
             self._interleave(search.case if len(search.waiting) else None)

@@ -1,0 +1,148 @@
+"""`soundly audit`: planted suites, judging any verifier on them, fuzzing soundly, and its mutation score."""
+
+import argparse
+import itertools
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from soundly.cli.terminal import NO, UNKNOWN, YES, Verbs, finite, plain, positive, status
+
+if TYPE_CHECKING:
+    from soundly.auditing.fuzzing import Tally
+    from soundly.auditing.judging import Judgement
+
+
+def add(verbs: Verbs) -> None:
+    parser = verbs.add_parser(
+        "audit",
+        help="test verifiers",
+        description="Test verifiers: any of them on instances with known answers, soundly also by fuzzing.",
+        epilog="exit codes: 0 nothing found, 1 a wrong claim, a finding or a fault that was not noticed, 2 error",
+    )
+    kinds = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    planted = kinds.add_parser(
+        "planted", help="make a suite with known answers",
+        description="Write planted counterexamples and robust instances, with the answers under seal.",
+    )  # fmt: skip
+    planted.add_argument("folder", metavar="DIR", type=Path, help="a new folder")
+    planted.add_argument("--count", type=int, default=100, metavar="N", help="how many; default: 100")
+    planted.add_argument("--seed", type=int, default=0, metavar="S", help="default: 0")
+    planted.add_argument("--robust", type=float, default=0.25, metavar="SHARE", help="that hold; default: 0.25")
+    planted.add_argument("--timeout", type=positive, default=60.0, metavar="S", help="for each; default: 60")
+    planted.set_defaults(run=_planted)
+
+    run = kinds.add_parser("run", help="judge a verifier on a suite",
+                           description="Run a verifier on each instance of a suite and compare its claims with the "
+                           "sealed answers.")  # fmt: skip
+    run.add_argument("folder", metavar="DIR", type=Path, help="a suite, made by `soundly audit planted`")
+    run.add_argument("--tool", metavar="CMD", help="a command with {onnx}, {vnnlib}, {timeout}, and {results} if it "
+                     "writes its answer to a file; default: soundly itself")  # fmt: skip
+    run.add_argument("--answers", type=Path, metavar="F", help="where the answers are kept, if not in DIR")
+    run.add_argument("--timeout", type=positive, metavar="S", help="caps the time limits of the suite")
+    run.add_argument("--memory", type=positive, metavar="GiB", help="for each instance")
+    run.add_argument("--only", default="", metavar="TEXT", help="instances whose line contains this")
+    run.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
+    run.set_defaults(run=_run)
+
+    fuzz = kinds.add_parser("fuzz", help="fuzz soundly", description="Check soundly on random networks.")
+    fuzz.add_argument("--minutes", type=positive, metavar="N", help="stop then; otherwise after --count")
+    fuzz.add_argument("--count", type=int, metavar="N", help="how many networks; without either: 1000")
+    fuzz.add_argument("--seed", type=int, default=0, metavar="S", help="of the first network; default: 0")
+    fuzz.add_argument("--keep", type=Path, metavar="DIR", help="write each finding, made small, as a file there")
+    fuzz.set_defaults(run=_fuzz)
+
+    mutate = kinds.add_parser(
+        "mutate", help="plant faults in soundly",
+        description="Plant each fault of a catalogue in soundly and see whether fuzzing notices.",
+    )  # fmt: skip
+    mutate.add_argument(
+        "--seconds", type=positive, default=60.0, metavar="S", help="of CPU time for each fault; default: 60"
+    )
+    mutate.add_argument("--only", default="", metavar="TEXT", help="faults whose name or part contains this")
+    mutate.set_defaults(run=_mutate)
+
+
+def _planted(arguments: argparse.Namespace) -> int:
+    from soundly.auditing.suite import ANSWERS, planted, write
+
+    made = planted(arguments.count, arguments.seed, robust=arguments.robust)
+    count = write(arguments.folder, made, timeout=arguments.timeout)
+    print(plain(f"written       {count} instances to {arguments.folder}; the answers are in {ANSWERS}: keep them"))
+    return YES
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from soundly.auditing.judging import OWN, judge, table
+    from soundly.auditing.suite import read_answers
+    from soundly.verification.bench import read_instances
+
+    answers = read_answers(arguments.folder, answers=arguments.answers)
+    instances = read_instances(arguments.folder, timeout=arguments.timeout, only=arguments.only)
+    done: list[Judgement] = []
+
+    def progress(made: "Judgement") -> None:
+        word = "WRONG" if made.wrong else made.claimed
+        status(f"{len(done) + 1} of {len(instances)}  {word}  {plain(made.instance)}")
+
+    shown = sys.stderr.isatty()
+    memory = None if arguments.memory is None else int(arguments.memory * 2**30)
+    for made in judge(arguments.tool or OWN, instances, answers, memory=memory, progress=progress if shown else None):
+        done.append(made)
+    if shown:
+        status("")
+    if arguments.json:
+        print(json.dumps(finite([{**asdict(j), "wrong": j.wrong, "missed": j.missed} for j in done]), indent=2))
+    else:
+        for line in table(done):
+            print(plain(line))
+    return NO if any(j.wrong for j in done) else YES
+
+
+def _fuzz(arguments: argparse.Namespace) -> int:
+    from soundly.auditing.fuzzing import Tally, fuzz
+
+    count = arguments.count or (None if arguments.minutes else 1000)
+    seeds = itertools.count(arguments.seed) if count is None else range(arguments.seed, arguments.seed + count)
+    tally, found = Tally(), 0
+    if arguments.keep:
+        arguments.keep.mkdir(parents=True, exist_ok=True)
+
+    def progress(tally: "Tally") -> None:
+        status(f"{tally.recipes} networks, {found} findings")
+
+    shown = sys.stderr.isatty()
+    seconds = None if arguments.minutes is None else 60 * arguments.minutes
+    for finding in fuzz(iter(seeds), seconds=seconds, tally=tally, progress=progress if shown else None):
+        found += 1
+        print(plain(f"FOUND    seed {finding.seed}, {finding.oracle}: {finding.text}"), flush=True)
+        calls = ", ".join(call.op for call in finding.recipe.calls)
+        print(plain(f"         made small: {calls}"), flush=True)
+        if arguments.keep:
+            finding.recipe.save(arguments.keep / f"{finding.seed}-{finding.oracle}.json")
+    if shown:
+        status("")
+    checks = ", ".join(f"{name} {n}" for name, n in tally.checks.items())
+    print(f"{tally.recipes} networks, {found} findings; checks: {checks}; {sum(tally.refusals.values())} refused")
+    return NO if found else YES
+
+
+def _mutate(arguments: argparse.Namespace) -> int:
+    from soundly.auditing.faults import FAULTS
+    from soundly.auditing.mutation import mutate, table
+
+    chosen = [f for f in FAULTS if arguments.only in f"{f.part} {f.name}"]
+    done = []
+    shown = sys.stderr.isatty()
+    for made in mutate(chosen, seconds=arguments.seconds):
+        done.append(made)
+        if shown:
+            status(f"{len(done)} of {len(chosen)}  {sum(m.found for m in done)} found")
+    if shown:
+        status("")
+    for line in table(done):
+        print(line)
+    return YES if done and all(m.found for m in done) else UNKNOWN if not done else NO
