@@ -287,10 +287,12 @@ class _Run:
 
     def _decide(self, problem: Problem) -> Verdict:
         cases = len(problem.lower)
-        wide, margin = self._bounder(problem.program.to(torch.float32), together=True), MARGIN
+        vary = int((problem.upper > problem.lower).sum(1).max())
+        # A point cannot be split: what decides it is the last digits.
+        program, margin = (problem.program, 0.0) if vary == 0 else (problem.program.to(torch.float32), MARGIN)
+        wide = self._bounder(program, together=True)
         for case in range(min(cases, 4)):
             self._try(case, min(max(0.05, wide.cost * PATIENCE), 2.0))
-        vary = int((problem.upper > problem.lower).sum(1).max())
         settled: list[tuple[Search, list[int]]] = []
         inputs = InputSplit(problem, wide, margin=margin) if vary <= SOME or cases > 1 else None
         if inputs is not None:
