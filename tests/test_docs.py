@@ -52,6 +52,30 @@ def test_the_examples_of_the_page_on_editing(capsys: pytest.CaptureFixture[str])
     assert int(names["edited"](names["x"]).argmax()) == 2
 
 
+@pytest.mark.filterwarnings("ignore:Input Tensor 0 did not already require gradients:UserWarning")
+def test_the_examples_of_the_page_on_explanations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sklearn.datasets import load_digits
+
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    data = load_digits()
+    images, labels = torch.tensor(data.data).float() / 16, torch.tensor(data.target)
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    optimiser = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(60):
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimiser.step()
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "explanations.md").read_text(encoding="utf-8"), re.DOTALL)
+    names: dict[str, Any] = {"model": model, "x": images[:1]}
+    for i, block in enumerate(blocks):
+        exec(compile(block, f"explanations.md, example {i + 1}", "exec"), names)
+    promised = re.findall(r"^ *print\(.*\) +# (.*)$", "".join(blocks), re.MULTILINE)
+    assert promised and capsys.readouterr().out.splitlines() == promised
+
+
 def test_the_examples_of_the_page_on_auditing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -63,3 +87,14 @@ def test_the_examples_of_the_page_on_auditing(
         exec(compile(block, f"auditing.md, example {i + 1}", "exec"), names)
     promised = re.findall(r"^ *print\(.*\) +# (.*)$", "".join(blocks), re.MULTILINE)
     assert len(promised) == 5 and capsys.readouterr().out.splitlines() == promised
+
+
+def test_the_examples_of_the_page_on_training(capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "training.md").read_text(encoding="utf-8"), re.DOTALL)
+    names: dict[str, Any] = {}
+    for i, block in enumerate(blocks):
+        exec(compile(block, f"training.md, example {i + 1}", "exec"), names)
+    promised = re.findall(r"^ *print\(.*\) +# (.*)$", "".join(blocks), re.MULTILINE)
+    assert promised and capsys.readouterr().out.splitlines() == promised
+    assert names["proofs"].proved >= 12 and names["report"].accuracy > 0.75
+    assert len(names["lines"]) == 2 and 0 <= names["maps"].kept <= 1

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from soundly.explanation.certified import certify_change as certify_change
     from soundly.explanation.certified import certify_map as certify_map
     from soundly.explanation.certified import certify_top_k as certify_top_k
+    from soundly.explanation.contrast import Contrast as Contrast
+    from soundly.explanation.contrast import contrast as contrast
     from soundly.explanation.question import top_mask as top_mask
     from soundly.explanation.reason import Reason as Reason
     from soundly.explanation.reason import certify_mask as certify_mask
@@ -111,6 +113,8 @@ _HOME = {
     "top_mask": "explanation.question",
     "explain": "explanation.reason",
     "Reason": "explanation.reason",
+    "contrast": "explanation.contrast",
+    "Contrast": "explanation.contrast",
     # edits
     "at": "editing.constraints",
     "over": "editing.constraints",

@@ -50,9 +50,41 @@ def levels(root: Node) -> list[Node]:
 
 
 @dataclass
+class Lemma:
+    """Neuron key / 2 is at least (even key) or at most value; a row of slopes for each leaf of the tree."""
+
+    key: int
+    value: float
+    root: Node
+    case: int = 0
+    slots: Sequence[int] = ()
+    slopes: Sequence[Sequence[float]] = ()
+
+
+def lemma_arrays(lemmas: Sequence[Lemma]) -> dict[str, np.ndarray]:
+    trees = [levels(lemma.root) for lemma in lemmas]
+    nodes = [node for tree in trees for node in tree]
+    integers = {
+        "lemma_case": [lemma.case for lemma in lemmas], "lemma_key": [lemma.key for lemma in lemmas],
+        "lemma_start": np.cumsum([0, *map(len, trees)]), "lemma_what": [n.what if n.kind else -1 for n in nodes],
+        "lemma_slot_start": np.cumsum([0, *(len(lemma.slots) for lemma in lemmas)]),
+        "lemma_slots": [slot for lemma in lemmas for slot in lemma.slots],
+    }  # fmt: skip
+    floats = {
+        "lemma_value": [lemma.value for lemma in lemmas], "lemma_at": [n.at for n in nodes],
+        "lemma_beta": [b for n in nodes for b in n.beta],
+    }  # fmt: skip
+    slopes = np.array([v for lemma in lemmas for row in lemma.slopes for v in row], "f4")
+    return {
+        **{name: np.array(v, np.int64) for name, v in integers.items()},
+        **{name: np.array(v, np.float64) for name, v in floats.items()}, "lemma_slopes": slopes,
+    }  # fmt: skip
+
+
+@dataclass
 class Claim:
     """A network, cases (lower, upper, clauses of rows (y, x, constant, slack)), and trees (case, first, last, root);
-    of trees that are lemmas 2 * neuron + side and the interval's end; perhaps a ball (norm, centre, radius)."""
+    perhaps lemmas, and a ball (norm, centre, radius)."""
 
     steps: list[dict[str, Any]]
     arrays: dict[str, np.ndarray]
@@ -61,7 +93,7 @@ class Claim:
     slots: Sequence[int] = ()
     slopes: Any = None
     groups: Sequence[Mapping[int, int]] = ()
-    lemmas: Mapping[int, tuple[int, float]] = field(default_factory=dict)
+    lemmas: Sequence[Lemma] = ()
     ball: tuple[str, Any, Any] | None = None
 
     def certificate(self) -> Certificate:
@@ -104,7 +136,6 @@ class Claim:
         bounds = [(k, *bound) for k, n in enumerate(flat) for bound in n.tightened]
         integers = {
             "row_start": start, "row_column": column, "row_clause": clause, "case_rows": case_rows,
-            "tree_lemma": [self.lemmas.get(t, (-1, 0.0))[0] for t in range(len(self.trees))],
             "case_clauses": [len(c) for _, _, c in self.cases], "tree_case": [t[0] for t in self.trees],
             "tree_start": np.cumsum([0, *map(len, nodes)]), "flags": [n.flags for n in flat],
             "kind": [n.kind for n in flat], "what": [n.what for n in flat],
@@ -118,13 +149,13 @@ class Claim:
             "force_start": np.cumsum([0, *(len(b[4]) for b in bounds)]),
         }  # fmt: skip
         floats = {
-            "tree_level": [self.lemmas.get(t, (-1, 0.0))[1] for t in range(len(self.trees))],
             "box_lower": [c[0] for c in self.cases], "box_upper": [c[1] for c in self.cases], "row_value": value,
             "row_constant": constant, "row_slack": slack, "at": [n.at for n in flat],
             "beta": [b for n in flat for b in n.beta], "tighten_force": [g for b in bounds for g in b[4]],
         }  # fmt: skip
         a |= {name: np.array(v, np.int64) for name, v in integers.items()}
         a |= {name: np.array(v, np.float64) for name, v in floats.items()}
+        a |= lemma_arrays(self.lemmas)
         a["tree_clause"] = np.array([[t[1], t[2]] for t in self.trees], np.int64).reshape(-1, 2)
         a["slopes"] = np.zeros((0, len(self.slots)), "f4") if self.slopes is None else np.array(self.slopes, "f4")
         header = {

@@ -9,7 +9,6 @@ from tests.certificate.claims import BOUND, CLIP, REFRESH, TOGETHER, changed
 from tests.certificate.meaning import untrue
 from tests.certificate.samples import SEEDS, good, random_certificate
 from tests.certificate.test_conditional import several, tightened_certificate
-from tests.certificate.test_lemmas import lemma_certificate
 from tests.certificate.test_products_together import quadratic_certificate
 
 from soundly.certificate import Certificate, check
@@ -18,7 +17,7 @@ from soundly.certificate import Certificate, check
 @cache
 def malformed() -> dict[str, Certificate]:
     """Certificates that claim nothing, too much, or nonsense. Each must be refused with a problem that says so."""
-    c, deep, square, lemma = good(), random_certificate(4), quadratic_certificate(0), lemma_certificate(0)
+    c, deep, square = good(), random_certificate(4), quadratic_certificate(0)
     a, n = c.arrays, len(c.arrays["kind"])
     program = [dict(step) for step in c.header["program"]]
 
@@ -36,16 +35,8 @@ def malformed() -> dict[str, Certificate]:
                             case_clauses=np.zeros(0, int)),
         "no trees": changed(c, tree_case=np.zeros(0, int), tree_clause=np.zeros((0, 2), int),
                             tree_start=np.zeros(1, int), **{k: a[k][:0] for k in (
-                                "tree_lemma", "tree_level", "flags", "kind", "what", "at", "slopes_bound",
-                                "slopes_refresh")},
+                                "flags", "kind", "what", "at", "slopes_bound", "slopes_refresh")},
                             beta_start=np.zeros(1, int)),
-        "lemma about nothing": put("tree_lemma", 0, 2 * 10**6), "lemma below": put("tree_lemma", 0, -2),
-        "lemma about an input": changed(lemma, tree_lemma=np.r_[1, lemma.arrays["tree_lemma"][1:]]),
-        "lemma with clauses": changed(lemma, tree_clause=lemma.arrays["tree_clause"] + [0, 1]),
-        "lemma at NaN": changed(lemma, tree_level=np.r_[np.nan, lemma.arrays["tree_level"][1:]]),
-        "clauses with a level": put("tree_level", 0, 1.0),
-        "clauses called a lemma": put("tree_lemma", 0, 4),
-        "lemma that is clipped": changed(lemma, flags=lemma.arrays["flags"] | CLIP),
         "clause not covered": put("tree_clause", (0, 1), 3), "clause backwards": put("tree_clause", 0, [2, 2]),
         "first clause not covered": put("tree_clause", (0, 0), 1), "too many clauses": put("tree_clause", (0, 1), 5),
         "negative clause": put("tree_clause", (0, 0), -1), "tree of no case": put("tree_case", 0, 1),

@@ -15,7 +15,6 @@ from tests.certificate.test_ball import escapes
 from tests.certificate.test_conditional import misplaced, tightened_certificate
 from tests.certificate.test_intervals import escaped
 from tests.certificate.test_jumps import jumps, untrue_at_jumps
-from tests.certificate.test_lemmas import lemma_certificate, misplaced_lemmas
 from tests.certificate.test_malformed import malformed
 from tests.certificate.test_products_together import (
     above_least,
@@ -32,8 +31,8 @@ from soundly.certificate import Certificate
 def broken(old: str, new: str) -> Any:
     """The checker with one piece of its source exchanged."""
     folder = Path(checker.__file__).parent
-    names = ("rings", "ball", "functions", "products", "program", "bounding", "forms", "intervals", "conditional",
-             "reading", "lemmas", "verification")  # fmt: skip
+    names = ("rings", "ball", "functions", "products", "program", "bounding", "crop", "forms", "intervals",
+             "conditional", "reading", "lemmas", "verification")  # fmt: skip
     sources = {name: (folder / f"{name}.py").read_text(encoding="utf-8") for name in names}
     assert sum(s.count(old) for s in sources.values()) == 1, f"{old!r} is not in the checker exactly once: adapt this"
     for name in names:
@@ -78,8 +77,6 @@ def faults(with_: Any) -> Iterator[str]:
         "misplaces tightened intervals": (lambda _: misplaced(with_), [0]),
         "proves an untruth of tightened intervals": (
             lambda seed: untrue(tightened_certificate(seed), seed, with_) != [], range(40)),
-        "proves an untruth of lemmas": (lambda seed: untrue(lemma_certificate(seed), seed, with_) != [], range(40)),
-        "misplaces lemmas": (lambda _: misplaced_lemmas(with_), [0]),
         "proves an untruth of neuron splits": (
             lambda seed: untrue(neuron_certificate(seed), seed, with_) != [], range(40)),
         "proves an untruth of quadratic forms": (
@@ -140,11 +137,6 @@ FAULTS = {
     "clip to the smallest clause": ("((np.minimum, left), (np.maximum, right))",
                                     "((np.maximum, left), (np.minimum, right))"),
     "input split exchanged": ("upper[what] = min(upper[what], at)", "upper[what] = min(upper[what], at - 0.4)"),
-    "lemmas believed": ("if not self.failed:", "if True:"),
-    "lemmas about the other end": ("sign = np.where(lower, 1.0, -1.0)", "sign = np.where(lower, -1.0, 1.0)"),
-    "lemmas without their level": ("least >= sign[some] * proof.tree_level[trees[some]]", "least >= -99.0"),
-    "lemmas of other cases used": ("row, level = cases == proof.tree_case[tree],", "row, level = cases == cases,"),
-    "lemmas not used": ("before = None if lemmas.all()", "before = None if True"),
     "leaves forgotten": ("self.left_open[node.tree] |= node.open", "pass"),
     "right children forgotten": ("for side, sign in ((0, -1), (1, 1)):", "for side, sign in ((0, -1),):"),
     "left children forgotten": ("for side, sign in ((0, -1), (1, 1)):", "for side, sign in ((1, 1),):"),
@@ -158,8 +150,8 @@ FAULTS = {
     "intervals too narrow": ("low, high = centre - radius - cost, centre + radius + cost",
                              "low, high = centre - radius / 2, centre + radius / 2"),
     "no absolute values in radii": ("radius += part.absolute.apply(r)", "radius += np.abs(part.apply(r))"),
-    "empty means proven": ("dead = dead | _settle(frame, i)\n        if not tightened",
-                           "dead = dead | True\n        if not tightened"),
+    "empty means proven": ("dead = dead | _settle(frame, i)\n        if tightened",
+                           "dead = dead | True\n        if tightened"),
     "the wrong row of the frame": ("node.frame, node.row = frame, row", "node.frame, node.row = frame, 0"),
     "corners of products forgotten": ("corners = np.stack([a * c, a * d, b * c, b * d])",
                                       "corners = np.stack([a * c, b * d])"),

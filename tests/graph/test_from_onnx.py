@@ -15,7 +15,9 @@ from onnx import TensorProto, helper, numpy_helper
 from soundly.errors import CaptureError, CaptureMismatch, DynamicModel, InvalidInput, UnsupportedOp
 from soundly.graph import Composite, Input, Parameter
 from soundly.graph import elementwise as ew
+from soundly.graph.composite import Softmax
 from soundly.graph.from_onnx import SUPPORTED, compare, from_onnx
+from soundly.graph.node import topological
 from soundly.graph.onnx_call import RULES, Rule
 from soundly.graph.product import Dense
 
@@ -190,6 +192,14 @@ CASES: dict[str, Any] = {
     "ArgMax": lambda: one("ArgMax", (3, 5), axis=1, keepdims=0),
     "ArgMax last": lambda: one("ArgMax", (3, 5), axis=0, select_last_index=1),
     "ArgMin": lambda: one("ArgMin", (3, 5), axis=-1),
+    **{f"{op} of Softmax, {how}": lambda op=op, nodes=nodes, axis=axis: build(
+        [("Softmax", ["x"], ["p"], {"axis": 2}), *nodes, (op, ["q"], ["k"], {"axis": axis}),
+         ("Cast", ["k"], ["y"], {"to": TensorProto.FLOAT})], {"x": (2, 3, 4)}, {"pads": i(0, 0, 1, 0, 0, 0)}, ["y"])
+       for op in ("ArgMax", "ArgMin") for how, nodes, axis in (
+           ("moved", [("Transpose", ["p"], ["q"], {"perm": [2, 0, 1]})], 0),
+           ("turned", [("Neg", ["p"], ["q"], {})], 2), ("across", [("Identity", ["p"], ["q"], {})], 1),
+           ("reshaped", [("Flatten", ["p"], ["q"], {"axis": 1})], 1),
+           ("padded", [("Pad", ["p", "pads"], ["q"], {})], 2))},
     "OneHot of ArgMax": lambda: build(
         [("ArgMax", ["x"], ["k"], {"axis": 1, "keepdims": 0}), ("OneHot", ["k", "d", "v"], ["y"], {"axis": -1})],
         {"x": (4, 5)}, {"d": i(5), "v": f(-1, 3)}, ["y"]),
@@ -512,3 +522,11 @@ def test_inputs_are_named_and_ordered_as_in_the_file() -> None:
     network = agree(one("Sub", (2, 3), (3,)))
     assert [n.op for n in network.inputs] == [Input("v0", (2, 3)), Input("v1", (3,))]
     assert not any(isinstance(n.op, Parameter) for n in network.nodes)
+
+
+def test_the_largest_share_of_a_softmax_is_that_of_the_largest_score():
+    """Where nothing but one softmax is compared it is left out; across several it stays."""
+    gone = {how for how in ("moved", "turned", "across", "reshaped", "padded")
+            if not any(isinstance(node.op, Softmax) for node in topological(
+                from_onnx(CASES[f"ArgMax of Softmax, {how}"]()).outputs))}  # fmt: skip
+    assert gone == {"moved", "turned"}

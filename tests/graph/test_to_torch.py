@@ -1,5 +1,7 @@
 """A network becomes an ordinary module again: the same numbers, its own parameters, trainable through its gradient."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -68,3 +70,17 @@ def test_several_outputs_stay_a_tuple(captured: tuple[nn.Module, Network, torch.
     both = network.with_outputs(network.output, network.at("0"))
     logits, features = soundly.to_torch(both)(x)
     assert logits.shape == (1, 3) and features.shape == (1, 4, 4, 4)
+
+
+def test_a_copy_of_a_deep_module_is_a_module_of_its_own() -> None:
+    """Deeper than Python's recursion goes; the copy computes the same from weights of its own."""
+    torch.manual_seed(0)
+    deep = nn.Sequential(*(layer for _ in range(300) for layer in (nn.Linear(2, 2), nn.Tanh()))).double()
+    x = torch.randn(1, 2, dtype=torch.float64)
+    exported = soundly.to_torch(soundly.load(deep, x))
+    copied = copy.deepcopy(exported)
+    assert torch.equal(copied(x), exported(x))
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.zero_()
+    assert torch.equal(copied(x), torch.zeros(1, 2).double()) and torch.allclose(exported(x), deep(x), atol=1e-12)

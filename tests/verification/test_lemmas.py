@@ -1,162 +1,86 @@
-"""Lemmas about a neck: they hold on dense grids, the checker accepts them, and a claim that needs them is proved."""
+"""When a search looks for lemmas, and that what it goes on with holds."""
 
-from itertools import pairwise
-
-import numpy as np
-import pytest
 import torch
-from tests.bounds.samples import made
-from tests.verification.claims import F64, begun, grid, net, square
-from torch import Tensor, nn
+from tests.certificate.lemma_samples import SCORES, provable, search
+from torch import nn
 
-from soundly import Proved, verify
-from soundly.certificate import Certificate, check
-from soundly.certificate.verification import replay
-from soundly.graph.from_torch import from_torch
-from soundly.graph.network import Network
-from soundly.spec.claim import Claim, within
-from soundly.verification.forest import BOUND
-from soundly.verification.lemmas import Lemmas, Neck, neck
-from soundly.verification.neuron_split import NeuronSplit
+import soundly
+from soundly.bounds.batch import Bounder
+from soundly.bounds.conditional import with_rows
+from soundly.verification import lemmas
 from soundly.verification.proof import certificate
-from soundly.verification.verify import _Run
+from soundly.verification.verify import verify
+
+F64 = torch.float64
 
 
-def funnel(seed: int, activation: type[nn.Module] = nn.ReLU) -> tuple[Network, Tensor]:
-    """A network with two neurons in the middle, on a grid one always above 0 by a little, one below; and the grid."""
-    sizes, x = [3, 12, 12, 2, 12, 2], grid(square(3), 13)
-    module = nn.Sequential(*[m for a, b in pairwise(sizes) for m in (nn.Linear(a, b), activation())][:-1])
-    made(module, 3, seed=seed)
-    with torch.no_grad():
-        v = module[:5](x.float())
-        room = 0.1 * (v.amax(0) - v.amin(0))
-        module[4].bias += torch.stack([room[0] - v[:, 0].min(), -room[1] - v[:, 1].max()])
-    return from_torch(module.eval(), (torch.zeros(1, 3),)), x
+def test_intervals_after_lemmas_hold_at_points():
+    made, generator = provable(10), torch.Generator().manual_seed(0)
+    for case in (0, 1):
+        found = search(made, case)
+        share = torch.rand(2000, made.program.inputs, generator=generator, dtype=F64)
+        x = torch.lerp(made.lower[case], made.upper[case], torch.cat([share, share.round()]))
+        for v, low, high in zip(made.program.evaluate(x), found.root.lower, found.root.upper, strict=False):
+            assert bool(((v >= low - 1e-9) & (v <= high + 1e-9)).all())
+        assert found.lemmas and not len(found.waiting)
 
 
-def claimed(seed: int, activation: type[nn.Module] = nn.ReLU, share: float = 0.1) -> tuple[Claim, Tensor]:
-    """Outputs stay in the range of a grid, and a little more; with the grid."""
-    network, x = funnel(seed, activation)
-    y = torch.vmap(network.to(F64))(x[:, None])[:, 0]
-    room = share * (y.amax(0) - y.amin(0))
-    return within(network.to(torch.float32), square(3), y.amin(0) - room, y.amax(0) + room), x
+def test_no_lemma_where_a_part_is_not_small():
+    found = search(provable(10), 0, share=0.0)
+    assert not found.lemmas and len(found.waiting)
 
 
-def sought(seed: int, activation: type[nn.Module] = nn.ReLU) -> tuple[NeuronSplit, Lemmas | None, Tensor]:
-    claim, x = claimed(seed, activation)
-    main = begun(claim)
-    ends = neck(main.bounder, main.root)
-    return main, None if ends is None else Lemmas(main, ends), x
+def test_no_lemma_where_nothing_jumps():
+    made = provable(10)
+    program = type(made.program)(made.program.steps[: SCORES + 1])
+    rows = with_rows(program, torch.ones(1, program.outputs, dtype=F64), None, torch.zeros(1, dtype=F64))
+    bounder = Bounder(rows)
+    root = bounder.refresh(made.lower[:1], made.upper[:1])
+    known = lemmas.narrowed(made, bounder, rows, root, 0)
+    assert not known.lemmas and known.subproblems == 0
 
 
-def searched(lemmas: Lemmas, steps: int = 60) -> Lemmas:
-    if lemmas.fresh:
-        lemmas.begin(10)
-    for _ in range(steps):
-        if len(lemmas.waiting):
-            lemmas.step(16, 10)
-    return lemmas
+def test_bounds_from_a_step_on_are_those_of_all_steps():
+    made = provable(10)
+    bounder = Bounder(made.program)
+    root = bounder.refresh(made.lower, made.upper)
+    middle = (root.lower[SCORES] + root.upper[SCORES]) / 2
+    root.lower[SCORES] = torch.where(middle > 0, middle, root.lower[SCORES])
+    whole = bounder.refresh(made.lower, made.upper, inherited=root)
+    onward = bounder.refresh(made.lower, made.upper, inherited=root, first=SCORES + 1)
+    for a, b in zip(whole.lower + whole.upper, onward.lower + onward.upper, strict=True):
+        assert torch.equal(a, b)
+    assert onward.known.keys() == whole.known.keys()
 
 
-def concluded(main: NeuronSplit, lemmas: Lemmas) -> Certificate:
-    """The certificate of both, as if nothing were left to do."""
-    for search in (main, lemmas):
-        search.proved.append(search.waiting)
-        search.forest.flags[search.waiting.node.numpy()] |= BOUND
-    trees = range(len(main.forest.root))
-    return certificate(main.problem, [lemmas.grown(lemmas.done), main.grown(trees)], claim="", model={})
+def test_equal_searches_find_equal_lemmas():
+    made = provable(10)
+    proofs = [certificate(made, [search(made, case).grown([0]) for case in (0, 1)], claim="", model={}) for _ in (0, 1)]
+    for name, array in proofs[0].arrays.items():
+        assert (array == proofs[1].arrays[name]).all()
 
 
-def beyond(lemmas: Lemmas, x: Tensor) -> float:
-    """How far values at points lie outside what is called proved."""
-    known, steps = lemmas.frame(lemmas.done), lemmas.main.problem.program.evaluate(x)
-    return max(float(torch.maximum(low - v, v - high).max()) for v, low, high in zip(
-        steps, known.lower, known.upper, strict=False))  # fmt: skip
+class Signs(nn.Module):
+    """How many places of a long signal have a positive score."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.layers = nn.Sequential(nn.Conv1d(1, 3, 3, padding=1), nn.ReLU(), nn.Conv1d(3, 3, 3, padding=1), nn.ReLU(),
+                                    nn.Conv1d(3, 1, 1))  # fmt: skip
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.layers(x) > 0).float().sum(dim=(1, 2))[:, None]
 
 
-@pytest.mark.parametrize("activation", [nn.ReLU, nn.LeakyReLU])
-def test_lemmas_hold_on_a_grid_and_the_checker_accepts_them(activation):
-    found = 0
-    for seed in range(8):
-        main, lemmas, x = sought(seed, activation)
-        if lemmas is None:
-            continue
-        searched(lemmas)
-        assert beyond(lemmas, x) <= 1e-9
-        found += len(lemmas.done)
-        proof = concluded(main, lemmas)
-        result = replay(proof)
-        assert result.problems == () and all(tree >= len(lemmas.done) for tree, _ in result.failed)
-        key, level = proof.arrays["tree_lemma"][: len(lemmas.done)], proof.arrays["tree_level"][: len(lemmas.done)]
-        values = torch.cat(main.problem.program.evaluate(x), 1)[:, torch.from_numpy(key // 2)].numpy()
-        assert ((1 - 2 * (key % 2)) * (values - level) >= 0).all()
-    assert found > 3
-
-
-class TooEager(Lemmas):
-    """Calls proved what is not."""
-
-    @property
-    def done(self) -> list[int]:
-        return list(range(len(self.ends.entry)))
-
-
-def test_lemmas_that_are_false_are_seen_and_refused():
-    seen = refused = 0
-    for seed in range(8):
-        main, lemmas, x = sought(seed)
-        if lemmas is None:
-            continue
-        far = Neck(lemmas.ends.step, lemmas.ends.entry, 1 - lemmas.ends.side, 0 * lemmas.ends.level)
-        wrong = searched(TooEager(main, far), 5)
-        if not len(wrong.waiting):
-            continue
-        seen += beyond(wrong, x) > 1e-3
-        proof = concluded(main, wrong)
-        result = replay(proof)
-        assert result.problems == () and not result.proven.any() and result.failed
-        refused += 1
-    assert seen > 1 and refused > 1
-
-
-def test_networks_without_a_narrow_place_have_no_neck():
-    wide = begun(within(net(1, inputs=4, width=24), square(4), -0.1, 0.1))
-    assert neck(wide.bounder, wide.root) is None
-    found = [lemmas.ends for _, lemmas, _ in map(sought, range(8)) if lemmas is not None]
-    assert len(found) > 2 and all(ends.step == 5 and 0 < len(ends.entry) <= 2 for ends in found)
-
-
-def test_a_claim_that_needs_lemmas_is_proved_with_them(monkeypatch):
-    """Splitting is left to the lemmas: the main search only ever bounds its roots."""
-    work = _Run._work_neurons
-
-    def mainly(self, search, until, **told):
-        self._limits()
-        if isinstance(search, Lemmas):
-            work(self, search, np.inf, **told)
-
-    monkeypatch.setattr(_Run, "_work_neurons", mainly)
-    used = 0
-    for seed in range(6):
-        claim, _ = claimed(seed, share=0.5)
-        monkeypatch.setattr("soundly.verification.verify.FEW", 0)
-        monkeypatch.setattr("soundly.verification.verify.SOME", 0)
-        verdict = verify(claim, timeout=2)
-        if isinstance(verdict, Proved):
-            assert check(verdict.certificate).accepted
-            used += bool((verdict.certificate.arrays["tree_lemma"] >= 0).any())
-    assert used > 0
-
-
-def test_a_search_with_lemmas_goes_on_where_a_journal_left_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("soundly.verification.verify.FEW", 0)
-    monkeypatch.setattr("soundly.verification.verify.SOME", 0)
-    main, lemmas, _ = next(s for s in map(sought, range(8)) if s[1] is not None)
-    assert lemmas is not None
-    searched(lemmas, 3)
-    other = Lemmas(main, lemmas.ends)
-    other.restore({k: np.array(v) for k, v in lemmas.state().items()})
-    assert other.done == lemmas.done
-    for one in (lemmas, other):
-        searched(one)
-    assert other.done == lemmas.done and other.forest.size == lemmas.forest.size
+def test_a_claim_that_needs_lemmas_is_proved(monkeypatch):
+    torch.manual_seed(1)
+    x = 2 * torch.randn(1, 1, 400)
+    net = soundly.load(Signs(), x)
+    # By intervals alone 26 places may lose their sign; of two of these lemmas say that they do not.
+    claim = soundly.within(net, soundly.Box(x - 0.2, x + 0.2), net(x) - 25, net(x) + 100)
+    verdict = verify(claim, timeout=60)
+    assert isinstance(verdict, soundly.Proved) and verdict.effort.settled == "root bound"
+    assert len(verdict.certificate.arrays["lemma_key"]) and soundly.check(verdict.certificate).accepted
+    monkeypatch.setattr(lemmas, "SMALL", 0.0)
+    assert verify(claim, timeout=2).effort.settled != "root bound"

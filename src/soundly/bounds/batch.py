@@ -207,16 +207,18 @@ class Bounder:
         *,
         inherited: Frame | None = None,
         slopes: Mapping[int, Slopes] | None = None,
+        first: int = 0,
     ) -> Frame:
         """Intervals of every step over boxes [batch, inputs]: forward intervals, met with the inherited ones, and with
         backward bounds where a relaxation depends on them.
 
         Args:
             slopes: for the rows of some steps, the slopes of the functions below.
+            first: steps before this one keep the inherited intervals, unless affine forms are followed.
         """
-        frame = self._intervals(lower, upper, inherited, slopes, self.last)
+        frame = self._intervals(lower, upper, inherited, slopes, self.last, first)
         if frame is None:
-            frame = self._intervals(lower, upper, inherited, slopes, None)
+            frame = self._intervals(lower, upper, inherited, slopes, None, first)
             assert frame is not None
         return frame
 
@@ -227,6 +229,7 @@ class Bounder:
         inherited: Frame | None,
         slopes: Mapping[int, Slopes] | None,
         last: Last | None,
+        first: int,
     ) -> Frame | None:
         """None where the last products were to be bounded together and that says nothing."""
         frame = Frame([], [], (lower > upper).any(-1))
@@ -235,6 +238,11 @@ class Bounder:
         read = self.read if last is None else self.read_before
         known = frame.known
         for i, step in enumerate(self.steps):
+            if inherited is not None and i < first and not forms.used:
+                frame.lower.append(inherited.lower[i])
+                frame.upper.append(inherited.upper[i])
+                known |= {j: line for j, line in inherited.known.items() if j == i}
+                continue
             low, high = (lower, upper) if isinstance(step, Variable) else self.forward(step, frame)
             if inherited is not None:
                 low, high = torch.maximum(low, inherited.lower[i]), torch.minimum(high, inherited.upper[i])

@@ -6,7 +6,7 @@ are met with what is known already, so they only become narrower from a node of 
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -39,6 +39,7 @@ def refresh(
     *,
     forms: bool = False,
     together: bool = False,
+    narrow: Callable[[Frame, int, Crops], None] | None = None,
     deadline: float = math.inf,
 ) -> tuple[Frame, Array]:
     """Intervals of all steps over boxes.
@@ -50,6 +51,7 @@ def refresh(
         forms: whether affine forms are followed.
         together: whether to find the factors of the products that are bounded together, with forms; nothing else that
             only these read is bounded.
+        narrow: puts what else is known of a step into the frame, when this has the steps up to it.
         deadline: on the clock of `time.monotonic`.
 
     Returns:
@@ -77,11 +79,14 @@ def refresh(
         frame.upper.append(high)
         frame.cost.append(cost)
         dead = dead | _settle(frame, i)
-        if not tightened[i]:
-            continue
-        node, entry = (_wanted(program, i, low, frame.upper[i], apart, frame.sides(i)) & ~dead[:, None]).nonzero()
-        if len(node):
-            _tighten(program, crops, frame, i, node, entry, group, stored, deadline)
+        if tightened[i]:
+            wanted = _wanted(program, i, low, frame.upper[i], apart, frame.sides(i)) & ~dead[:, None]
+            node, entry = wanted.nonzero()
+            if len(node):
+                _tighten(program, crops, frame, i, node, entry, group, stored, deadline)
+                dead = dead | _settle(frame, i)
+        if narrow is not None:
+            narrow(frame, i, crops)
             dead = dead | _settle(frame, i)
     if together and followed is not None:
         frame.factors = followed.factors(frame)

@@ -49,13 +49,37 @@ def _refuse(problem: str) -> NoReturn:
 
 
 @dataclass(frozen=True, eq=False)
+class Lemmas:
+    """Bounds of single neurons, at least (side 0) or at most (1) `value` on a case's box, and their trees.
+
+    start [L + 1]: the nodes of each; what is -1 in a leaf, else the neuron that is split. slot_start, slope_start and
+    beta_start [L + 1]: the slots of each, a row of slopes per leaf, and the multipliers above each leaf in turn.
+    """
+
+    case: Array
+    step: Array
+    entry: Array
+    side: Array
+    value: Array
+    start: Array
+    what: Array
+    at: Array
+    child: Array
+    slot_start: Array
+    slots: Array
+    slope_start: Array
+    slopes: Array
+    beta_start: Array
+    beta: Array
+
+
+@dataclass(frozen=True, eq=False)
 class Proof:
     """A certificate's contents, valid in themselves.
 
     pair_start [cases + 1]: the clauses of each case; pair_rows [pairs + 1]: the rows of each clause.
     start, column, value, constant, slack: the rows; float32: whether they are claimed of what that computes, too.
     The tree's arrays are those of the file.
-    tree_lemma, tree_level: for trees that prove an end of a neuron's interval, 2 * neuron + side and that end; else -1.
     """
 
     program: Program
@@ -70,8 +94,6 @@ class Proof:
     slack: Array
     tree_case: Array
     tree_clause: Array
-    tree_lemma: Array
-    tree_level: Array
     tree_start: Array
     flags: Array
     kind: Array
@@ -90,6 +112,7 @@ class Proof:
     force: Array
     stored: Stored
     float32: bool
+    lemmas: Lemmas
 
 
 class _Reader:
@@ -158,13 +181,14 @@ def read(certificate: Certificate) -> Proof:
     cases = _cases(arrays, inputs, outputs)
     stored = _stored(arrays, slopes, neurons)
     trees = _trees(arrays, program, cases["pair_start"], cases["pair_rows"], stored)
+    lemmas = _lemmas(arrays, program, len(cases["lower"]))
     rows = np.diff(cases["pair_rows"][cases["pair_start"]]).max()
     if rows * inputs > MAX_CLIPPED and (trees["flags"] & CLIP).any():
         _refuse(f"flags: {rows} rows of one case with {inputs} inputs are too many to clip with")
     if unused := set(certificate.arrays) - arrays.used:
         _refuse(f"arrays that nothing refers to: {sorted(unused)!s:.200}")
     return Proof(
-        program=program, stored=stored, float32=header["arithmetic"] == FLOAT32, **cases, **trees
+        program=program, stored=stored, lemmas=lemmas, float32=header["arithmetic"] == FLOAT32, **cases, **trees
     )  # fmt: skip
 
 
@@ -371,14 +395,8 @@ def _trees(arrays: _Reader, program: Program, pair_start: Array, pair_rows: Arra
     case = arrays.indices("tree_case", None, len(pair_start) - 1)
     trees = len(case)
     clause = arrays.get("tree_clause", "i8", trees, 2)
-    lemma = arrays.indices("tree_lemma", trees, 2 * int(program.offsets[-1]), least=-1)
-    level = arrays.numbers("tree_level", trees)
-    proves = lemma >= 0
-    _about(program, lemma[proves] // 2, "tree_lemma")
-    if (clause[proves] != 0).any() or (level[~proves] != 0).any():
-        _refuse("tree_clause of a lemma, and tree_level of other trees, must be 0")
     most = np.diff(pair_start)[case]
-    if ((clause[:, 0] < 0) | ((clause[:, 0] >= clause[:, 1]) & ~proves) | (clause[:, 1] > most)).any():
+    if ((clause[:, 0] < 0) | (clause[:, 0] >= clause[:, 1]) | (clause[:, 1] > most)).any():
         _refuse("tree_clause must be a range of the case's clauses that is not empty")
     covered = np.zeros(pair_start[-1] + 1, int)
     np.add.at(covered, pair_start[case] + clause[:, 0], 1)
@@ -402,8 +420,6 @@ def _trees(arrays: _Reader, program: Program, pair_start: Array, pair_rows: Arra
         _refuse("flags: the root of a tree must be refreshed")
     if (clipped & ~bounded).any():
         _refuse("flags: a node is clipped that is not bounded")
-    if (clipped & np.repeat(proves, np.diff(start))).any():
-        _refuse("flags: a node of a lemma is clipped")
     if (together & ~(refreshed & bounded)).any() or (together.any() and program.together is None):
         _refuse("flags: products are bounded together where nothing is refreshed or bounded, or where there are none")
     if ((bound >= 0) & ~bounded).any() or ((group >= 0) & ~refreshed).any():
@@ -415,37 +431,73 @@ def _trees(arrays: _Reader, program: Program, pair_start: Array, pair_rows: Arra
         _refuse("what and at must be 0 in leaves")
     if ((what < 0) | (what >= np.where(split, program.offsets[-1], program.steps[0].size)))[~leaf].any():
         _refuse("what: no such input or neuron")
-    _about(program, what[split], "what")
-    # In level order the children of the i-th split are nodes 1 + 2 i and 2 + 2 i: then every node is reached once.
-    before = np.cumsum(~leaf) - ~leaf
-    tree = np.repeat(np.arange(trees), np.diff(start))
-    position, number = np.arange(nodes) - start[tree], before - before[start[tree]]
-    if (position > 2 * number)[~leaf].any():
-        _refuse("kind: the nodes of a tree are not in level order")
-    splits = np.add.reduceat(~leaf, start[:-1], dtype=int) if trees else np.zeros(0, int)
-    if (np.diff(start) != 1 + 2 * splits).any():
-        _refuse("kind: a tree's splits and nodes do not fit")
-    depth = np.zeros(nodes, int)  # how many neuron splits lie above a node
-    child = start[tree] + 1 + 2 * number
-    for node in np.flatnonzero(~leaf).tolist():
-        depth[child[node] : child[node] + 2] = depth[node] + split[node]
+    step = np.searchsorted(program.offsets, what[split], side="right") - 1
+    if not np.isin(step, [i for i in program.bounded if i > 0]).all():
+        _refuse("what: a neuron is split that no function or product reads, or an input as a neuron")
+    tree, child, depth = _levels(start, ~leaf, split)
     rows = np.where(clause[:, 1] - clause[:, 0] == 1, np.diff(pair_rows)[pair_start[case] + clause[:, 0]], -1)
     length = np.diff(beta_start)
     if ((length != 0) & (length != depth)).any():
         _refuse("beta: one number for each neuron split above the node, or none")
     return {
-        "tree_case": case, "tree_clause": clause, "tree_lemma": lemma, "tree_level": level, "tree_start": start,
-        "flags": flags, "kind": kind, "what": what,
+        "tree_case": case, "tree_clause": clause, "tree_start": start, "flags": flags, "kind": kind, "what": what,
         "at": at, "child": child, "slopes_bound": bound, "slopes_refresh": group, "beta_start": beta_start,
         "beta": beta,
         **_tightened(arrays, program, stored, depth, rows[tree]),
     }  # fmt: skip
 
 
-def _about(program: Program, neuron: Array, name: str) -> None:
-    step = np.searchsorted(program.offsets, neuron, side="right") - 1
-    if not np.isin(step, [i for i in program.bounded if i > 0]).all():
-        _refuse(f"{name}: an input, or a neuron that no function or product reads")
+def _levels(start: Array, inner: Array, counted: Array) -> tuple[Array, Array, Array]:
+    """Of nodes in level order: their trees, the first of the two children of each, how many counted ones are above."""
+    # The children of a tree's i-th split are its nodes 1 + 2 i and 2 + 2 i: then every node is reached once.
+    nodes, trees = len(inner), len(start) - 1
+    before = np.cumsum(inner) - inner
+    tree = np.repeat(np.arange(trees), np.diff(start))
+    position, number = np.arange(nodes) - start[tree], before - before[start[tree]]
+    if (position > 2 * number)[inner].any():
+        _refuse("kind: the nodes of a tree are not in level order")
+    splits = np.add.reduceat(inner, start[:-1], dtype=int) if trees else np.zeros(0, int)
+    if (np.diff(start) != 1 + 2 * splits).any():
+        _refuse("kind: a tree's splits and nodes do not fit")
+    depth = np.zeros(nodes, int)
+    child = start[tree] + 1 + 2 * number
+    for node in np.flatnonzero(inner).tolist():
+        depth[child[node] : child[node] + 2] = depth[node] + counted[node]
+    return tree, child, depth
+
+
+def _lemmas(arrays: _Reader, program: Program, cases: int) -> Lemmas:
+    starts, neurons = program.offsets, int(program.offsets[-1])
+    key = arrays.indices("lemma_key", None, 2 * neurons, least=2 * int(starts[1]))
+    count = len(key)
+    case, value = arrays.indices("lemma_case", count, cases), arrays.numbers("lemma_value", count)
+    what = arrays.indices("lemma_what", None, neurons, least=-1)
+    at = arrays.numbers("lemma_at", len(what))
+    start = arrays.offsets("lemma_start", count, len(what), least=1)
+    inner = what >= 0
+    tree, child, depth = _levels(start, inner, inner)
+    if (at[~inner] != 0).any():
+        _refuse("lemma_at must be 0 in leaves")
+    step, of = np.searchsorted(starts, key // 2, side="right") - 1, np.searchsorted(starts, what, side="right") - 1
+    bounded = [i for i in program.bounded if i > 0]
+    if (~np.isin(of, bounded) | (of >= step[tree]))[inner].any():
+        _refuse("lemma_what: an input, a neuron that no function or product reads, or one of no earlier step")
+    slots = arrays.indices("lemma_slots", None, 2 * neurons)
+    slot_start = arrays.offsets("lemma_slot_start", count, len(slots))
+    number = np.repeat(np.arange(count), np.diff(slot_start))
+    if len(np.unique(number * (2 * neurons) + slots)) != len(slots):
+        _refuse("lemma_slots: one twice")
+    leaves = np.bincount(tree[~inner], minlength=count)
+    slope_start = np.cumsum([0, *(leaves * np.diff(slot_start)).tolist()])
+    beta_start = np.cumsum([0, *np.bincount(tree, np.where(inner, 0, depth), count).astype(int).tolist()])
+    slopes = arrays.numbers("lemma_slopes", int(slope_start[-1]), dtypes="f4")
+    force = arrays.numbers("lemma_beta", int(beta_start[-1]))
+    if not (force >= 0).all():
+        _refuse("lemma_beta is negative")
+    return Lemmas(
+        case, step, key // 2 - starts[step], key % 2, value, start, what, at, child, slot_start, slots, slope_start,
+        slopes, beta_start, force,
+    )  # fmt: skip
 
 
 def _tightened(arrays: _Reader, program: Program, stored: Stored, depth: Array, rows: Array) -> dict[str, Array]:
@@ -460,7 +512,9 @@ def _tightened(arrays: _Reader, program: Program, stored: Stored, depth: Array, 
         _refuse("tighten_node decreases")
     if ((key < 0) | (key >= 2 * program.offsets[-1])).any():
         _refuse("tighten_key out of range")
-    _about(program, key // 2, "tighten_key")
+    step = np.searchsorted(program.offsets, key // 2, side="right") - 1
+    if not np.isin(step, [i for i in program.bounded if i > 0]).all():
+        _refuse("tighten_key: an input, or a neuron that no function or product reads")
     if (number < 0).any():
         _refuse("tighten_round is negative")
     same = (np.diff(node) == 0) & (np.diff(number) == 0)

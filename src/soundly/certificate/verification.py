@@ -2,13 +2,13 @@
 
 The file holds no bound that is believed: boxes come from the cases and the splits, intervals and bounds from
 `soundly.certificate.bounding`. A clause of a case is proven by a tree if below every leaf something closed it: a bound,
-an empty box or an empty interval. Lemmas, trees about one end of a neuron's interval, come first: the other trees of
-their case begin with them. Nodes are replayed in batches, deepest first, so that memory stays bounded.
+an empty box or an empty interval. Nodes are replayed in batches, deepest first, so that memory stays bounded.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,12 @@ import numpy.typing as npt
 
 from soundly.certificate.bounding import Bound, Exceptions, Frame, Pieces, Splits, View, pieces, relax, tangent
 from soundly.certificate.conditional import Conditions, tighten
+from soundly.certificate.crop import Crops
 from soundly.certificate.float32 import row_errors
 from soundly.certificate.format import Certificate
 from soundly.certificate.forms import INPUTS as FORMS
 from soundly.certificate.intervals import in_time, refresh
-from soundly.certificate.lemmas import holds, known
+from soundly.certificate.lemmas import Narrowing, narrow
 from soundly.certificate.program import Affine, Apply, Times, nonlinear_sources
 from soundly.certificate.reading import BOUND, CLIP, INPUT, LEAF, REFRESH, TOGETHER, Proof, Refused, read
 from soundly.certificate.rings import U
@@ -102,30 +103,17 @@ class _Replayer:
         if proof.float32:
             changes = row_errors(proof, at_once=self.narrow, deadline=self.deadline)
             proof = self.proof = replace(proof, slack=(proof.slack + changes) * (1 + 4 * U))
+        self.lemmas = Narrowing(proof.program, proof.lemmas, lambda: in_time(self.deadline))
         self.failed: dict[tuple[int, int], tuple[Array, Array, Array]] = {}
         self.margin = np.full(pairs, np.inf)
-        # A lemma has one thing to prove, and no clause.
-        self.left_open = [np.zeros(max(last - first, 1), bool) for first, last in proof.tree_clause.tolist()]
+        self.left_open = [np.zeros(last - first, bool) for first, last in proof.tree_clause.tolist()]
         self.batch = max(1, min(self.narrow, BATCH))
         vary = (proof.upper > proof.lower).sum(axis=1)
         self.formed = (vary <= FORMS) & (vary * int(proof.program.offsets[-1]) <= NUMBERS)
         self.varying = int(vary[self.formed].max(initial=0))
-        self._follow(np.flatnonzero(proof.tree_lemma >= 0))
-        proven = np.zeros(pairs, bool)
-        if not self.failed:
-            others = np.flatnonzero(proof.tree_lemma < 0)
-            self._follow(others)
-            for tree in others.tolist():
-                base, (first, last) = proof.pair_start[proof.tree_case[tree]], proof.tree_clause[tree]
-                proven[base + first : base + last] |= ~self.left_open[tree]
-        return Replay(proven, self.margin, proof.pair_start, sorted(self.failed), remaining=self.failed)
-
-    def _follow(self, trees: Array) -> None:
-        """Replays some trees, with what lemmas say that have been proven before."""
-        proof, lemmas = self.proof, self.proof.tree_lemma[trees] >= 0
-        roots = proof.tree_start[trees]
+        roots = proof.tree_start[:-1]
         # Trees of one case that refresh the root alike share its intervals.
-        keys = np.stack([proof.tree_case[trees], proof.slopes_refresh[roots], proof.flags[roots] & TOGETHER], axis=1)
+        keys = np.stack([proof.tree_case, proof.slopes_refresh[roots], proof.flags[roots] & TOGETHER], axis=1)
         unique, number = np.unique(keys, axis=0, return_inverse=True)
         order = np.argsort(number.reshape(-1), kind="stable")
         number = number.reshape(-1)[order]
@@ -134,16 +122,15 @@ class _Replayer:
             lower, upper = self._narrowed(proof.lower[some[:, 0]], proof.upper[some[:, 0]])
             row_of: dict[int, tuple[Frame, int, bool]] = {}
             for forms, which in self._alike(self._followed(some[:, 0], some[:, 2])):
-                before = None if lemmas.all() else known(proof, some[which, 0])
-                frame, dead = self._refresh(lower[which], upper[which], before, some[which, 1], forms)
+                known = partial(self.lemmas.narrow, some[which, 0])
+                frame, dead = self._refresh(lower[which], upper[which], None, some[which, 1], forms, known)
                 row_of |= {key: (frame, row, bool(dead[row])) for row, key in enumerate(which.tolist())}
             first, last = np.searchsorted(number, [begin, begin + len(some)])
-            own = trees[order[first:last]].tolist()
-            for tree, key in zip(own, (number[first:last] - begin).tolist(), strict=True):
+            for tree, key in zip(order[first:last].tolist(), (number[first:last] - begin).tolist(), strict=True):
                 frame, row, gone = row_of[key]
                 if not gone:
                     open_ = np.ones(len(self.left_open[tree]), bool)
-                    node = _Node(tree, int(proof.tree_start[tree]), 0, lower[key], upper[key], frame, row, (), open_)
+                    node = _Node(tree, int(roots[tree]), 0, lower[key], upper[key], frame, row, (), open_)
                     self.pending.setdefault(0, []).append(node)
             while self.pending:
                 # Level by level, for large batches; where too much waits, the deepest first.
@@ -156,6 +143,13 @@ class _Replayer:
                     del self.pending[depth]
                 self._replay(batch)
             self.shared.clear()
+        proven = np.zeros(pairs, bool)
+        for case, (first, last), left in zip(
+            proof.tree_case.tolist(), proof.tree_clause.tolist(), self.left_open, strict=True
+        ):
+            base = proof.pair_start[case]
+            proven[base + first : base + last] |= ~left
+        return Replay(proven, self.margin, proof.pair_start, sorted(self.failed), remaining=self.failed)
 
     def _narrowed(self, lower: Array, upper: Array) -> tuple[Array, Array]:
         """What the ball, if there is one, leaves of boxes [k, n]."""
@@ -176,11 +170,12 @@ class _Replayer:
                 yield value, which[begin : begin + size]
 
     def _refresh(
-        self, lower: Array, upper: Array, inherited: Frame | None, group: Array, forms: int
-    ) -> tuple[Frame, Array]:
+        self, lower: Array, upper: Array, inherited: Frame | None, group: Array, forms: int,
+        narrow: Callable[[Frame, int, Crops], None] | None = None,
+    ) -> tuple[Frame, Array]:  # fmt: skip
         proof = self.proof
         return refresh(proof.program, lower, upper, inherited, group, proof.stored, forms=forms > 0,
-                       together=forms > 1, deadline=self.deadline)  # fmt: skip
+                       together=forms > 1, narrow=narrow, deadline=self.deadline)  # fmt: skip
 
     def _replay(self, batch: list[_Node]) -> None:
         proof, living = self.proof, []
@@ -306,14 +301,18 @@ class _Replayer:
         return frame
 
     def _held(self, nodes: Sequence[_Node]) -> Frame:
-        """The nodes' boxes, and of other steps what their neuron splits say."""
-        changed = {step for node in nodes for step, *_ in node.splits}
+        """The nodes' boxes, and of other steps what lemmas and their neuron splits say."""
+        facts = [self.lemmas.known(int(self.proof.tree_case[node.tree])) for node in nodes]
+        changed = {step for node in nodes for step, *_ in node.splits} | {step for own in facts for step, *_ in own}
         frame = Frame()
         for i, step in enumerate(self.proof.program.steps):
             for ends, none in ((frame.lower, -np.inf), (frame.upper, np.inf)):
                 unknown = np.broadcast_to(none, (len(nodes), step.size))
                 ends.append(unknown.copy() if i in changed else unknown)
         frame.lower[0], frame.upper[0] = np.stack([n.lower for n in nodes]), np.stack([n.upper for n in nodes])
+        for row, own in enumerate(facts):
+            for fact in own:
+                narrow(frame, np.array([row]), fact)
         self._clamp(frame, nodes)
         return frame
 
@@ -425,11 +424,6 @@ class _Replayer:
         """Bounds the open clauses of the nodes, closes those that are proven, and clips boxes."""
         proof, program = self.proof, self.proof.program
         places, trees = (np.array([getattr(n, name) for n in nodes]) for name in ("place", "tree"))
-        if proof.tree_lemma[trees[0]] >= 0:  # lemmas are replayed by themselves
-            done = holds(proof, trees, view, lambda: in_time(self.deadline))
-            for node, proven in zip(nodes, done.tolist(), strict=True):
-                node.open = np.array([not proven])
-            return
         open_ = np.concatenate([n.open for n in nodes])  # every clause of every node
         many = np.array([len(n.open) for n in nodes])
         end = np.cumsum(many)

@@ -59,7 +59,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     )
     if shown:
         status("")
-    facts = {"model": arguments.model, "spec": arguments.spec, **_facts(verdict), "certificate": None}
+    facts = {"model": arguments.model, "spec": arguments.spec, **facts_of(verdict), "certificate": None}
     if isinstance(verdict, Proved) and arguments.certificate:
         verdict.certificate.save(arguments.certificate)
         facts["certificate"] = arguments.certificate
@@ -71,7 +71,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     return {"proved": YES, "empty": YES, "refuted": NO, "unknown": UNKNOWN}[facts["verdict"]]
 
 
-def _facts(verdict: "Verdict") -> dict[str, Any]:
+def facts_of(verdict: "Verdict") -> dict[str, Any]:
     """A verdict as plain values."""
     from soundly.verification.verdict import Empty, Proved, Refuted, Unknown
 

@@ -132,7 +132,8 @@ def edit_inside(
             progress(f"{len(asked.points)} points, {found} more violate")
         if found == 0:
             left = deadline - time.perf_counter()
-            verdict = verify(claim, timeout=max(0.1, min(left, patience)))
+            # Of points a proof either works out or needs wider margins; on regions other points may be worth more.
+            verdict = verify(claim, timeout=max(0.1, min(left, patience) if wide else left))
             seconds["check"] += time.perf_counter() - clock
             if isinstance(verdict, Proved):
                 return Inner("proved", whole, values=values, certificate=verdict.certificate, smallest=moved.smallest

@@ -40,7 +40,9 @@ ENTER = 400
 CONFLICTS = 50
 """Contradictions that are resolved in one program before it is given up."""
 DESCENT, STRIDE = 300, 0.03
-"""Steps of descent before a second attempt, and their length in mean weights."""
+"""Steps of descent before a further attempt, and their length in mean weights."""
+WANDER = (0.0, *(1.0,) * 8)
+"""How far from the start, at random and in mean weights, the further attempts begin."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,11 +232,16 @@ class Mover:
     def __call__(self, start: Tensor, caution: float) -> Move | Failure:
         """Programs around `start` [n], then around what they lead to, with margins that grow with `caution`.
 
-        If rows contradict each other on the pieces that the start is on, once more from where descent leads.
+        Where that leads nowhere, again from where descent leads: from the start, then from some way off. Two points
+        that share a piece and ask for different slopes have to be parted, and no slope tells which way.
         """
         found = self._from(start, caution)
-        if isinstance(found, Failure) and found.status == "infeasible" and len(self.requirements.evidence.breaks):
-            again = self._from(self.descended(start), caution)
+        draw, size = torch.Generator().manual_seed(0), start.abs().mean()
+        for far in WANDER if len(self.requirements.evidence.breaks) else ():
+            if isinstance(found, Move) or time.perf_counter() > self.deadline:
+                break
+            noise = torch.randn(start.shape, generator=draw, dtype=start.dtype).to(start)
+            again = self._from(self.descended(start + far * size * noise), caution)
             found = again if isinstance(again, Move) else found
         return found
 

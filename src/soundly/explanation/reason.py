@@ -86,7 +86,8 @@ class Reason:
         claim: that the features which are not kept may move as they like.
         mask: bool, of the input's shape: the entries that are kept.
         kept: bool [features].
-        minimal: whether each kept feature was tried at the end: without it `verifier` did not prove the rest.
+        minimal: whether each kept feature was tried: without it `verifier` did not prove the rest, or, in a search, no
+            more than the rest.
         verifier: what was tried: linear bounds, or a search of so many seconds each.
         witnesses: by kept feature a counterexample that moves only it and what is free. Features with one are needed
             whatever the verifier. If all have one, no smaller part of this set is sufficient.
@@ -318,9 +319,11 @@ class _Search:
         """Tries each feature that is left by a search, unless a counterexample is known."""
         order = self.open
         bounds = self.screen.bounds(self._with(order))
-        for start, point in zip(order.tolist(), self._attacked(self._with(order)), strict=True):
-            if not self._refuted(start):
-                self._note(self._claim(start), point)
+        near = descend(self.screen, *self.screen.ends(self._with(order)))
+        for i, point in zip(order.tolist(), near, strict=True):
+            found = None if self._refuted(i) else replay(self._claim(i), point)
+            if found is not None:
+                self.witnesses.append((self.about.support(found.x), found.x))
         for i in order[bounds.argsort(descending=True)].tolist():
             if self._refuted(i):
                 continue
@@ -348,16 +351,6 @@ class _Search:
         free = self.free.clone()
         free[feature] = True
         return any(not bool((moved & ~free).any()) for moved, _ in self.witnesses)
-
-    def _note(self, claim: Claim, x: Tensor) -> None:
-        """Keeps a counterexample, if the network confirms it."""
-        found = replay(claim, x)
-        if found is not None:
-            self.witnesses.append((self.about.support(found.x), found.x))
-
-    def _attacked(self, free: Tensor) -> Tensor:
-        """[k, entries]: of each set a point that comes close to a counterexample."""
-        return descend(self.screen, *self.screen.ends(free))
 
     # ---------------------------------------------------------------- the proof
 

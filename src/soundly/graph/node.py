@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,9 @@ class Node:
     def __repr__(self) -> str:
         at = f" at {self.origin}" if self.origin else ""
         return f"<{self.op} {list(self.shape)}{at}>"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Node:
+        return self  # nothing in it changes, and a copy would be another value
 
 
 class Op:

@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from soundly.graph import elementwise as ew
-from soundly.graph.composite import Maximum, maximum_over
+from soundly.graph.composite import Maximum, Softmax, maximum_over
+from soundly.graph.evaluate import Plan
 from soundly.graph.linear import Combine, Concat, ScatterAdd, Sum, add, broadcast, mean, pad, reshape, scale, subtract
-from soundly.graph.node import Fill, Node, Shape
+from soundly.graph.node import Fill, Input, Linear, Node, Shape
 from soundly.graph.onnx_call import (
     FLOAT,
     INT,
@@ -29,6 +31,7 @@ from soundly.graph.onnx_call import (
 from soundly.graph.onnx_file import DTYPES
 from soundly.graph.onnx_ops import negated, nonzero
 from soundly.graph.product import Dense, multiply
+from soundly.graph.simplify import rebuild
 
 # -- shapes
 
@@ -430,7 +433,7 @@ for _name, _node, _array in (
 
 def winners(x: Node, axis: int, *, last: bool = False) -> Node:
     """1 at the first (or last) largest entry along an axis, else 0: exact, from running maxima on both sides."""
-    n = x.shape[axis]
+    x, n = _scores(x, axis), x.shape[axis]
     order = range(n - 1, -1, -1) if last else range(n)
     parts = [taken(x, axis, [i]) for i in order]
     after: list[Node | None] = [None] * n
@@ -449,6 +452,26 @@ def winners(x: Node, axis: int, *, last: bool = False) -> Node:
         before = part if before is None else Maximum()(before, part)
     flags = flags[::-1] if last else flags
     return flags[0] if n == 1 else Concat(axis)(*flags)
+
+
+def _scores(x: Node, axis: int) -> Node:
+    """Simpler numbers in the same order along an axis: where these all come from one softmax, moved, its scores."""
+    node = x
+    while isinstance(node.op, Linear) and len(node.inputs) == 1 and node.op.terms(node.inputs[0].shape) == 1:
+        (node,) = node.inputs
+    if not isinstance(node.op, Softmax) or len(node.inputs) > 1:
+        return x
+    apart = tuple(1 if i == node.op.axis else n for i, n in enumerate(node.shape))
+    number = torch.arange(1.0, 1 + math.prod(apart), dtype=torch.float64).reshape(apart).expand(node.shape)
+    seed = Input("softmax", node.shape)()
+    of = Plan([_above(x, node, seed)])({seed: number}, dtype=torch.float64, device=torch.device("cpu"))[0]
+    same = bool((of != 0).all() & (of == of.narrow(axis, 0, 1)).all())
+    return _above(x, node, node.inputs[0]) if same else x
+
+
+def _above(x: Node, old: Node, new: Node) -> Node:
+    """The node with another one at the place of `old`."""
+    return rebuild([x], lambda node, made: new if node is old else made)[x]
 
 
 @rule("ArgMax", "ArgMin", gives=INT)

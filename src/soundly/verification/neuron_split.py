@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from soundly.bounds.batch import Bounder, Frame, Pass, Side, Slopes, Split, Start, copied
+from soundly.bounds.batch import Bounder, Frame, Pass, Side, Slopes, Split, Start, copied, plainly
 from soundly.bounds.conditional import ROUNDS, Tightened, tighten
 from soundly.bounds.lines import kink
 from soundly.bounds.optimise import Refined, raised
@@ -31,7 +31,7 @@ from soundly.verification.forest import BOUND, LEAF, NEURON, Forest
 from soundly.verification.leaf import solve
 from soundly.verification.neuron_parts import Neurons, Parts, Slots
 from soundly.verification.problem import Problem
-from soundly.verification.proof import Grown
+from soundly.verification.proof import Grown, Lemma
 from soundly.verification.tightening import Bounds, bounds_found
 
 CANDIDATES = 3
@@ -62,9 +62,10 @@ class NeuronSplit:
         *,
         margin: float,
         refined: Mapping[int, Refined] | None = None,
+        lemmas: Sequence[Lemma] = (),
     ) -> None:
         self.problem, self.bounder, self.case, self.root, self.margin = problem, bounder, case, root, margin
-        self.refined = refined or {}
+        self.refined, self.lemmas = refined or {}, lemmas
         self.steps = bounder.steps
         self.dtype = root.lower[0].dtype
         self.forest = Forest()
@@ -96,7 +97,8 @@ class NeuronSplit:
             if len(own) > 1:
                 start = self._start(own)
                 found = self.bounder.backward(self.root, lines, Start(start.a, start.d, None))
-                own = own[found.least(self.root.lower[0], self.root.upper[0]).argmax()][None]
+                least = torch.maximum(found.least(self.root.lower[0], self.root.upper[0]), plainly(self.root, start))
+                own = own[least.argmax()][None]
             chosen.append(own)
         return torch.cat(chosen)
 
@@ -116,7 +118,7 @@ class NeuronSplit:
         none = torch.empty(n, 0, dtype=self.dtype)
         return Parts(
             torch.empty(n, 0, dtype=torch.int64), none, none, none, slopes, torch.tensor(list(nodes)),
-            torch.arange(n), torch.full((n,), -math.inf, dtype=self.dtype), torch.zeros(n, dtype=torch.int64),
+            torch.arange(n), plainly(self.root, self._start(self.rows)), torch.zeros(n, dtype=torch.int64),
         )  # fmt: skip
 
     # ---------------------------------------------------------------- bounding
@@ -391,7 +393,7 @@ class NeuronSplit:
         return Grown(
             self.forest, trees, slot.numpy(), torch.cat(slopes).numpy(),
             {n: k for k, n in enumerate(node)}, {n: beta[k, held[k]] for k, n in enumerate(node)},
-            {key: len(leaves) + row for key, row in keys.items()}, tightened,
+            {key: len(leaves) + row for key, row in keys.items()}, tightened, self.lemmas,
         )  # fmt: skip
 
     def _root_slopes(self) -> tuple[dict[int, int], Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,28 @@ class Rounds:
 
 
 @dataclass(frozen=True, eq=False)
+class Lemma:
+    """A bound of one neuron v on a case's box, and the tree that proves it.
+
+    Attributes:
+        key: 2 * neuron + 0 for v >= value, + 1 for v <= value.
+        what, at: nodes level by level, which neuron is split and where; -1 and 0 for a leaf.
+        slots: [S], 2 * neuron + side of the free slopes.
+        slopes: [leaves, S] float32.
+        beta: multipliers of the splits above each leaf, one leaf after the other.
+    """
+
+    case: int
+    key: int
+    value: float
+    what: Array
+    at: Array
+    slots: Array
+    slopes: Array
+    beta: Array
+
+
+@dataclass(frozen=True, eq=False)
 class Grown:
     """Finished trees and what their nodes were bounded with.
 
@@ -49,7 +71,7 @@ class Grown:
         betas: node -> multipliers of the constraints on its path.
         root_slopes: 2 * neuron + side of a bound of the roots' intervals -> row of `slopes`.
         tightened: node -> how its intervals were tightened.
-        lemmas: tree -> 2 * neuron + side of the interval's end that it proves instead of clauses, and that end.
+        lemmas: what was proved before.
     """
 
     forest: Forest
@@ -60,13 +82,13 @@ class Grown:
     betas: Mapping[int, Array]
     root_slopes: Mapping[int, int]
     tightened: Mapping[int, Rounds]
-    lemmas: Mapping[int, tuple[int, float]] = field(default_factory=dict)
+    lemmas: Sequence[Lemma] = ()
 
 
 def certificate(problem: Problem, grown: Sequence[Grown], *, claim: str, model: Mapping[str, str]) -> Certificate:
     """The certificate of a search that left nothing open."""
     header, arrays = _question(problem)
-    arrays |= _trees(problem.program, grown)
+    arrays |= _trees(grown) | _lemmas([lemma for g in grown for lemma in g.lemmas])
     return Certificate(
         {
             "format": FORMAT, "version": VERSION, "kind": VERIFICATION, "claim": claim,
@@ -223,13 +245,12 @@ def _cases(problem: Problem) -> dict[str, Array]:
     }  # fmt: skip
 
 
-def _trees(program: Program, grown: Sequence[Grown]) -> dict[str, Array]:
+def _trees(grown: Sequence[Grown]) -> dict[str, Array]:
     names = "flags kind what at slopes_bound slopes_refresh tree_case tree_clause beta group_key group_row".split()
     names += "tighten_node tighten_round tighten_key tighten_row tighten_force".split()
     parts: dict[str, list[Array]] = {name: [np.empty(0, np.int64)] for name in names}
     parts |= {name: [np.empty(0)] for name in ("beta", "tighten_force")}
-    parts["tree_lemma"] = [np.empty(0, np.int64)]
-    parts |= {"at": [], "tree_level": [np.empty(0)], "tree_clause": [np.empty((0, 2), np.int64)]}
+    parts |= {"at": [], "tree_clause": [np.empty((0, 2), np.int64)]}
     counts: list[int] = []
     tree_sizes: list[int] = []
     group_sizes: list[int] = []
@@ -276,11 +297,7 @@ def _trees(program: Program, grown: Sequence[Grown]) -> dict[str, Array]:
                     forces += [rounds.force.shape[1]] * len(rounds.key)
             before += len(nodes)
             parts["tree_case"].append(np.array([forest.case[t]], dtype=np.int64))
-            lemma, level = g.lemmas.get(t, (-1, 0.0))
-            clauses = (forest.first[t], forest.last[t]) if lemma < 0 else (0, 0)
-            parts["tree_clause"].append(np.array([clauses], dtype=np.int64))
-            parts["tree_lemma"].append(np.array([lemma], dtype=np.int64))
-            parts["tree_level"].append(np.array([level]))
+            parts["tree_clause"].append(np.array([[forest.first[t], forest.last[t]]], dtype=np.int64))
         first_row += len(g.slopes)
     slots = np.unique(np.concatenate([g.slots for g in grown])).astype(np.int64)
     slopes = np.zeros((first_row, len(slots)), np.float32)
@@ -295,3 +312,23 @@ def _trees(program: Program, grown: Sequence[Grown]) -> dict[str, Array]:
     ):  # fmt: skip
         arrays[name] = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
     return arrays | {"slots": slots, "slopes": slopes}
+
+
+def _lemmas(lemmas: Sequence[Lemma]) -> dict[str, Array]:
+    def joined(values: list[Array], dtype: type) -> Array:
+        return np.concatenate([np.empty(0, dtype), *values]).astype(dtype)
+
+    def starts(values: list[Array]) -> Array:
+        return np.concatenate([[0], np.cumsum([len(v) for v in values])]).astype(np.int64)
+
+    nodes, slots = [lemma.what for lemma in lemmas], [lemma.slots for lemma in lemmas]
+    return {
+        "lemma_case": np.array([lemma.case for lemma in lemmas], np.int64),
+        "lemma_key": np.array([lemma.key for lemma in lemmas], np.int64),
+        "lemma_value": np.array([lemma.value for lemma in lemmas], np.float64),
+        "lemma_start": starts(nodes), "lemma_what": joined(nodes, np.int64),
+        "lemma_at": joined([lemma.at for lemma in lemmas], np.float64),
+        "lemma_slot_start": starts(slots), "lemma_slots": joined(slots, np.int64),
+        "lemma_slopes": joined([lemma.slopes.reshape(-1) for lemma in lemmas], np.float32),
+        "lemma_beta": joined([lemma.beta for lemma in lemmas], np.float64),
+    }  # fmt: skip

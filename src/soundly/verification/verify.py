@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -30,10 +30,11 @@ from soundly.verification.attack import Attack
 from soundly.verification.float32 import with_float32
 from soundly.verification.input_split import InputSplit
 from soundly.verification.journal import Journal
-from soundly.verification.lemmas import Lemmas, neck
+from soundly.verification.lemmas import narrowed
+from soundly.verification.necks import NeckSplit, neck_of
 from soundly.verification.neuron_split import NeuronSplit, piecewise
 from soundly.verification.problem import Arithmetic, Problem, problem_of
-from soundly.verification.proof import certificate, identity
+from soundly.verification.proof import Lemma, certificate, identity
 from soundly.verification.replay import Replay, replay
 from soundly.verification.rows import Rows
 from soundly.verification.verdict import Effort, Empty, Progress, Proved, Refuted, Unknown, Verdict
@@ -286,10 +287,12 @@ class _Run:
 
     def _decide(self, problem: Problem) -> Verdict:
         cases = len(problem.lower)
-        wide, margin = self._bounder(problem.program.to(torch.float32), together=True), MARGIN
+        vary = int((problem.upper > problem.lower).sum(1).max())
+        # A point cannot be split: what decides it is the last digits.
+        program, margin = (problem.program, 0.0) if vary == 0 else (problem.program.to(torch.float32), MARGIN)
+        wide = self._bounder(program, together=True)
         for case in range(min(cases, 4)):
             self._try(case, min(max(0.05, wide.cost * PATIENCE), 2.0))
-        vary = int((problem.upper > problem.lower).sum(1).max())
         settled: list[tuple[Search, list[int]]] = []
         inputs = InputSplit(problem, wide, margin=margin) if vary <= SOME or cases > 1 else None
         if inputs is not None:
@@ -306,7 +309,8 @@ class _Run:
             if cases > 1:
                 own = InputSplit(problem, wide, torch.tensor([case]), margin=margin)
                 self.journal.follow(f"inputs {case}", own)
-            settled += self._case(problem, case, own if vary <= SOME and not (own and own.stuck) else None)
+            search = self._case(problem, case, own if vary <= SOME and not (own and own.stuck) else None)
+            settled.append((search, list(range(len(search.forest.root)))))
         return self._prove(problem, settled)
 
     def _work_inputs(self, search: InputSplit, *, rounds: int | None = None, until: float = math.inf) -> None:
@@ -345,14 +349,10 @@ class _Run:
             if self.attacked < SHARE / 2 * passed:
                 self._try(case, SHARE * passed)
 
-    def _case(self, problem: Problem, case: int, inputs: InputSplit | None) -> list[tuple[Search, list[int]]]:
-        """Settles one case by splitting neurons, or inputs, whichever is done first, with lemmas where there is a neck.
-
-        Returns:
-            what its proof consists of.
-        """
+    def _case(self, problem: Problem, case: int, inputs: InputSplit | None) -> Search:
+        """Settles one case by splitting neurons, or inputs, whichever is done first, with lemmas about a neck."""
         neurons: NeuronSplit | None = None
-        lemmas: Lemmas | None = None
+        neck: NeckSplit | None = None
         used: list[int] = []
         turn = 1.0
         while True:
@@ -360,35 +360,36 @@ class _Run:
             if neurons is None:
                 neurons = self._rooted(problem, case)
                 self.journal.follow(f"neurons {case} {used}", neurons)
-                if len(neurons.waiting) and (ends := neck(neurons.bounder, neurons.root)) is not None:
-                    lemmas = Lemmas(neurons, ends)
-                    self.journal.follow(f"lemmas {case}", lemmas)
-            if lemmas is not None and len(lemmas.done) > len(used):
+                if len(neurons.waiting) and (ends := neck_of(neurons.bounder, neurons.root)) is not None:
+                    neck = NeckSplit(neurons, ends)
+                    self.journal.follow(f"neck {case}", neck)
+            if neck is not None and len(neck.done) > len(used):
                 self.journal.forget(f"neurons {case} {used}")
-                used = lemmas.done
-                neurons = self._rooted(problem, case, lemmas.frame(used))
+                used = neck.done
+                neurons = self._rooted(problem, case, neck.frame(used), neck.lemmas_of(used))
                 self.journal.follow(f"neurons {case} {used}", neurons)
-            seeking = lemmas is not None and len(lemmas.waiting) > 0
+            seeking = neck is not None and len(neck.waiting) > 0
             self._work_neurons(neurons, end if inputs is not None or seeking else math.inf)
             if not len(neurons.waiting) and not neurons.stuck:
-                found: list[tuple[Search, list[int]]] = [(neurons, list(range(len(neurons.forest.root))))]
-                return found if lemmas is None or not used else [(lemmas, used), *found]
+                return neurons
             over = not len(neurons.waiting)
             if inputs is not None and not inputs.stuck:
                 self._work_inputs(inputs, until=math.inf if over else time.monotonic() + turn)
                 if not len(inputs):
-                    return [(inputs, list(range(len(inputs.forest.root))))]
+                    return inputs
             elif over:
                 self.bound = neurons.bound
                 raise _Stop("nothing is left to split: the claim neither holds nor fails by a margin")
-            if lemmas is not None and seeking:
-                if lemmas.fresh:
-                    lemmas.begin(50)
-                self._work_neurons(lemmas, time.monotonic() + 2 * turn, told=neurons)
+            if neck is not None and seeking:
+                if neck.fresh:
+                    neck.begin(50)
+                self._work_neurons(neck, time.monotonic() + 2 * turn, told=neurons)
             turn *= 2
 
-    def _rooted(self, problem: Problem, case: int, known: Frame | None = None) -> NeuronSplit:
-        """The search by neurons, begun with what is known of the intervals."""
+    def _rooted(
+        self, problem: Problem, case: int, before: Frame | None = None, lemmas: Sequence[Lemma] = ()
+    ) -> NeuronSplit:
+        """The search by neurons, begun with what lemmas said before."""
         first, last = problem.row_spans[case].tolist()
         every = problem.rows
         program = with_rows(
@@ -400,19 +401,28 @@ class _Run:
             narrow, margin = self._bounder(program), 1e-9
         box = problem.narrowed(problem.lower[case : case + 1], problem.upper[case : case + 1])
         lower, upper = (v.to(narrow.dtype) for v in box)
-        root = narrow.refresh(lower, upper, inherited=known)
+        root = narrow.refresh(lower, upper, inherited=before)
         clauses = list(range(int(problem.spans[case, 1] - problem.spans[case, 0])))
-        search = NeuronSplit(problem, narrow, case, root, clauses, margin=margin)
+        search = NeuronSplit(problem, narrow, case, root, clauses, margin=margin, lemmas=lemmas)
         search.begin(20)
         self.subproblems += search.subproblems
         self.bound = search.bound
+        if len(search.waiting):
+            known = narrowed(problem, narrow, program, root, case)
+            root, lemmas = known.frame, [*lemmas, *known.lemmas]
+            self.subproblems += known.subproblems
+            if known.lemmas:
+                search = NeuronSplit(problem, narrow, case, root, clauses, margin=margin, lemmas=lemmas)
+                search.begin(20)
+                self.subproblems += search.subproblems
+                self.bound = search.bound
         rows = sum(int(narrow.loose(i, root).sum()) for i in range(len(narrow.steps)) if narrow.read[i])
         # Slopes of products and smooth functions are many: their choice is shared.
         together = not all(piecewise(narrow.steps[j]) for j, _ in narrow.free(root))
         rounds = TOGETHER if together else REFINING
         if len(search.waiting) and 8 * rounds * rows * narrow.cost < WORK:
             refined = refine(narrow, root, rounds=rounds, together=together)
-            search = NeuronSplit(problem, narrow, case, root, clauses, margin=margin, refined=refined)
+            search = NeuronSplit(problem, narrow, case, root, clauses, margin=margin, refined=refined, lemmas=lemmas)
             search.begin(50)
             self.subproblems += search.subproblems
             self.bound = search.bound
