@@ -66,7 +66,7 @@ def sst_run(data: str = "mnist", seeds: int = 3, proofs: int = 200, folder: Path
         begun = time.process_time()
         model.explain(images.test)
         explaining.append((time.process_time() - begun) / len(images.test))
-        proved = prove(model, images.test[:proofs], eps=EPS)
+        proved = prove(model, images.test[:proofs], eps=EPS, timeout=5)
         print(f"{masking.name} {seed}: trained in {seconds[-1]:.0f} CPU s, {proved}", file=sys.stderr, flush=True)
         reports[f"{masking.name} {seed}"] = Report(**{**vars(found), "proofs": proved})
     for line in table(reports):

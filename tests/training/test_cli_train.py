@@ -15,7 +15,7 @@ def test_self_explaining(tmp_path, capsys):
     model = tmp_path / "net.onnx"
     assert main(["train", "sst", "digits", *QUICK, "--hidden", "16", "--proofs", "3", "--onnx", str(model)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "proved" in lines[0] and lines[1].startswith("size 0.08")
+    assert "proved" in lines[0] and lines[1].startswith("size 0.06")
     network = soundly.load(model)
     assert network.input.shape == (1, 1, 8, 8) and network.output.shape == (1, 10)
 

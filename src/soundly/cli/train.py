@@ -31,13 +31,13 @@ def add(verbs: Verbs) -> None:
         description="Self-explaining training of a dense network. Reported: accuracy, the reasons' size, and how often "
         "the prediction stays under every masking, with no reason and with a constant one beside it; and how many "
         "reasons `soundly verify` proves.",
-        epilog="example: soundly train sst mnist --size 0.08 --onnx net.onnx",
+        epilog="example: soundly train sst mnist --size 0.06 --onnx net.onnx",
     )
     _common(sst, epochs=4, batch=128, lr=2e-3)
     sst.add_argument("--masking", choices=MASKINGS, default="certified", help="trained with; default: certified")
     sst.add_argument("--eps", type=positive, default=0.12, help="how far other features may move; default: 0.12")
-    sst.add_argument("--size", type=positive, nargs="+", default=[0.08], metavar="SHARE",
-                     help="of the features in a reason; several train one network each; default: 0.08")  # fmt: skip
+    sst.add_argument("--size", type=positive, nargs="+", default=[0.06], metavar="SHARE",
+                     help="of features that cost a reason nothing; several train a network each; default: 0.06")  # fmt: skip
     sst.add_argument("--hidden", type=int, nargs="+", default=[128, 64], metavar="N", help="widths; default: 128 64")
     sst.add_argument("--proofs", type=int, default=100, metavar="N", help="reasons to prove; default: 100")
     sst.add_argument("--plot", type=Path, metavar="F.png", help="size against faithfulness, of all sizes")

@@ -102,7 +102,8 @@ class Objective:
     """The loss: cross entropy + `faithfulness` * masked cross entropy + `cardinality` * size above a budget.
 
     Attributes:
-        size: the share of features that a reason may have at the end; 0 charges the scores of all, as the paper does.
+        size: the share of features that costs a reason nothing at the end. A price, not a limit: reasons end somewhat
+            larger where it pays; 0 charges the scores of all, as the paper does.
         shrinking: the share of the training in which the budget falls from all features to `size`.
         warming: the share of the training in which distances of the masking grow to their full value.
         decay: weight of the squared logits of scores.
@@ -112,7 +113,7 @@ class Objective:
 
     faithfulness: float = 1.0
     cardinality: float = 12.0
-    size: float = 0.08
+    size: float = 0.06
     shrinking: float = 0.6
     warming: float = 0.3
     decay: float = 0.01
