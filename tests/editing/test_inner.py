@@ -246,6 +246,19 @@ def test_random_cases_that_have_an_answer(seed: int) -> None:
     assert result.status == "proved", result.reason
 
 
+def test_points_are_verified_one_bound_each() -> None:
+    """Rows met with margins near the rounding of float64 are beyond float32, and a point cannot be split."""
+    torch.manual_seed(3)
+    network, x = soundly.load(mlp(2, 16, 16, 1), torch.zeros(1, 2)), torch.rand(5, 1, 2)
+    slopes = [network.to(torch.float64).gradient(of=0)(p.double()).reshape(-1) for p in x]
+    rows = [soundly.at(p).gradient(of=0).within(g - 1e-10, g + 1e-10) for p, g in zip(x, slopes, strict=True)]
+    requirements = require(network, rows, unknowns(network, ["2"]))
+    verdict = soundly.verify(promise(requirements, {}))
+    assert isinstance(verdict, soundly.Proved) and verdict.effort.subproblems == len(x), verdict
+    narrow = dataclasses.replace(requirements, upper=requirements.lower + 0.5e-10)
+    assert not isinstance(soundly.verify(promise(narrow, {})), soundly.Proved)
+
+
 def test_norms_bound_start_and_goals() -> None:
     torch.manual_seed(5)
     module = mlp(2, 12, 12, 1, act=nn.Tanh)
