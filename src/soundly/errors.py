@@ -9,6 +9,7 @@ SoundlyError
 ├── ModelFileError        a model file is broken, hostile or not of the kind its name says
 ├── MissingRule           an analysis met an operation that lacks the fact it needs
 ├── EditError             an edit cannot be stated for this model (infeasible edits are results, not errors)
+├── DataError             a data set cannot be fetched, or is not what was published
 └── CertificateError      a certificate file is damaged or not a certificate
 
 Messages say what is wrong, where (argument, node, file) and what to do about it. An error never becomes a "proved".
@@ -49,6 +50,10 @@ class MissingRule(SoundlyError):
 
 class EditError(SoundlyError):
     """An edit cannot be stated for this model. An infeasible edit is a result, not an error."""
+
+
+class DataError(SoundlyError):
+    """A data set cannot be fetched or read, or is not what was published."""
 
 
 class CertificateError(SoundlyError):

@@ -11,9 +11,10 @@ import soundly
 from soundly.auditing.faults import FAULTS, Fault, broken, planted
 from soundly.auditing.fuzzing import Tally, examine, fuzz, shrunk
 from soundly.auditing.generation import OPERATIONS, recipe
-from soundly.auditing.mutation import hunt, mutate, table
-from soundly.auditing.oracles import ORACLES, Subject
+from soundly.auditing.mutation import hunt, line, mutate, score
+from soundly.auditing.oracles import ORACLES
 from soundly.auditing.recipes import Call, Recipe
+from soundly.auditing.subject import Subject
 from soundly.auditing.truth import least
 from soundly.bounds.program import Affine, Function, Matrix, Program, Variable
 from soundly.cli import main
@@ -93,8 +94,8 @@ QUICK = ("slopes exchanged in passes", "the box's ends exchanged", "splits witho
 def test_planted_faults_are_found() -> None:
     """Those that show soonest, from every part; `soundly audit mutate` runs all of them."""
     found = list(mutate([f for f in FAULTS if f.name in QUICK], seconds=60))
-    assert len(found) == len(QUICK) and all(m.found for m in found), "\n".join(table(found))
-    assert list(table(found))[-1] == f"mutation score {len(QUICK)} of {len(QUICK)}, 100 %"
+    assert len(found) == len(QUICK) and all(m.found for m in found), "\n".join(map(line, found))
+    assert score(found) == f"mutation score {len(QUICK)} of {len(QUICK)}, 100 %"
 
 
 def test_a_fault_that_changes_nothing_is_not_found() -> None:

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 import torch
 
 from soundly.auditing.generation import recipe as drawn
-from soundly.auditing.oracles import ORACLES, Oracle, Subject
+from soundly.auditing.oracles import ORACLES, Oracle
 from soundly.auditing.recipes import Recipe
+from soundly.auditing.subject import Subject
 from soundly.errors import CaptureMismatch, SoundlyError
 
 SHRINKING = 20.0

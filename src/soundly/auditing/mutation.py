@@ -87,10 +87,13 @@ def mutate(faults: Sequence[Fault] = FAULTS, *, seconds: float = 60.0) -> Iterat
             receiving.close()
 
 
-def table(mutants: Sequence[Mutant]) -> Iterator[str]:
-    """One line per fault, then the score."""
-    for m in mutants:
-        how = f"{m.oracle} at seed {m.seed}" if m.found else "NOT FOUND"
-        yield f"{m.fault.part:<14} {m.fault.name:<52} {m.seconds:>6.1f} s  {how}"
+def line(mutant: Mutant) -> str:
+    """A fault and what became of it."""
+    how = f"{mutant.oracle} at seed {mutant.seed}" if mutant.found else "NOT FOUND"
+    return f"{mutant.fault.part:<14} {mutant.fault.name:<52} {mutant.seconds:>6.1f} s  {how}"
+
+
+def score(mutants: Sequence[Mutant]) -> str:
+    """How many were found."""
     found = sum(m.found for m in mutants)
-    yield f"mutation score {found} of {len(mutants)}, {100 * found / max(1, len(mutants)):.0f} %"
+    return f"mutation score {found} of {len(mutants)}, {100 * found / max(1, len(mutants)):.0f} %"

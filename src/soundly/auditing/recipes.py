@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from soundly.errors import InvalidInput, SoundlyError, UnsupportedOp
+from soundly.errors import InvalidInput, UnsupportedOp
 from soundly.graph.aten_layers import RULES
 from soundly.graph.network import Network
 from soundly.graph.node import Constant, Input, Node, Parameter
@@ -251,8 +251,3 @@ def _rounded(argument: Argument, digits: int) -> Argument:
 
 def _lists(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
     return tuple(t.tolist() for t in tensors)
-
-
-def refused(error: BaseException) -> bool:
-    """Whether an exception is soundly saying that it does not support something, as it may."""
-    return isinstance(error, SoundlyError)

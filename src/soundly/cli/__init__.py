@@ -11,12 +11,12 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from soundly.cli import audit, bench, check, edit, explain, verify
+from soundly.cli import audit, bench, check, data, edit, explain, train, verify
 from soundly.cli.terminal import ERROR, YES, Verbs, plain
 from soundly.errors import SoundlyError
 
 VERBS: tuple[Callable[[Verbs], None], ...] = (
-    verify.add, explain.add, edit.add, edit.add_undo, check.add, bench.add, audit.add,
+    verify.add, explain.add, edit.add, edit.add_undo, check.add, bench.add, train.add, data.add, audit.add,
 )  # fmt: skip
 
 

@@ -132,17 +132,12 @@ def _fuzz(arguments: argparse.Namespace) -> int:
 
 def _mutate(arguments: argparse.Namespace) -> int:
     from soundly.auditing.faults import FAULTS
-    from soundly.auditing.mutation import mutate, table
+    from soundly.auditing.mutation import line, mutate, score
 
     chosen = [f for f in FAULTS if arguments.only in f"{f.part} {f.name}"]
     done = []
-    shown = sys.stderr.isatty()
     for made in mutate(chosen, seconds=arguments.seconds):
         done.append(made)
-        if shown:
-            status(f"{len(done)} of {len(chosen)}  {sum(m.found for m in done)} found")
-    if shown:
-        status("")
-    for line in table(done):
-        print(line)
-    return YES if done and all(m.found for m in done) else UNKNOWN if not done else NO
+        print(line(made), flush=True)
+    print(score(done))
+    return NO if not all(m.found for m in done) else YES if done else UNKNOWN

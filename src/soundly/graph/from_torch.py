@@ -221,6 +221,7 @@ def _origin(node: Any) -> str:
     return f"{(stack[-1] if stack else '') or node.name}{where}"
 
 
+@torch.enable_grad()
 def compare(network: Network, module: nn.Module, examples: Sequence[Tensor], *, tolerance: float = 1e-6) -> None:
     """Compares a captured network with its module in float64 at random inputs: outputs and one gradient.
 

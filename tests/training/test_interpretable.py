@@ -1,0 +1,223 @@
+"""Maps against captum, the floor under the two-class discrepancy, losses that do what their names say."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import kendalltau
+from torch import Tensor
+
+import soundly
+from soundly.errors import InvalidInput
+from soundly.training.data import read
+from soundly.training.fit import fit
+from soundly.training.interpretable import Adversarial, Int, Plain, discrepancy, floor, method, two_class
+from soundly.training.maps import Cam, ConvNet, Explained, GradCam, IntegratedGradients, cnn
+from soundly.training.stability import accuracy, kendall, stability
+
+NAMES = ("normal", "pgd", "trades", "ig-norm", "ig-norm-sum", "int", "int-one-class", "int2", "int-adv", "int2-adv")
+
+
+def net(seed: int = 0) -> ConvNet:
+    torch.manual_seed(seed)
+    return cnn(1, 4, (4, 6, 5)).double()
+
+
+def images(n: int = 6, seed: int = 0) -> Tensor:
+    return torch.rand(n, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+# ---------------------------------------------------------------- maps
+
+
+def test_class_activation_maps_are_complete():
+    model, x = net(), images()
+    found = Cam()(model, x)
+    assert found.maps.shape == (6, 4, 16)
+    torch.testing.assert_close(found.logits, model(x))
+    torch.testing.assert_close(found.maps.sum(-1), model(x))
+
+
+def test_gradcam_is_captum_and_here_cam():
+    from captum.attr import LayerGradCam
+
+    model, x = net(), images()
+    found = GradCam()(model, x)
+    torch.testing.assert_close(found.maps, Cam()(model, x).maps)
+    captum = LayerGradCam(model, model.features)
+    for c in range(4):
+        want = captum.attribute(x, target=c)[:, 0].flatten(1)
+        torch.testing.assert_close(found.maps[:, c], want.detach())
+
+
+def test_gradcam_is_the_explanation_that_the_verifier_reads():
+    model, x = net(), images(1)
+    network = soundly.gradcam(soundly.load(model, x), of=2, layer="features")
+    torch.testing.assert_close(GradCam()(model, x).maps[0, 2].detach(), network(x).flatten().detach())
+
+
+def test_integrated_gradients_are_captums():
+    from captum.attr import IntegratedGradients as Captum
+
+    model, x = net(), images()
+    found = IntegratedGradients(points=7)(model, x)
+    captum = Captum(model)
+    for c in range(4):
+        want = captum.attribute(x, target=c, n_steps=7, method="riemann_middle").flatten(1)
+        torch.testing.assert_close(found.maps[:, c], want.detach())
+
+
+@pytest.mark.parametrize("explains", [Cam(), GradCam(), IntegratedGradients(2)], ids=lambda m: type(m).__name__)
+def test_maps_are_differentiable_in_all_weights(explains):
+    """The gradient of a map's norm against differences, in each layer's weights: none of them is taken for constant."""
+    model, x = net(), images(2)
+
+    def value() -> Tensor:
+        return explains(model, x).maps.square().sum()
+
+    slopes = torch.autograd.grad(value(), list(model.parameters()), allow_unused=True)
+    for p, slope in zip(model.parameters(), slopes, strict=True):
+        if slope is None:  # the last bias moves every logit's gradient by nothing
+            assert isinstance(explains, IntegratedGradients) and p.dim() == 1
+            continue
+        direction = torch.randn_like(p)
+        with torch.no_grad():
+            p += 1e-6 * direction
+            high = float(value())
+            p -= 2e-6 * direction
+            low = float(value())
+            p += 1e-6 * direction
+        assert float((slope * direction).sum()) == pytest.approx((high - low) / 2e-6, rel=1e-4, abs=1e-7)
+
+
+# ---------------------------------------------------------------- the floor
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 10**6))
+def test_no_label_changes_without_its_maps(seed):
+    """The two-class discrepancy is at least half the margin that was lost, however far x' is."""
+    model, x = net(seed), images(16, seed)
+    moved = images(16, seed + 1)
+    clean, there = Cam()(model, x), Cam()(model, moved)
+    label, other = clean.logits.argmax(1), there.logits.argmax(1)
+    flipped = label != other
+    low = floor(clean, label, other)
+    assert (two_class(clean, there, label, other) >= low - 1e-12)[flipped].all()
+
+
+def test_the_one_class_discrepancy_has_no_floor():
+    """Maps of the label stay, those of another class rise: the label changes and the one-class discrepancy is 0."""
+    clean = Explained(torch.tensor([[1.0, 0.0]]), torch.tensor([[[0.5, 0.5], [0.0, 0.0]]]))
+    there = Explained(torch.tensor([[1.0, 3.0]]), torch.tensor([[[0.5, 0.5], [1.0, 2.0]]]))
+    y, other = torch.tensor([0]), torch.tensor([1])
+    assert discrepancy(clean, there, y, one=True) == 0
+    assert two_class(clean, there, y, other) == 1.5 and floor(clean, y, other) == 0.5
+
+
+def test_the_discrepancy_leans_to_the_class_that_is_taken():
+    clean = Explained(torch.zeros(1, 3), torch.zeros(1, 3, 2))
+    maps = torch.tensor([[[1.0, 1.0], [2.0, 2.0], [5.0, 5.0]]])
+    there = Explained(torch.tensor([[0.0, 40.0, 0.0]]), maps)
+    y = torch.tensor([0])
+    assert float(discrepancy(clean, there, y)) == pytest.approx(3.0)  # (2 + 4) / 2
+    assert float(discrepancy(clean, there, y)) == pytest.approx(float(two_class(clean, there, y, torch.tensor([1]))))
+
+
+def test_the_inner_attack_of_int_raises_the_discrepancy():
+    from soundly.training.attack import ascend
+
+    model, x = net(), images(16)
+    y = model(x).argmax(1)
+    clean = Explained(*(v.detach() for v in Cam()(model, x)))
+
+    def change(z: Tensor) -> Tensor:
+        return discrepancy(clean, Cam()(model, z), y)
+
+    start = x + 0.02 * torch.rand_like(x) - 0.01
+    found = ascend(change, x - 0.1, x + 0.1, steps=10, start=start)
+    assert change(found).mean() > 2 * change(start).mean()
+
+
+# ---------------------------------------------------------------- losses
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_method_has_a_finite_loss_and_gradient(name):
+    model, x = net(), images(8)
+    y = torch.arange(8) % 4
+    loss = method(name, eps=0.1, steps=2)
+    assert loss.name == name
+    value = loss(model, x, y)
+    value.backward()
+    assert torch.isfinite(value) and all(bool(torch.isfinite(p.grad).all()) for p in model.parameters())
+
+
+def test_unknown_methods():
+    with pytest.raises(InvalidInput, match="choose one of normal, pgd"):
+        method("int3", eps=0.1)
+
+
+@pytest.mark.parametrize("explains", [GradCam(), IntegratedGradients(2)], ids=lambda m: type(m).__name__)
+def test_int_on_other_maps(explains):
+    model, x = net(), images(4)
+    y = torch.arange(4)
+    value = Int(0.1, 2, map=explains)(model, x, y)
+    value.backward()
+    assert torch.isfinite(value) and all(bool(torch.isfinite(p.grad).all()) for p in model.parameters())
+    assert value > Plain()(model, x, y)
+
+
+def test_without_distance_all_losses_are_the_plain_one():
+    model, x = net(), images(8)
+    y = torch.arange(8) % 4
+    for name in NAMES:
+        torch.testing.assert_close(method(name, eps=0.1)(model, x, y, passed=0.0), Plain()(model, x, y))
+
+
+def test_training_on_maps_makes_labels_robust():
+    """In small: training on maps, without any adversarial label, resists attacks; plain training does not."""
+    digits = read("digits")
+    x, y = digits.test[:200], digits.test_labels[:200]
+    rates, firm = {}, {}
+    for loss in (Plain(), Adversarial(0.15, 5), Int(0.15, 5)):
+        torch.manual_seed(0)
+        model = cnn(1, 10, (8, 16, 16))
+        fit(
+            model, digits.train, digits.train_labels, lambda a, b, p, f=loss, m=model: f(m, a, b, p), epochs=15, lr=5e-3
+        )
+        rates[loss.name] = accuracy(model, x, y), accuracy(model, x, y, eps=0.1, steps=10)
+        firm[loss.name] = stability(model, x, y, eps=0.1, steps=10)
+    assert all(clean > 0.75 for clean, _ in rates.values()), rates
+    assert rates["int"][1] > rates["normal"][1] + 0.1, rates
+    assert firm["int"].kept > firm["normal"].kept, firm
+
+
+# ---------------------------------------------------------------- stability
+
+
+def test_kendall_is_scipys():
+    a = torch.randn(20, 9, dtype=torch.float64)
+    b = torch.randn(20, 9, dtype=torch.float64)
+    b[:10] = a[:10] + 0.3 * b[:10]
+    b[5, :4] = b[5, 4]  # ties
+    want = torch.tensor([kendalltau(p, q).statistic for p, q in zip(a.numpy(), b.numpy(), strict=True)])
+    torch.testing.assert_close(kendall(a, b), want)
+    torch.testing.assert_close(kendall(a, -a), -torch.ones(20, dtype=torch.float64))
+    assert kendall(torch.ones(1, 5), a[:1, :5].float()) == 0
+
+
+def test_attacks_on_maps_lower_tau_and_are_counted():
+    model, x = net(), images(20)
+    y = model(x).argmax(1)
+    near, far = (stability(model, x, y, eps=e, steps=10) for e in (1e-6, 0.3))
+    assert near.tau > 0.99 and near.kept == 1 and far.tau < near.tau and far.kept <= 1
+    with pytest.raises(InvalidInput, match="16 places"):
+        stability(model, x, y, eps=0.1, top=17)
+
+
+def test_accuracy_under_attack_falls_with_the_distance():
+    model, x = net(), images(50)
+    y = model(x).argmax(1)
+    rates = [accuracy(model, x, y, eps=e, steps=10) for e in (0.0, 0.05, 0.5)]
+    assert rates[0] == 1 and rates[0] >= rates[1] >= rates[2] and rates[2] < 1
