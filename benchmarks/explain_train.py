@@ -1,7 +1,7 @@
 """Networks trained to explain themselves: what `soundly.training` reaches.
 
-    python benchmarks/explain_train.py sst [--data mnist] [--seeds 3] [--proofs 200] [--folder out] [--json]
-    python benchmarks/explain_train.py int [--data digits] [--seeds 3] [--methods ...] [--folder out] [--json]
+    python benchmarks/explain.py sst [--data mnist] [--seeds 3] [--proofs 200] [--cache out] [--json]
+    python benchmarks/explain.py int [--data digits] [--seeds 3] [--methods ...] [--cache out] [--json]
 
 `sst`: a 784-128-64 network whose mask names the pixels that suffice for its prediction while the others move by 0.12.
 Certified masking over all seeds, the other three maskings once; every network is measured under every masking, with no
@@ -10,11 +10,9 @@ mask and with a constant mask as controls, and its reasons on the first test ima
 `int`: interpretability-aware training against adversarial training: accuracy, accuracy under attack within the trained
 distance and beyond, Kendall's tau between clean and attacked maps, and seconds per step.
 
-What is trained is kept in the folder, so that an interrupted run goes on where it was.
+What is trained is kept in the cache, so that an interrupted run goes on where it was.
 """
 
-import argparse
-import json
 import statistics
 import sys
 import time
@@ -140,25 +138,3 @@ def step_cost(
             optimiser.step()
             taken[name].append(time.process_time() - begun)
     return {name: statistics.median(times) for name, times in taken.items()}
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment", choices=("sst", "int"))
-    parser.add_argument("--data", help="default: mnist for sst, digits for int")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--proofs", type=int, default=200, help="sst: how many test images")
-    parser.add_argument("--methods", nargs="+", default=METHODS, help="int: which; default: all but ig-norm-sum")
-    parser.add_argument("--folder", type=Path, default=Path("out"), help="where checkpoints are kept; default: out")
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    args = parser.parse_args(argv)
-    if args.experiment == "sst":
-        report = sst_run(args.data or "mnist", args.seeds, args.proofs, args.folder)
-    else:
-        report = int_run(args.data or "digits", args.seeds, args.methods, args.folder)
-    if args.json:
-        print(json.dumps(report))
-
-
-if __name__ == "__main__":
-    main()
