@@ -37,7 +37,7 @@ def add(verbs: Verbs) -> None:
     sst.add_argument("--masking", choices=MASKINGS, default="certified", help="trained with; default: certified")
     sst.add_argument("--eps", type=positive, default=0.12, help="how far other features may move; default: 0.12")
     sst.add_argument("--size", type=positive, nargs="+", default=[0.06], metavar="SHARE",
-                     help="of features that cost a reason nothing; several train a network each; default: 0.06")  # fmt: skip
+                     help="of features that are free of charge; each trains a network; default: 0.06")  # fmt: skip
     sst.add_argument("--hidden", type=int, nargs="+", default=[128, 64], metavar="N", help="widths; default: 128 64")
     sst.add_argument("--proofs", type=int, default=100, metavar="N", help="reasons to prove; default: 100")
     sst.add_argument("--plot", type=Path, metavar="F.png", help="size against faithfulness, of all sizes")
