@@ -116,7 +116,7 @@ class NeckSplit(NeuronSplit):
     @property
     def fresh(self) -> bool:
         """Whether not even the roots are bounded."""
-        return not self.proved and bool((self.waiting.bound == -math.inf).all())
+        return not self.proved and not self.subproblems
 
     @property
     def done(self) -> list[int]:
