@@ -289,7 +289,7 @@ class _Total:
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """<a[i], b> for each row in float64, infinite where a coefficient other than zero meets an infinite number."""
-    a, b = a.reshape(len(a), -1).double(), b.reshape(-1).double()
+    a, b = a.reshape(len(a), b.numel()).double(), b.reshape(-1).double()
     infinite = torch.isinf(b)
     if not bool(infinite.any()):
         return a @ b
