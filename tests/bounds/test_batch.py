@@ -13,7 +13,8 @@ from tests.bounds.samples import NETWORKS, made
 from torch import Tensor, nn
 
 from soundly.bounds import batch as module
-from soundly.bounds.batch import Bounder, Frame, OutOfTime, Planes, Side, Split, Start
+from soundly.bounds.batch import Bounder, Planes
+from soundly.bounds.frame import Frame, OutOfTime, Side, Split, Start
 from soundly.bounds.lines import kink, lines, lines_of
 from soundly.bounds.lower import lower
 from soundly.bounds.program import Affine, Function, Program, Times

@@ -12,7 +12,8 @@ from tests.bounds.test_batch import MADE, TOLERANCE, boxes, escape, points, prog
 from torch import Tensor
 
 from soundly.bounds import optimise as module
-from soundly.bounds.batch import Bounder, Frame, Side, Split, Start
+from soundly.bounds.batch import Bounder
+from soundly.bounds.frame import Frame, Side, Split, Start
 from soundly.bounds.lines import kink
 from soundly.bounds.optimise import raised, refine
 from soundly.bounds.program import Affine, Function, Matrix, Program, Variable

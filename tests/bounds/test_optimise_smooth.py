@@ -8,7 +8,8 @@ from tests.bounds.test_batch import MADE, TOLERANCE, boxes, escape, points, prog
 from torch import Tensor
 
 from soundly.bounds import optimise as module
-from soundly.bounds.batch import Bounder, Frame, Side, Start, planes
+from soundly.bounds.batch import Bounder, planes
+from soundly.bounds.frame import Frame, Side, Start
 from soundly.bounds.lines import Samples
 from soundly.bounds.optimise import first, raised, refine
 from soundly.bounds.program import Function, Times

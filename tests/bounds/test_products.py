@@ -9,7 +9,8 @@ from tests.bounds.samples import made
 from torch import Tensor, nn
 
 from soundly.bounds import products
-from soundly.bounds.batch import Bounder, Start
+from soundly.bounds.batch import Bounder
+from soundly.bounds.frame import Start
 from soundly.bounds.lower import lower
 from soundly.bounds.program import Program, Times
 

@@ -6,7 +6,8 @@ from tests.bounds.test_batch import MADE, program_of
 from torch import Tensor
 
 from soundly.bounds import shared as module
-from soundly.bounds.batch import Bounder, Start
+from soundly.bounds.batch import Bounder
+from soundly.bounds.frame import Start
 from soundly.bounds.shared import Shared
 
 F64 = torch.float64

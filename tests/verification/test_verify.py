@@ -584,10 +584,10 @@ def test_nothing_is_proved_without_an_accepted_certificate(monkeypatch, proof):
 @pytest.mark.parametrize("margin", [1e-2, -1e-2])
 def test_a_faulty_search_proves_nothing_false(monkeypatch, margin):
     """Bounds that are too high by 0.1: false claims are never proved, for the checker finds the leaves open."""
-    from soundly.bounds import batch
+    from soundly.bounds import frame
 
-    real = batch.Pass.least
-    monkeypatch.setattr(batch.Pass, "least", lambda self, low, high: real(self, low, high) + 0.1)
+    real = frame.Pass.least
+    monkeypatch.setattr(frame.Pass, "least", lambda self, low, high: real(self, low, high) + 0.1)
     network, region = perceptron((2, 10, 10, 2), 0), square(2, 0.6)
     optimum = least(network, region, np.array([1.0, -1.0]))
     verdict = verify(below(network, region, optimum + margin), timeout=1.5, attack=False)

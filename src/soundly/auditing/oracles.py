@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from soundly.auditing.subject import F64, ROUNDING, Subject
-from soundly.bounds.batch import Bounder, Frame, Split, Start, plainly, step_rows
+from soundly.bounds.batch import Bounder, plainly, step_rows
+from soundly.bounds.frame import Frame, Split, Start
 from soundly.bounds.interval import interval_bounds
 from soundly.bounds.linear import linear_bounds
 from soundly.bounds.optimise import raised

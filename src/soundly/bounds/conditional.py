@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from soundly.bounds.batch import Bounder, Frame, Pass, Side, Slopes, Split, Start, copied
+from soundly.bounds.batch import Bounder, copied
+from soundly.bounds.frame import Frame, Pass, Side, Slopes, Split, Start
 from soundly.bounds.lines import kink
 from soundly.bounds.optimise import bounds_of, enough, raised
 from soundly.bounds.program import Affine, Function, Matrix, Program

@@ -14,7 +14,7 @@ from soundly.bounds.program import Affine, Function, Step, Times, Variable
 from soundly.bounds.relaxation import Lines
 
 if TYPE_CHECKING:
-    from soundly.bounds.batch import Frame, Relaxations
+    from soundly.bounds.frame import Frame, Relaxations
 
 FORWARD = 32
 """With at most this many varying inputs, values are followed forward as affine forms as well."""

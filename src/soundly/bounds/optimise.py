@@ -20,20 +20,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from soundly.bounds.batch import (
-    Bounder,
-    Frame,
-    Pass,
-    Relaxations,
-    Side,
-    Slopes,
-    Split,
-    Start,
-    copied,
-    entries,
-    factors,
-    step_rows,
-)
+from soundly.bounds.batch import Bounder, copied, entries, factors, step_rows
+from soundly.bounds.frame import Frame, Pass, Relaxations, Side, Slopes, Split, Start
 from soundly.bounds.lines import Samples, bent, kink
 from soundly.bounds.products import Planes
 from soundly.bounds.program import Affine, Function, Step, Times, Variable

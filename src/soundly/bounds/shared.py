@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from soundly.bounds.batch import Bounder, Frame, Start, copied, factors
+from soundly.bounds.batch import Bounder, copied, factors
+from soundly.bounds.frame import Frame, Start
 from soundly.bounds.lines import band, kink, lines
 from soundly.bounds.products import Planes, planes
 from soundly.bounds.program import Function, Times, Variable

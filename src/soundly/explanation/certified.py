@@ -16,7 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from soundly.bounds.batch import Bounder, Frame, Start
+from soundly.bounds.batch import Bounder
+from soundly.bounds.frame import Frame, Start
 from soundly.bounds.optimise import first, raised, refine
 from soundly.errors import InvalidInput
 from soundly.graph.elementwise import ABS, SQUARE

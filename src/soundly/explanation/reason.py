@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from soundly.bounds.batch import Bounder, Start
+from soundly.bounds.batch import Bounder
+from soundly.bounds.frame import Start
 from soundly.bounds.shared import Shared
 from soundly.errors import InvalidInput
 from soundly.explanation.question import Question, question

@@ -13,7 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from soundly.bounds.batch import Bounder, Frame, Pass, Relaxations
+from soundly.bounds.batch import Bounder
+from soundly.bounds.frame import Frame, Pass, Relaxations
 from soundly.bounds.lines import bent, jumps, kink
 from soundly.bounds.program import Function
 from soundly.bounds.relaxation import Lines

@@ -18,7 +18,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from soundly.bounds.batch import Bounder, Frame, Start, plainly
+from soundly.bounds.batch import Bounder, plainly
+from soundly.bounds.frame import Frame, Start
 from soundly.bounds.program import Affine, Function
 from soundly.verification.forest import BOUND, CLIP, INPUT, NEURON, REFRESH, TOGETHER, Forest
 from soundly.verification.jumps import Jumps

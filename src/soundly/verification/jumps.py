@@ -14,7 +14,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from soundly.bounds.batch import Frame, Pass, Relaxations, Split, entries
+from soundly.bounds.batch import entries
+from soundly.bounds.frame import Frame, Pass, Relaxations, Split
 from soundly.bounds.lines import jumps
 from soundly.bounds.program import Affine, Function, Step
 from soundly.bounds.relaxation import Lines

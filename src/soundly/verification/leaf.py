@@ -18,7 +18,8 @@ import torch
 from scipy.optimize import linprog
 from torch import Tensor
 
-from soundly.bounds.batch import Bounder, Frame, OutOfTime, Split, Start
+from soundly.bounds.batch import Bounder
+from soundly.bounds.frame import Frame, OutOfTime, Split, Start
 from soundly.bounds.optimise import bounds_of
 from soundly.bounds.program import Affine, Function
 

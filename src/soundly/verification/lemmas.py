@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from soundly.bounds.batch import Bounder, Frame, OutOfTime
+from soundly.bounds.batch import Bounder
+from soundly.bounds.frame import Frame, OutOfTime
 from soundly.bounds.lines import jumps
 from soundly.bounds.program import Function, Program
 from soundly.verification.forest import LEAF

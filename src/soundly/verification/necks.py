@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from soundly.bounds.batch import Bounder, Frame
+from soundly.bounds.batch import Bounder
 from soundly.bounds.conditional import with_rows
+from soundly.bounds.frame import Frame
 from soundly.bounds.lines import bent, kink
 from soundly.bounds.program import Affine, Function, Program
 from soundly.verification.lemmas import recorded

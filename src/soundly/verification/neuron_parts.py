@@ -13,7 +13,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from soundly.bounds.batch import Bounder, Frame, Side, Slopes, Split
+from soundly.bounds.batch import Bounder
+from soundly.bounds.frame import Frame, Side, Slopes, Split
 from soundly.bounds.lines import jumps
 from soundly.bounds.program import Function, Step
 

@@ -20,8 +20,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from soundly.bounds.batch import Bounder, Frame, Pass, Side, Slopes, Split, Start, copied, plainly
+from soundly.bounds.batch import Bounder, copied, plainly
 from soundly.bounds.conditional import ROUNDS, Tightened, tighten
+from soundly.bounds.frame import Frame, Pass, Side, Slopes, Split, Start
 from soundly.bounds.lines import kink
 from soundly.bounds.optimise import Refined, raised
 from soundly.bounds.optimise import first as first_slopes

@@ -19,8 +19,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from soundly.bounds.batch import Bounder, Frame, OutOfTime
+from soundly.bounds.batch import Bounder
 from soundly.bounds.conditional import with_rows
+from soundly.bounds.frame import Frame, OutOfTime
 from soundly.bounds.optimise import refine
 from soundly.bounds.program import Program
 from soundly.certificate.verification import replay as replay_proof
