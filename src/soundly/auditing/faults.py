@@ -137,7 +137,7 @@ FAULTS: tuple[Fault, ...] = (
           "d = d + of((force * split.at).sum(-1))", "pass"),
     Fault("planes of products exchanged", _SEARCH, "bounds.batch:Bounder.backward", "_meet(up, p.c_low)",
           "_meet(up, p.c_high)"),
-    Fault("the box shrunk by a tenth", _SEARCH, "bounds.batch:Pass.least", "self.a.clamp(min=0) * lower",
+    Fault("the box shrunk by a tenth", _SEARCH, "bounds.frame:Pass.least", "self.a.clamp(min=0) * lower",
           "self.a.clamp(min=0) * (0.9 * lower + 0.1 * upper)"),
     Fault("the lift of chords a tenth too low", _SEARCH, "bounds.lines:_kinked", "(left - chord) * lower",
           "0.9 * (left - chord) * lower"),

@@ -88,7 +88,7 @@ def _probed(drawn: Sequence[Call], values: Sequence[Sequence[Tensor]]) -> list[l
             try:
                 (*_, value) = Recipe((), (), (call,)).run(some)
             except (RuntimeError, IndexError, ValueError, TypeError, NotImplementedError):
-                return None
+                return None  # torch alone says what a valid call is, in all these ways
             fit = isinstance(value, Tensor) and 0 < value.numel() <= ENTRIES and value.dim() <= 5
             if not fit or not bool(torch.isfinite(value).all()) or float(value.double().abs().max()) > LARGEST:
                 return None
