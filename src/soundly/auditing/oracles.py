@@ -107,7 +107,7 @@ def linear(subject: Subject, r: random.Random) -> Iterator[str]:
     """Linear bounds hold values, are no looser than intervals, and commute with scaling and sign."""
     network = subject.network
     whole = interval_bounds(network, subject.region)
-    inner = [n for n in network.nodes if n.inputs and math.prod(n.shape)]
+    inner = [n for n in network.nodes if n.inputs and 0 not in n.shape]
     for node in {network.output, r.choice(inner)} if inner else {network.output}:
         flat = math.prod(node.shape)
         generator = torch.Generator().manual_seed(r.getrandbits(30))
