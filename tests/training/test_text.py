@@ -168,7 +168,9 @@ def test_words_that_decide_are_in_reasons_which_are_proved(trained):
     decides = (held.test >= 2) & (held.test < 8)
     kept = masks[..., 0].float()
     assert float(kept[decides].mean()) > 1.5 * float(kept[~decides].mean()) and float(kept.mean()) < 0.4
-    found = evaluate(model, held.test, held.test_labels, [Baseline(table[1]), Probabilistic(rows=table), Certified(EPS)])
+    found = evaluate(
+        model, held.test, held.test_labels, [Baseline(table[1]), Probabilistic(rows=table), Certified(EPS)]
+    )
     assert found.faithful["certified"] > 0.9 > 0.6 > found.empty["certified"]
     assert prove(model, model.embed(held.test[:10]), eps=EPS).proved >= 8
 
