@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from soundly.spec.claim import robust as robust
     from soundly.spec.claim import top_k as top_k
     from soundly.spec.claim import within as within
+    from soundly.spec.grid import Grid as Grid
     from soundly.spec.region import Ball as Ball
     from soundly.spec.region import Box as Box
     from soundly.spec.region import Union as Union
@@ -95,6 +96,7 @@ _HOME = {
     "Box": "spec.region",
     "Ball": "spec.region",
     "Union": "spec.region",
+    "Grid": "spec.grid",
     "join": "spec.region",
     "Claim": "spec.claim",
     "robust": "spec.claim",

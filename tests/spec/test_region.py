@@ -14,7 +14,8 @@ from torch import Tensor
 
 from soundly.errors import InvalidInput
 from soundly.spec import region as module
-from soundly.spec.region import Ball, Box, Region, Union, join, rounded
+from soundly.spec.claim import Region
+from soundly.spec.region import Ball, Box, Union, join, rounded
 
 NORMS = ("linf", "l2", "l1")
 

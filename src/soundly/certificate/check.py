@@ -377,8 +377,9 @@ class Verification:
 
     def prove(self) -> tuple[ClaimResult, ...]:
         found = self.replay
+        where = "" if found.choices is None else f", on a grid of {found.choices:,} choices"
         return tuple(
-            ClaimResult(f"case {i}", b - a, int(found.proven[a:b].sum()), float(found.margin[a:b].min()))
+            ClaimResult(f"case {i}{where}", b - a, int(found.proven[a:b].sum()), float(found.margin[a:b].min()))
             for i, (a, b) in enumerate(pairwise(found.pair_start.tolist()))
         )
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any, NoReturn
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy.typing as npt
 from soundly.certificate.ball import L1, L2, Ball
 from soundly.certificate.format import DTYPES, FLOAT32, NETWORK, Certificate
 from soundly.certificate.functions import Function
+from soundly.certificate.grid import Grid
 from soundly.certificate.program import (
     Affine,
     Apply,
@@ -37,6 +39,7 @@ REFRESH, BOUND, CLIP, TOGETHER = 1, 2, 4, 8
 LEAF, INPUT, NEURON = 0, 1, 2
 MAX_NEURONS, MAX_STEPS, MAX_TERMS, MAX_POWER, MAX_CLIPPED = 2**23, 2**12, 256, 64, 2**26
 FUNCTION = ("name", "ring", "rate", "pieces", "terms", "breaks", "held", "held_kind")
+OPTIONAL = frozenset({"ball", "grid"})
 ENTRIES = frozenset({"format", "version", "kind", "arithmetic", "claim", "model", "program", "functions", "made_with"})
 
 
@@ -79,7 +82,7 @@ class Proof:
 
     pair_start [cases + 1]: the clauses of each case; pair_rows [pairs + 1]: the rows of each clause.
     start, column, value, constant, slack: the rows; float32: whether they are claimed of what that computes, too.
-    The tree's arrays are those of the file.
+    grid: on which alone points count. The tree's arrays are those of the file.
     """
 
     program: Program
@@ -113,6 +116,7 @@ class Proof:
     stored: Stored
     float32: bool
     lemmas: Lemmas
+    grid: Grid | None = None
 
 
 class _Reader:
@@ -159,8 +163,8 @@ class _Reader:
 def read(certificate: Certificate) -> Proof:
     """Everything in the certificate, checked. Raises Refused with the first problem."""
     header, arrays = certificate.header, _Reader(certificate.arrays)
-    if set(header) - {"ball"} != ENTRIES:
-        _refuse(f"missing or unknown entries: {sorted((set(header) - {'ball'}) ^ ENTRIES)!s:.200}")
+    if set(header) - OPTIONAL != ENTRIES:
+        _refuse(f"missing or unknown entries: {sorted((set(header) - OPTIONAL) ^ ENTRIES)!s:.200}")
     if header["arithmetic"] not in (NETWORK, FLOAT32):
         _refuse(f"claimed {header['arithmetic']!r:.80}; this checker proves {NETWORK!r} or {FLOAT32!r}")
     if not isinstance(header["claim"], str) or not isinstance(header["made_with"], dict):
@@ -178,6 +182,7 @@ def read(certificate: Certificate) -> Proof:
         _refuse("slopes are not finite")
     if "ball" in header:
         program = replace(program, ball=_ball(arrays, header["ball"], inputs))
+    grid = _grid(arrays, header["grid"], inputs) if "grid" in header else None
     cases = _cases(arrays, inputs, outputs)
     stored = _stored(arrays, slopes, neurons)
     trees = _trees(arrays, program, cases["pair_start"], cases["pair_rows"], stored)
@@ -188,7 +193,8 @@ def read(certificate: Certificate) -> Proof:
     if unused := set(certificate.arrays) - arrays.used:
         _refuse(f"arrays that nothing refers to: {sorted(unused)!s:.200}")
     return Proof(
-        program=program, stored=stored, lemmas=lemmas, float32=header["arithmetic"] == FLOAT32, **cases, **trees
+        program=program, stored=stored, lemmas=lemmas, grid=grid, float32=header["arithmetic"] == FLOAT32, **cases,
+        **trees,
     )  # fmt: skip
 
 
@@ -339,6 +345,21 @@ def _ball(arrays: _Reader, norm: object, inputs: int) -> Ball:
     if ((radius != 0) & (radius < 1 / FAR)).any():
         _refuse("ball_radius is negative, or too small to divide by")
     return Ball(centre[None], radius[None], str(norm))
+
+
+def _grid(arrays: _Reader, choices: object, inputs: int) -> Grid:
+    count = _size(choices, "grid", 1, inputs)
+    entry = arrays.indices("grid_entry", None, inputs)
+    if len(np.unique(entry)) != len(entry):
+        _refuse("grid_entry: one twice")
+    value = arrays.numbers("grid_value", None)
+    start = arrays.offsets("grid_start", count, len(entry), least=1)
+    value_start = arrays.offsets("grid_value_start", count, len(value), least=1)
+    if (np.diff(value_start) % np.diff(start)).any():
+        _refuse("grid_value: options of different lengths")
+    entries = tuple(entry[a:b] for a, b in pairwise(start.tolist()))
+    spans = zip(entries, pairwise(value_start.tolist()), strict=True)
+    return Grid(entries, tuple(value[a:b].reshape(-1, len(own)) for own, (a, b) in spans))
 
 
 def _cases(arrays: _Reader, inputs: int, outputs: int) -> dict[str, Array]:

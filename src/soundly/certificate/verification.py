@@ -42,6 +42,7 @@ class Replay:
     pair_start: where the clauses of each case begin.
     failed: (tree, position in the tree) of leaves where a clause stays open.
     problems: why nothing was replayed.
+    choices: of how many points the grid is, if one is claimed (times what other entries range over).
     remaining: of the failed leaves what is left: the box's ends, and which of the tree's clauses are open.
     """
 
@@ -51,6 +52,7 @@ class Replay:
     failed: list[tuple[int, int]]
     problems: tuple[str, ...] = ()
     remaining: dict[tuple[int, int], tuple[Array, Array, Array]] = field(default_factory=dict)
+    choices: int | None = None
 
 
 def replay(certificate: Certificate, *, deadline: float | None = None) -> Replay:
@@ -59,7 +61,7 @@ def replay(certificate: Certificate, *, deadline: float | None = None) -> Replay
     Args:
         deadline: on the clock of `time.monotonic`.
 
-    Guarantee: a clause that counts as proven has, for every real point x of its case's box and the ball, a row with
+    Guarantee: a clause that counts as proven has, for every real point x of its case's box and the ball or grid, a row with
     s(x) > slack, for the stored network and every network within its stated errors, in real arithmetic.
     """
     try:
@@ -149,12 +151,15 @@ class _Replayer:
         ):
             base = proof.pair_start[case]
             proven[base + first : base + last] |= ~left
-        return Replay(proven, self.margin, proof.pair_start, sorted(self.failed), remaining=self.failed)
+        choices = None if proof.grid is None else proof.grid.size
+        return Replay(proven, self.margin, proof.pair_start, sorted(self.failed), remaining=self.failed, choices=choices)
 
     def _narrowed(self, lower: Array, upper: Array) -> tuple[Array, Array]:
-        """What the ball, if there is one, leaves of boxes [k, n]."""
-        ball = self.proof.program.ball
-        return (lower, upper) if ball is None else ball.narrowed(lower, upper)
+        """What the ball or the grid, if there is one, leaves of boxes [k, n]."""
+        for limit in (self.proof.program.ball, self.proof.grid):
+            if limit is not None:
+                lower, upper = limit.narrowed(lower, upper)
+        return lower, upper
 
     def _followed(self, case: Array, flags: Array) -> Array:
         """What is followed besides intervals: 0 for nothing, 1 for affine forms, 2 for those of factors as well."""
@@ -496,6 +501,10 @@ class _Replayer:
         proof, place = self.proof, node.place
         if not node.open.any():
             return
+        if proof.flags[place] & CLIP:
+            (node.lower,), (node.upper,) = self._narrowed(node.lower[None], node.upper[None])
+            if (node.lower > node.upper).any():
+                return
         if proof.kind[place] == LEAF:
             self.left_open[node.tree] |= node.open
             position = place - int(proof.tree_start[node.tree])

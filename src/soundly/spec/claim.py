@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
 from itertools import combinations
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,7 +23,10 @@ from torch import Tensor
 from soundly.errors import InvalidInput
 from soundly.graph.network import Network
 from soundly.graph.node import Node, Shape
-from soundly.spec.region import Ball, Box, Norm, Region, Union, rounded
+from soundly.spec.grid import Grid
+from soundly.spec.region import Ball, Box, Norm, Union, rounded
+
+Region: TypeAlias = Box | Ball | Union | Grid
 
 CLAUSES = 10**6
 """The most clauses of a property."""
@@ -264,7 +267,7 @@ class Claim:
         """Whether there is no input at all: nothing is claimed."""
         return self.region.is_empty
 
-    def cases(self) -> Iterator[tuple[Box | Ball, Property]]:
+    def cases(self) -> Iterator[tuple[Box | Ball | Grid, Property]]:
         """The parts of the region that are not empty, each with its clauses. Claims hold if each part does."""
         if not isinstance(self.region, Union):
             if not self.region.is_empty:
@@ -509,8 +512,8 @@ def _inputs(network: Network, x: Tensor) -> tuple[Tensor, ...]:
 
 
 def _check_region(region: Any, shapes: Shapes) -> None:
-    if not isinstance(region, (Box, Ball, Union)):
-        raise InvalidInput(f"region is a {type(region).__name__}; give a Box, a Ball or a Union.")
+    if not isinstance(region, (Box, Ball, Union, Grid)):
+        raise InvalidInput(f"region is a {type(region).__name__}; give a Box, a Ball, a Union or a Grid.")
     n = _size(shapes.inputs)
     if region.shape != (n,) and (len(shapes.inputs) != 1 or region.shape != shapes.inputs[0]):
         wanted = f"{shapes.inputs[0]}" if len(shapes.inputs) == 1 else f"({n},), its inputs joined"

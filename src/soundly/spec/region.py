@@ -427,9 +427,6 @@ class Union:
         return torch.cat([self.lower.new_empty((0, *self.shape)), *parts])
 
 
-Region: TypeAlias = Box | Ball | Union
-
-
 def join(*boxes: Box) -> Box:
     """One box for a network with several inputs: [n], their flattened entries in call order."""
     if not boxes or any(not isinstance(box, Box) for box in boxes):

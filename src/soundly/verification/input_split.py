@@ -213,6 +213,7 @@ class InputSplit:
             return False
         self.proved = [leaves.pick(~again)]
         leaves = leaves.pick(again)
+        self._notice_points(leaves)
         lower, upper, still = (
             torch.stack([torch.from_numpy(left[n][k]) for n in leaves.node.tolist()]) for k in range(3)
         )
@@ -223,6 +224,11 @@ class InputSplit:
         children = self._halved(leaves, torch.ones_like(leaves.lower))
         self.stack.append(children)
         return True
+
+    def _notice_points(self, open: Parts) -> None:
+        """Boxes of a grid that were points when they were bounded are too small to be split."""
+        if self.problem.grid is not None:
+            self.stuck |= bool((open.lower == open.upper).all(1).any())
 
     def _treat(self, now: Parts) -> tuple[Parts, Tensor]:
         dtype = self.bounder.dtype
@@ -257,8 +263,10 @@ class InputSplit:
         still = torch.where(use[:, None], clipped, still)
         lower = torch.where(use[:, None], hull_low, now.lower)
         upper = torch.where(use[:, None], hull_high, now.upper)
+        lower, upper = self.problem.narrowed(lower, upper)
 
-        left = still.any(1)
+        left = still.any(1) & (lower <= upper).all(1)
+        self._notice_points(now.pick(left))
         if now.neuron.shape[1]:
             bad = best & (least <= worst[owner])
             closed, found = self._finished(now, frame, still, owner[bad], row[bad])
@@ -381,8 +389,12 @@ class InputSplit:
         kept = torch.where(self.promised > 0, kept, (self.gained.sum() + 0.5) / (self.promised.sum() + 0.5))
         entry = (promise * kept).argmax(1, keepdim=True)
         low, high = parts.lower.gather(1, entry), parts.upper.gather(1, entry)
-        at = low / 2 + high / 2
-        self.stuck |= not bool(((low < at) & (at < high)).all())
+        at, point = low / 2 + high / 2, torch.zeros_like(low, dtype=torch.bool)
+        if self.problem.grid is not None:
+            at, point = self.problem.grid.between(entry[:, 0], at[:, 0])[:, None], low == high
+        self.stuck |= not bool((point | ((low < at) & (at < high))).all())
+        # Beyond a point: one child is the point once more, to be bounded as such, and the other one is empty.
+        at = torch.where(point, torch.nextafter(high, torch.full_like(high, torch.inf)), at)
         made = self.forest.split(parts.node.numpy(), INPUT, entry[:, 0].numpy(), at[:, 0].numpy())
         both = torch.arange(len(parts)).repeat_interleave(2)
         children = replace(

@@ -20,6 +20,7 @@ from soundly.graph.linear import Reshape
 from soundly.graph.network import Network
 from soundly.graph.node import Composite, Node, dependents, topological
 from soundly.spec.claim import Claim, Property
+from soundly.spec.grid import Grid
 from soundly.spec.region import Ball as Region
 from soundly.spec.region import Union
 from soundly.verification.rows import Rows, rows_of
@@ -29,16 +30,17 @@ Arithmetic: TypeAlias = Literal["real", "float32"]
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """Boxes and, for each, the clauses that must be refuted on it, or on what it has in common with a ball.
+    """Boxes and, for each, the clauses that must be refuted on it, or on what it has in common with a ball or a grid.
 
     A clause is refuted there if one of its rows is above its slack everywhere. All numbers are float64.
 
     Attributes:
         program: the network on the boxes; of a softmax that is only compared with itself, the scores.
-        lower, upper: the boxes [cases, inputs]; together, and met with the ball, they are the region.
+        lower, upper: the boxes [cases, inputs]; together, and met with the ball or the grid, they are the region.
         rows: all rows; their clauses are numbered through.
         slack: [rows], not negative.
         spans: [cases, 2], the clauses of each box: first to last - 1.
+        grid: where all points of the region lie, and around which the boxes are; None where all points count.
         arithmetic: "float32" if what float32 computes is claimed, too; the slack covers how far that is from the reals.
         stated: [rows], the slack without that.
         ball: in the norm l1 or l2, where all points of the region lie; None where boxes say it all.
@@ -51,6 +53,7 @@ class Problem:
     slack: Tensor
     spans: Tensor
     ball: Ball | None = None
+    grid: Grid | None = None
     arithmetic: Arithmetic = "real"
     stated: Tensor | None = None
 
@@ -75,8 +78,9 @@ class Problem:
         return torch.where(inside, index, -1), torch.where(inside, clause, -1)
 
     def narrowed(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-        """What the ball leaves of boxes [k, inputs]; with crossed ends where that is nothing."""
-        return (lower, upper) if self.ball is None else self.ball.narrowed(lower, upper)
+        """What the ball or the grid leaves of boxes [k, inputs]; with crossed ends where that is nothing."""
+        limit = self.ball or self.grid
+        return (lower, upper) if limit is None else limit.narrowed(lower, upper)
 
     def open_clauses(self, cases: Tensor) -> Tensor:
         """[k, most clauses]: the clauses that those boxes have."""
@@ -85,7 +89,7 @@ class Problem:
 
 
 def problem_of(claim: Claim, arithmetic: Arithmetic = "real") -> Problem:
-    """The claim over the boxes of its region, or a box and a ball.
+    """The claim over the boxes of its region, or a box and a ball or grid.
 
     Args:
         claim: about a network that is at hand, over a region that is not empty.
@@ -125,7 +129,8 @@ def problem_of(claim: Claim, arithmetic: Arithmetic = "real") -> Problem:
         found = claim.property.slack(outputs, torch.maximum(ends[0].abs(), ends[1].abs()))
         counts = torch.bincount(claim.property.clause, minlength=claim.property.clauses)
         slack[counts[rows.clause] > 0] = found.nan_to_num(nan=math.inf, posinf=math.inf)
-    return Problem(program, low, high, rows, slack, spans, ball, arithmetic)
+    grid = region if isinstance(region, Grid) else None
+    return Problem(program, low, high, rows, slack, spans, ball, grid, arithmetic)
 
 
 def _require_known(claim: Claim) -> None:

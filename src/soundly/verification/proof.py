@@ -19,6 +19,7 @@ from torch import Tensor
 from soundly.bounds.program import Affine, Convolution, Function, Matrix, Program, Sparse, Times, Variable
 from soundly.certificate.format import FLOAT32, FORMAT, NETWORK, VERIFICATION, VERSION, Certificate
 from soundly.graph.elementwise import Elementwise
+from soundly.spec.grid import Choice
 from soundly.verification.forest import BOUND, LEAF, REFRESH, Forest
 from soundly.verification.problem import Problem
 
@@ -107,7 +108,7 @@ def identity(problem: Problem) -> dict[str, Array]:
 def differences(proof: Certificate, problem: Problem) -> list[str]:
     """How a certificate's network, boxes and rows differ from those of a problem; none if it proves exactly that."""
     header, arrays = _question(problem)
-    names = [*header, *({"ball"} - set(header))]
+    names = [*header, *({"ball", "grid"} - set(header))]
     found = [f"{name} differs" for name in names if proof.header.get(name) != header.get(name)]
     for name, array in arrays.items():
         other = proof.arrays.get(name)
@@ -123,7 +124,18 @@ def _question(problem: Problem) -> tuple[dict[str, Any], dict[str, Array]]:
     if ball is not None:
         header["ball"] = ball.norm
         arrays |= {"ball_centre": _f8(ball.centre[0]), "ball_radius": _f8(ball.radius[0])}
+    if problem.grid is not None and problem.grid.choices:
+        header["grid"] = len(problem.grid.choices)
+        arrays |= _grid(problem.grid.choices)
     return header, arrays | _cases(problem)
+
+
+def _grid(choices: Sequence[Choice]) -> dict[str, Array]:
+    entries, values = [_i8(c.entries) for c in choices], [_f8(c.options).reshape(-1) for c in choices]
+    return {
+        "grid_entry": np.concatenate(entries), "grid_start": np.cumsum([0, *map(len, entries)]).astype(np.int64),
+        "grid_value": np.concatenate(values), "grid_value_start": np.cumsum([0, *map(len, values)]).astype(np.int64),
+    }  # fmt: skip
 
 
 def _f8(x: Tensor) -> Array:

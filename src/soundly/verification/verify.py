@@ -55,6 +55,8 @@ BOXES, PARTS = 2048, 512
 REFINING, TOGETHER, WORK = 20, 3, 2e11
 """Rounds of improving the slopes behind inner intervals, each bound's own or all of a step's together, and up to how
 many products that may take."""
+ALL = 2**14
+"""Grids of at most so many points are evaluated instead of searched."""
 SMALL = 2**16
 """Programs of at most so many products are searched in float64."""
 
@@ -229,12 +231,14 @@ class _Run:
             )
             region = self.claim.region
             project = lowest = None
-            if len(problem.lower) == 1 and getattr(region, "norm", "linf") != "linf":
+            if problem.grid is not None or problem.ball is not None:
 
                 def project(x: Tensor) -> Tensor:
                     return region.project(x.double().reshape(-1, *region.shape)).reshape(len(x), -1)
 
                 def lowest(a: Tensor) -> Tensor:
+                    if problem.grid is not None:
+                        return problem.grid.lowest(a)
                     assert problem.ball is not None
                     return problem.ball.lowest(a, problem.lower, problem.upper)
 
@@ -260,8 +264,14 @@ class _Run:
         start = time.monotonic()
         attack = self._attack(case)
         end = min(start + seconds, self.deadline)
-        with torch.enable_grad():
-            attack.search(end)
+        grid = self.problem.grid if self.problem else None
+        if grid is not None and grid.size <= ALL:
+            if not self.attacked:  # nothing is left to be sought afterwards
+                for points in grid.points():
+                    attack.values(points.reshape(len(points), -1))
+        else:
+            with torch.enable_grad():
+                attack.search(end)
         self.attacked += time.monotonic() - start
         self._confirm(attack, "attack")
 
@@ -289,13 +299,17 @@ class _Run:
     def _decide(self, problem: Problem) -> Verdict:
         cases = len(problem.lower)
         vary = int((problem.upper > problem.lower).sum(1).max())
-        # A point cannot be split: what decides it is the last digits.
-        program, margin = (problem.program, 0.0) if vary == 0 else (problem.program.to(torch.float32), MARGIN)
+        if problem.grid is not None:
+            vary = problem.grid.freedom
+        # Points cannot be split: what decides them is the last digits.
+        points = vary == 0 or problem.grid is not None
+        program, margin = (problem.program, 0.0) if points else (problem.program.to(torch.float32), MARGIN)
         wide = self._bounder(program, together=True)
         for case in range(min(cases, 4)):
             self._try(case, min(max(0.05, wide.cost * PATIENCE), 2.0))
         settled: list[tuple[Search, list[int]]] = []
-        inputs = InputSplit(problem, wide, margin=margin) if vary <= SOME or cases > 1 else None
+        few = vary <= SOME or problem.grid is not None
+        inputs = InputSplit(problem, wide, margin=margin) if few or cases > 1 else None
         if inputs is not None:
             self.journal.follow("inputs", inputs)
             if vary <= FEW or cases > 1:
@@ -310,7 +324,7 @@ class _Run:
             if cases > 1:
                 own = InputSplit(problem, wide, torch.tensor([case]), margin=margin)
                 self.journal.follow(f"inputs {case}", own)
-            search = self._case(problem, case, own if vary <= SOME and not (own and own.stuck) else None)
+            search = self._case(problem, case, own if few and not (own and own.stuck) else None)
             settled.append((search, list(range(len(search.forest.root)))))
         return self._prove(problem, settled)
 
@@ -323,6 +337,8 @@ class _Run:
                 return
             self._limits()
             if search.stuck:  # a box is too small to be split
+                if search.problem.grid is not None:
+                    raise _Stop("at a point of the grid the claim neither holds nor fails by a margin")
                 return
             start = time.monotonic()
             before = search.subproblems
