@@ -84,7 +84,7 @@ def lemma_arrays(lemmas: Sequence[Lemma]) -> dict[str, np.ndarray]:
 @dataclass
 class Claim:
     """A network, cases (lower, upper, clauses of rows (y, x, constant, slack)), and trees (case, first, last, root);
-    perhaps lemmas, and a ball (norm, centre, radius)."""
+    perhaps lemmas, a ball (norm, centre, radius), a grid of choices (entries, options)."""
 
     steps: list[dict[str, Any]]
     arrays: dict[str, np.ndarray]
@@ -95,6 +95,7 @@ class Claim:
     groups: Sequence[Mapping[int, int]] = ()
     lemmas: Sequence[Lemma] = ()
     ball: tuple[str, Any, Any] | None = None
+    grid: Sequence[tuple[Any, Any]] = ()
 
     def certificate(self) -> Certificate:
         a = dict(self.arrays)
@@ -165,6 +166,13 @@ class Claim:
         if self.ball is not None:
             header["ball"], centre, radius = self.ball
             a |= {"ball_centre": np.array(centre, np.float64), "ball_radius": np.array(radius, np.float64)}
+        if self.grid:
+            header["grid"] = len(self.grid)
+            entries, values = ([np.asarray(choice[k]).reshape(-1) for choice in self.grid] for k in (0, 1))
+            a |= {"grid_entry": np.concatenate(entries).astype(np.int64),
+                  "grid_value": np.concatenate(values).astype(np.float64),
+                  "grid_start": np.cumsum([0, *map(len, entries)]).astype(np.int64),
+                  "grid_value_start": np.cumsum([0, *map(len, values)]).astype(np.int64)}  # fmt: skip
         return Certificate(header, a)
 
 

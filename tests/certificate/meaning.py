@@ -123,7 +123,21 @@ def points(c: Certificate, case: int, rng: np.random.Generator, count: int = 400
     inside = lower + (upper - lower) * rng.random((count, n))
     corners = np.where(rng.random((count // 2, n)) < 0.5, lower, upper)
     found = np.concatenate([inside, corners, (lower + upper)[None] / 2])
+    if "grid" in c.header:
+        return on_grid(c, lower, upper, found, rng)
     return found if "ball" not in c.header else in_ball(c, lower, upper, found, rng)
+
+
+def on_grid(c: Certificate, lower: np.ndarray, upper: np.ndarray, x: np.ndarray, rng: Any) -> np.ndarray:
+    """Points of a box, each choice of the certificate's grid at one of its options."""
+    for at, values in zip(
+        np.split(c.arrays["grid_entry"], c.arrays["grid_start"][1:-1]),
+        np.split(c.arrays["grid_value"], c.arrays["grid_value_start"][1:-1]),
+        strict=True,
+    ):
+        options = values.reshape(-1, len(at))
+        x[:, at] = options[rng.integers(0, len(options), len(x))]
+    return x[((x >= lower) & (x <= upper)).all(axis=1)]
 
 
 def in_ball(c: Certificate, lower: np.ndarray, upper: np.ndarray, x: np.ndarray, rng: Any) -> np.ndarray:

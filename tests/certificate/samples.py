@@ -43,7 +43,8 @@ def widest(node: Node, lower: np.ndarray, upper: np.ndarray) -> None:
 
 
 def tightly(
-    steps: list, arrays: dict, lower: Any, upper: Any, rooms: Sequence[float], seed: int = 0, ball: Any = None
+    steps: list, arrays: dict, lower: Any, upper: Any, rooms: Sequence[float], seed: int = 0, ball: Any = None,
+    grid: Any = (),
 ) -> Claim:
     """Claims that each output exceeds its sampled minimum less some room, and stays below its maximum plus it.
 
@@ -51,7 +52,7 @@ def tightly(
     """
     lower, upper = np.asarray(lower, float), np.asarray(upper, float)
     m, n = steps[-1]["size"], len(lower)
-    blank = Claim(steps, arrays, [(lower, upper, [[(np.ones(m), np.zeros(n), 0.0, 0.0)]])], ball=ball)
+    blank = Claim(steps, arrays, [(lower, upper, [[(np.ones(m), np.zeros(n), 0.0, 0.0)]])], ball=ball, grid=grid)
     c = blank.certificate()
     y = evaluate(c, points(c, 0, np.random.default_rng(seed), 4000))
     clauses = []
@@ -59,7 +60,7 @@ def tightly(
         for sign in (1.0, -1.0):
             for j in range(m):
                 clauses.append([(sign * np.eye(m)[j], np.zeros(n), float(room - (sign * y[:, j]).min()), 0.0)])
-    return Claim(steps, arrays, [(lower, upper, clauses)], [(0, 0, len(clauses), Node())], ball=ball)
+    return Claim(steps, arrays, [(lower, upper, clauses)], [(0, 0, len(clauses), Node())], ball=ball, grid=grid)
 
 
 def relu_claim(seed: int = 0, rooms: Sequence[float] = (0.05,)) -> Claim:
@@ -209,6 +210,26 @@ def ball_certificate(seed: int) -> Certificate:
     rooms = [-0.1, -0.01, -1e-3, -1e-5, 1e-5, 1e-3, 0.01, 0.1]
     wide = np.where(radius > 0, radius, 0.2)
     claim = tightly(steps, arrays, centre - near * wide, centre + far * wide, rooms, seed, ball)
+    claim.trees = [(0, 0, len(claim.cases[0][2]), random_tree(rng, claim))]
+    return claim.certificate()
+
+
+@cache
+def grid_certificate(seed: int) -> Certificate:
+    """A small network over a grid of single and joint choices, with a random tree; claims true and false by little."""
+    rng = np.random.default_rng(seed)
+    n = int(rng.choice([1, 2, 3, 6]))
+    steps, arrays = mlp(rng, [n, 5, 4, 2][: 2 + seed % 3], ["relu", "tanh"][seed % 2])
+    order, grid = rng.permutation(n).tolist(), []
+    while order and (rng.random() < 0.8 or not grid):
+        entries = [order.pop() for _ in range(min(len(order), int(rng.choice([1, 1, 2]))))]
+        grid.append((entries, rng.choice([0.0, 0.3, 1.0, -0.7, 0.31], (int(rng.integers(1, 5)), len(entries)))))
+    lower, upper = -np.ones(n), np.ones(n)
+    for entries, options in grid:
+        lower[entries], upper[entries] = options.min(0), options.max(0)
+    if seed % 5 == 0:
+        upper[grid[0][0]] += 0.5
+    claim = tightly(steps, arrays, lower, upper, [-0.1, -0.01, -1e-3, 1e-5, 1e-3, 0.01, 0.1], seed, None, grid)
     claim.trees = [(0, 0, len(claim.cases[0][2]), random_tree(rng, claim))]
     return claim.certificate()
 

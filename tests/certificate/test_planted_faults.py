@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.certificate.meaning import checker, untrue
-from tests.certificate.samples import SEEDS, ball_certificate, good, hard, neuron_certificate, random_certificate
+from tests.certificate.samples import (
+    SEEDS,
+    ball_certificate,
+    good,
+    grid_certificate,
+    hard,
+    neuron_certificate,
+    random_certificate,
+)
 from tests.certificate.test_ball import escapes
 from tests.certificate.test_conditional import misplaced, tightened_certificate
 from tests.certificate.test_intervals import escaped
@@ -31,7 +39,7 @@ from soundly.certificate import Certificate
 def broken(old: str, new: str) -> Any:
     """The checker with one piece of its source exchanged."""
     folder = Path(checker.__file__).parent
-    names = ("rings", "ball", "functions", "products", "program", "bounding", "crop", "forms", "intervals",
+    names = ("rings", "ball", "grid", "functions", "products", "program", "bounding", "crop", "forms", "intervals",
              "conditional", "reading", "lemmas", "verification")  # fmt: skip
     sources = {name: (folder / f"{name}.py").read_text(encoding="utf-8") for name in names}
     assert sum(s.count(old) for s in sources.values()) == 1, f"{old!r} is not in the checker exactly once: adapt this"
@@ -86,6 +94,7 @@ def faults(with_: Any) -> Iterator[str]:
         "is above a quadratic form": (
             lambda seed: next(above_least(sys.modules["broken_products"], seed), None) is not None, range(12)),
         "proves an untruth of balls": (lambda seed: untrue(ball_certificate(seed), seed, with_) != [], range(60)),
+        "proves an untruth of grids": (lambda seed: untrue(grid_certificate(seed), seed, with_) != [], range(60)),
         "is above a row on a ball": (lambda seed: escapes(sys.modules["broken_ball"], seed), range(60)),
         "proves an untruth": (lambda seed: untrue(random_certificate(seed), seed, with_) != [], reversed(range(SEEDS))),
     }  # fmt: skip
@@ -245,6 +254,13 @@ FAULTS = {
                                        "size = near * near if self.norm != L2 else near"),
     "ends of points with radius 0": ("known = (self.radius > 0) & np.isfinite(ends[0])",
                                      "known = np.isfinite(ends[0])"),
+    "options dropped at the upper end": ("(options <= b)", "(options < b)"),
+    "options dropped at the lower end": ("(options >= a)", "(options > a)"),
+    "the last option dropped": ("last = np.where(inside, options, -np.inf).max(axis=1)",
+                                "last = np.sort(np.where(inside, options, first[:, None]), axis=1)[:, -2:].min(axis=1)"),
+    "entries of a joint choice exchanged": ("np.where(some, first, 1.0)", "np.where(some, first[:, ::-1], 1.0)"),
+    "options of another choice": ("zip(self.entries, self.options, strict=True)",
+                                  "zip(self.entries[::-1], self.options, strict=False)"),
     "the deadline ignored": ("raise TimeoutError", "pass; TimeoutError"),
     "everything refused": ("return Replay(proven, self.margin", "return Replay(0 * proven, self.margin"),
 }  # fmt: skip
