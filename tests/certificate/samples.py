@@ -43,7 +43,13 @@ def widest(node: Node, lower: np.ndarray, upper: np.ndarray) -> None:
 
 
 def tightly(
-    steps: list, arrays: dict, lower: Any, upper: Any, rooms: Sequence[float], seed: int = 0, ball: Any = None,
+    steps: list,
+    arrays: dict,
+    lower: Any,
+    upper: Any,
+    rooms: Sequence[float],
+    seed: int = 0,
+    ball: Any = None,
     grid: Any = (),
 ) -> Claim:
     """Claims that each output exceeds its sampled minimum less some room, and stays below its maximum plus it.

@@ -152,7 +152,9 @@ class _Replayer:
             base = proof.pair_start[case]
             proven[base + first : base + last] |= ~left
         choices = None if proof.grid is None else proof.grid.size
-        return Replay(proven, self.margin, proof.pair_start, sorted(self.failed), remaining=self.failed, choices=choices)
+        return Replay(
+            proven, self.margin, proof.pair_start, sorted(self.failed), remaining=self.failed, choices=choices
+        )
 
     def _narrowed(self, lower: Array, upper: Array) -> tuple[Array, Array]:
         """What the ball or the grid, if there is one, leaves of boxes [k, n]."""

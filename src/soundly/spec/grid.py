@@ -190,9 +190,7 @@ class Grid:
         x = self._rest.samples(0 if self.is_empty else n, generator=generator)
         flat = x.reshape(len(x), -1)
         for choice in self.choices:
-            flat[:, choice.entries] = choice.options[
-                torch.randint(len(choice.options), (len(x),), generator=generator)
-            ]
+            flat[:, choice.entries] = choice.options[torch.randint(len(choice.options), (len(x),), generator=generator)]
         return flat.reshape(x.shape)
 
     def corners(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
