@@ -4,12 +4,12 @@ All that is done here is to compare numbers, so nothing is rounded.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[np.float64]
-Integers = npt.NDArray[np.int64]
+Array = npt.NDArray[Any]
 
 AT_ONCE = 2**24  # comparisons
 
@@ -18,17 +18,17 @@ AT_ONCE = 2**24  # comparisons
 class Grid:
     """All x whose entries `entries[g]` [m] equal a row of `options[g]` [k, m], for every g."""
 
-    entries: tuple[Integers, ...]
+    entries: tuple[Array, ...]
     options: tuple[Array, ...]
 
     def narrowed(self, low: Array, high: Array) -> tuple[Array, Array]:
-        """Boxes [k, n] around the grid's points in boxes; the ends of some entry are crossed only where there is none."""
+        """Boxes [k, n] around the grid's points in boxes; some ends are crossed only where there is none."""
         low, high = low.copy(), high.copy()
         for entries, options in zip(self.entries, self.options, strict=True):
             size = max(1, AT_ONCE // options.size)
             for begin in range(0, len(low), size):
                 a, b = (end[begin : begin + size, None, entries] for end in (low, high))
-                inside = ((options >= a) & (options <= b)).all(axis=2, keepdims=True)
+                inside: Array = ((options >= a) & (options <= b)).all(axis=2, keepdims=True)
                 some = inside.any(axis=1)
                 first = np.where(inside, options, np.inf).min(axis=1)
                 last = np.where(inside, options, -np.inf).max(axis=1)
