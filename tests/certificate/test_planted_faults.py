@@ -257,7 +257,7 @@ FAULTS = {
     "options dropped at the upper end": ("(options <= b)", "(options < b)"),
     "options dropped at the lower end": ("(options >= a)", "(options > a)"),
     "the last option dropped": ("last = np.where(inside, options, -np.inf).max(axis=1)",
-                                "last = np.sort(np.where(inside, options, first[:, None]), axis=1)[:, -2:].min(axis=1)"),
+                                "last = np.sort(np.where(inside, options, first[:, None]), 1)[:, -2:].min(axis=1)"),
     "entries of a joint choice exchanged": ("np.where(some, first, 1.0)", "np.where(some, first[:, ::-1], 1.0)"),
     "options of another choice": ("zip(self.entries, self.options, strict=True)",
                                   "zip(self.entries[::-1], self.options, strict=False)"),

@@ -28,7 +28,7 @@ class Grid:
             size = max(1, AT_ONCE // options.size)
             for begin in range(0, len(low), size):
                 a, b = (end[begin : begin + size, None, entries] for end in (low, high))
-                inside: Array = ((options >= a) & (options <= b)).all(axis=2, keepdims=True)
+                inside = np.all((options >= a) & (options <= b), axis=2)[:, :, None]
                 some = inside.any(axis=1)
                 first = np.where(inside, options, np.inf).min(axis=1)
                 last = np.where(inside, options, -np.inf).max(axis=1)

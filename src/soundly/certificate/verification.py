@@ -61,8 +61,8 @@ def replay(certificate: Certificate, *, deadline: float | None = None) -> Replay
     Args:
         deadline: on the clock of `time.monotonic`.
 
-    Guarantee: a clause that counts as proven has, for every real point x of its case's box and the ball or grid, a row with
-    s(x) > slack, for the stored network and every network within its stated errors, in real arithmetic.
+    Guarantee: a clause that counts as proven has, for every real point x of its case's box and the ball or grid, a row
+    with s(x) > slack, for the stored network and every network within its stated errors, in real arithmetic.
     """
     try:
         proof = read(certificate)
@@ -151,10 +151,8 @@ class _Replayer:
         ):
             base = proof.pair_start[case]
             proven[base + first : base + last] |= ~left
-        choices = None if proof.grid is None else proof.grid.size
-        return Replay(
-            proven, self.margin, proof.pair_start, sorted(self.failed), remaining=self.failed, choices=choices
-        )
+        size = None if proof.grid is None else proof.grid.size
+        return Replay(proven, self.margin, proof.pair_start, sorted(self.failed), (), self.failed, size)
 
     def _narrowed(self, lower: Array, upper: Array) -> tuple[Array, Array]:
         """What the ball or the grid, if there is one, leaves of boxes [k, n]."""
