@@ -147,6 +147,19 @@ class Network:
         """The network that computes other nodes of this graph (or built on top of it)."""
         return replace(self, outputs=outputs)
 
+    def after(self, first: Network) -> Network:
+        """The network that takes the inputs of `first` and computes this one of its output; in this one's type."""
+        first = first.to(self.dtype).to(self.device)
+        if first.output.shape != self.input.shape:
+            raise InvalidInput(
+                f"{first.name} computes {first.output.shape}, but {self.name} takes {self.input.shape}; reshape one."
+            )
+        from soundly.graph.simplify import rebuild, renamed
+
+        new = rebuild(self.outputs, lambda old, node: first.output if old is self.input else node)
+        joined = renamed(self, new)
+        return replace(joined, inputs=first.inputs, values={**first.values, **joined.values})
+
     def with_values(self, values: Mapping[str, Tensor]) -> Network:
         """The network with other parameter values, by name."""
         new = dict(self.values)
