@@ -2,7 +2,7 @@
 
 Put in front of a classifier they make "no rotation by up to 10 degrees changes the answer" an ordinary claim over a box
 of parameters. Images are interpolated bilinearly, with zeros beyond their edges: the weight of a pixel is a product of
-two tents. Only pixels that the parameters' ranges can reach are looked at, so a network is right within its `box` alone.
+two tents. Only pixels that the parameters' ranges can reach are looked at, so a network is right in its `box` alone.
 
 References: Singh et al., "An Abstract Domain for Certifying Neural Networks", POPL 2019 (rotations); Balunovic et al.,
 "Certifying Geometric Robustness of Neural Networks", NeurIPS 2019.
@@ -68,9 +68,7 @@ class Manipulation:
         region = self.box if region is None else region
         inside = (region.box.lower >= self.box.lower) & (region.box.upper <= self.box.upper)
         if region.shape != self.box.shape or not bool(inside.all()):
-            raise InvalidInput(
-                f"region must lie inside the ranges of {', '.join(self.names)}, beyond which it is wrong."
-            )
+            raise InvalidInput(f"region must lie inside the ranges of {', '.join(self.names)}; draw it up for more.")
         if label is None:
             label = int(network(self.x.to(network.dtype).to(network.device)).argmax())
         claim = top_k(self.before(network), region, [label], 1)
