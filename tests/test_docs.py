@@ -37,6 +37,15 @@ def test_the_examples_of_the_page_on_verification(
     assert promised and capsys.readouterr().out.splitlines() == promised
 
 
+def test_the_examples_of_the_page_on_grids(capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "grids.md").read_text(encoding="utf-8"), re.DOTALL)
+    names: dict[str, Any] = {}
+    for i, block in enumerate(blocks):
+        exec(compile(block, f"grids.md, example {i + 1}", "exec"), names)
+    promised = re.findall(r"^ *print\(.*\) +# (.*)$", "".join(blocks), re.MULTILINE)
+    assert promised and capsys.readouterr().out.splitlines() == promised
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 def test_the_examples_of_the_page_on_editing(capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(1)
