@@ -31,8 +31,9 @@ from soundly.spec.region import Box
 Range: TypeAlias = tuple[float, float]
 
 TENT = Elementwise(
-    "tent", ((), polynomial({(0,): 1, (1,): 1}), polynomial({(0,): 1, (1,): -1}), ()), breaks=(-1.0, 0.0, 1.0)
-)
+    "tent", ((), polynomial({(0,): 1, (1,): 1}), polynomial({(0,): 1, (1,): -1}), ()), breaks=(-1.0, 0.0, 1.0),
+    kernel=lambda x: (1 - x.abs()).clamp(min=0),
+)  # fmt: skip
 """max(0, 1 - |x|)."""
 ROOM = 1e-6
 """Pixels count as reachable this far, in pixels, beyond where they are."""
