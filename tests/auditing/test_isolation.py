@@ -1,5 +1,6 @@
 """Isolation: what is proved cannot be moved, what leaks is shown by a pair, and a lost rule is noticed."""
 
+import json
 import math
 import random
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from soundly.auditing import dependence as labelling
 from soundly.auditing.dependence import Marks, dependence
 from soundly.auditing.generation import recipe
 from soundly.auditing.isolation import Dependent, Independent, Undecided, causal, independent, isolated
+from soundly.cli import main
 from soundly.errors import CaptureMismatch, InvalidInput, MissingRule, UnsupportedOp
 from soundly.graph.composite import MaxPool, Softmax
 from soundly.graph.network import Network
@@ -156,13 +158,21 @@ def test_a_path_that_carries_nothing_is_neither() -> None:
     assert isinstance(verdict, Undecided) and verdict.leaks == ("item 0", "item 1") and verdict.where
 
 
-def test_a_file_is_replayed_by_onnxruntime(tmp_path: Path) -> None:
-    for kind, expected in ((LEAKING["per-tensor int8"], Dependent), (ISOLATED["per-row int8"], Independent)):
-        path = tmp_path / "net.onnx"
-        soundly.to_onnx(made(kind)[1], path)
-        verdict = isolated(soundly.load(path), model=path)
-        assert isinstance(verdict, expected)
-        assert not isinstance(verdict, Dependent) or verdict.replayed == "onnxruntime"
+def test_files_are_replayed_by_onnxruntime(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "net.onnx"
+    soundly.to_onnx(made(LEAKING["per-tensor int8"])[1], path)
+    assert main(["audit", "isolation", str(path)]) == 1
+    said = capsys.readouterr().out
+    assert said.startswith("refuted") and "onnxruntime" in said and "MaxPool" in said
+    assert main(["audit", "isolation", str(path), "--json"]) == 1
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["verdict"] == "refuted" and facts["first"] != facts["second"] and len(set(facts["values"])) == 2
+    soundly.to_onnx(made(ISOLATED["per-row int8"])[1], path)
+    assert main(["audit", "isolation", str(path)]) == 0 and capsys.readouterr().out.startswith("proved")
+    soundly.to_onnx(soundly.load(Cancelling(), torch.randn(2, 3)), path)
+    assert main(["audit", "isolation", str(path)]) == 3 and "no pair" in capsys.readouterr().out
+    soundly.to_onnx(soundly.load(nn.Linear(3, 2), torch.randn(1, 3)), path)
+    assert main(["audit", "isolation", str(path)]) == 2  # its only item cannot meet another
 
 
 # -- other walls
