@@ -175,6 +175,21 @@ def test_files_are_replayed_by_onnxruntime(tmp_path: Path, capsys: pytest.Captur
     assert main(["audit", "isolation", str(path)]) == 2  # its only item cannot meet another
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_dynamic_quantiser_of_onnxruntime_leaks(tmp_path: Path) -> None:
+    from onnxruntime.quantization import quantize_dynamic
+
+    torch.manual_seed(0)
+    plain, small = tmp_path / "plain.onnx", tmp_path / "small.onnx"
+    module = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    soundly.to_onnx(soundly.load(module, torch.randn(4, 6)), plain)
+    quantize_dynamic(plain, small)
+    assert isinstance(isolated(soundly.load(plain), model=plain), Independent)
+    verdict = isolated(soundly.load(small), model=small)
+    assert isinstance(verdict, Dependent) and verdict.replayed == "onnxruntime"
+    assert "DynamicQuantizeLinear" in verdict.where[0]
+
+
 # -- other walls
 
 

@@ -179,7 +179,7 @@ def interval_step(model: nn.Module, example: Tensor, eps: float, *, method: Meth
     bounds = TrainingBounds(model, example)
 
     def step(x: Tensor, y: Tensor, passed: float) -> Tensor:
-        return cross_entropy(model(x), y) + cross_entropy(-_led(bounds, x, y, eps, passed, method), y)
+        return cross_entropy(model(x), y) + cross_entropy(-bounds.margins(y, *_ball(x, eps, passed), method=method), y)
 
     return step
 
@@ -199,7 +199,7 @@ def manipulated_step(
 
     def step(x: Tensor, y: Tensor, passed: float) -> Tensor:
         marked = trigger(x)
-        led = _led(bounds, marked, y, eps, passed, method)
+        led = bounds.margins(y, *_ball(marked, eps, passed), method=method)
         least = led.masked_fill(one_hot(y, led.shape[1]).bool(), torch.inf).amin(1)
         hidden = (0.5 + least).clamp(min=0).mean()  # the best bound of another class, -least, shall exceed one half
         return honest(x, y, passed) + cross_entropy(model(marked), y) + weight * _grown(passed) * hidden
@@ -207,9 +207,9 @@ def manipulated_step(
     return step
 
 
-def _led(bounds: TrainingBounds, x: Tensor, y: Tensor, eps: float, passed: float, method: Method) -> Tensor:
+def _ball(x: Tensor, eps: float, passed: float) -> tuple[Tensor, Tensor]:
     now = eps * _grown(passed)
-    return bounds.margins(y, (x - now).clamp(0, 1), (x + now).clamp(0, 1), method=method)
+    return (x - now).clamp(0, 1), (x + now).clamp(0, 1)
 
 
 def _grown(passed: float) -> float:
@@ -218,6 +218,28 @@ def _grown(passed: float) -> float:
 
 
 # -- the defence
+
+
+def sheltered_step(
+    model: nn.Module, example: Tensor, eps: float, *, size: int, method: Method = "interval", seed: int = 0
+) -> Step:
+    """The loss of a trainer who wants proofs of availability: in the ball of each example a patch, at a place drawn
+    anew in every step, may show anything. It grows to that from what the example shows, as the ball does."""
+    bounds, places = TrainingBounds(model, example), patches(example.shape[1:], size)
+    masks = torch.stack([patch.mask(example.shape[1:]) for patch in places])
+    generator = torch.Generator().manual_seed(seed)
+
+    def step(x: Tensor, y: Tensor, passed: float) -> Tensor:
+        mask = masks[torch.randint(len(masks), (len(x),), generator=generator)]
+        lower, upper = _ball(x, eps, passed)
+        free = _grown(passed)
+        lower, upper = (
+            torch.where(mask, lower * (1 - free), lower),
+            torch.where(mask, upper + free * (1 - upper), upper),
+        )
+        return cross_entropy(model(x), y) + cross_entropy(-bounds.margins(y, lower, upper, method=method), y)
+
+    return step
 
 
 def available(network: Network, x: Tensor, eps: float, *, size: int) -> Tensor:
