@@ -11,7 +11,7 @@ and Model Inference Manipulation", 2025; here they are sets, per entry, over the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,7 +27,7 @@ F64 = torch.float64
 
 
 class Marks(NamedTuple):
-    """Which labels may reach each entry, and which entries may differ from zero; both of ones and zeros.
+    """Which labels may reach each entry, and which entries may differ from zero; both bool.
 
     Attributes:
         labels: [labels, *shape], or None where there are none.
@@ -81,66 +81,60 @@ def _carried(
         shapes = ", ".join(str(("labels", *node.shape)) for node in network.inputs)
         raise InvalidInput(f"labels: give one bool tensor per input, of shapes {shapes}.")
     given = {
-        node: Marks(marks.to(network.device, F64), torch.ones(node.shape, dtype=F64, device=network.device))
+        node: Marks(marks.to(network.device, torch.bool), _all(node, network))
         for node, marks in zip(network.inputs, labels, strict=True)
     }
     if without is not None:
-        given[without] = Marks(None, torch.ones(without.shape, dtype=F64, device=network.device))
+        given[without] = Marks(None, _all(without, network))
     with torch.no_grad():
         found = propagate(network, _Labels(), given, nodes)
     none = torch.zeros((), dtype=torch.bool)
     return {
-        node: none.expand(*count, *node.shape) if marks.labels is None else (marks.labels > 0).cpu()
+        node: none.expand(*count, *node.shape) if marks.labels is None else marks.labels.cpu()
         for node, marks in found.items()
     }
 
 
+def _all(node: Node, network: Network) -> Tensor:
+    return torch.ones(node.shape, dtype=torch.bool, device=network.device)
+
+
 class _Labels:
-    """The domain of labels. Marks are exact small numbers; a comparison that is undecided (NaN) counts as reached."""
+    """The domain of labels. Marks are counted in float64, exactly; what cannot be counted (NaN) counts as reached."""
 
     def constant(self, value: Tensor) -> Marks:
-        return Marks(None, (value != 0).to(F64))
+        return Marks(None, value != 0)
 
     def fill(self, op: Fill, device: torch.device) -> Marks:
         return self.constant(torch.full((), op.value, dtype=F64, device=device).expand(op.dims))
 
     def linear(self, op: Linear, node: Node, *x: Marks) -> Marks:
-        through = op.absolute.apply
-        support = _marked(through(*(v.support for v in x)))
-        if all(v.labels is None for v in x):
-            return Marks(None, support)
-        return Marks(_marked(torch.vmap(through)(*_same(x))), support)
+        return _passed(op.absolute.apply, x)
 
     def product(self, op: Product, node: Node, a: Marks, b: Marks) -> Marks:
         # A factor that is always zero lets nothing of the other pass.
-        support = _marked(op.apply(a.support, b.support))
-        parts = []
-        if a.labels is not None:
-            parts.append(torch.vmap(op.apply, (0, None))(a.labels, b.support))
-        if b.labels is not None:
-            parts.append(torch.vmap(op.apply, (None, 0))(a.support, b.labels))
-        return Marks(_marked(torch.stack(parts).sum(0)) if parts else None, support)
+        parts = [
+            _passed(lambda v: op.apply(v, b.support.to(F64)), (a,)),
+            _passed(lambda v: op.apply(a.support.to(F64), v), (b,)),
+        ]
+        labels = [part.labels for part in parts if part.labels is not None]
+        return Marks(torch.stack(labels).any(0) if labels else None, parts[0].support)
 
     def elementwise(self, op: Elementwise, x: Marks) -> Marks:
-        at_zero = op.apply(x.support.new_zeros(()))
+        at_zero = op.apply(torch.zeros((), dtype=F64, device=x.support.device))
         return Marks(x.labels, x.support if bool(at_zero == 0) else torch.ones_like(x.support))
 
     def composite(self, op: Composite, *x: Marks) -> Marks | None:
-        support = op.reach(*(v.support for v in x))
-        if support is None:
-            return None
-        if all(v.labels is None for v in x):
-            return Marks(None, support)
-        reached = torch.vmap(op.reach)(*_same(x))
-        assert reached is not None
-        return Marks(reached, support)
+        known = op.reach(*(v.support.to(F64) for v in x)) is not None
+        return _passed(op.reach, x) if known else None  # type: ignore[arg-type]
 
 
-def _marked(counts: Tensor) -> Tensor:
-    return (~(counts == 0)).to(F64)
-
-
-def _same(x: Sequence[Marks]) -> list[Tensor]:
-    """All labels as tensors of the same number of labels."""
-    count = next(len(v.labels) for v in x if v.labels is not None)
-    return [v.support.new_zeros(()).expand(count, *v.support.shape) if v.labels is None else v.labels for v in x]
+def _passed(through: Callable[..., Tensor], x: Sequence[Marks]) -> Marks:
+    """Labels and supports on the other side of a map without negative coefficients."""
+    support = ~(through(*(v.support.to(F64) for v in x)) == 0)
+    count = next((len(v.labels) for v in x if v.labels is not None), None)
+    if count is None:
+        return Marks(None, support)
+    none = torch.zeros((), dtype=torch.bool, device=support.device)
+    labels = [none.expand(count, *v.support.shape) if v.labels is None else v.labels for v in x]
+    return Marks(~(torch.vmap(through)(*(v.to(F64) for v in labels)) == 0), support)
