@@ -78,9 +78,15 @@ def certified(network: Network, x: Tensor, eps: float, *, by: Certifier = "inter
         by: intervals, or linear bounds (CROWN), which certify more and take longer. Both account for rounding; the
             others, where it is False, are those a certified system abstains on.
     """
-    wide = x.to(F64)
-    least = _margins(network, x, (wide - eps).clamp(0, 1), (wide + eps).clamp(0, 1), by).amin(1)
+    least = _margins(network, x, *_within(x, eps), by).amin(1)
     return torch.isfinite(least) & (least > 0)
+
+
+def _within(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The ends of the box around x, rounded outwards."""
+    wide = x.to(F64)
+    lower, upper = (torch.nextafter(wide + s * eps, torch.full_like(wide, s * torch.inf)) for s in (-1, 1))
+    return lower.clamp(0, 1), upper.clamp(0, 1)
 
 
 def _margins(
@@ -277,6 +283,5 @@ def patch_claim(network: Network, x: Tensor, eps: float, *, size: int, label: in
 
 def _covered(x: Tensor, eps: float, patch: Patch) -> tuple[Tensor, Tensor]:
     """The box of all inputs within eps, with anything on the patch."""
-    wide = x.to(F64)
-    mask = patch.mask(x.shape[1:])
-    return (wide - eps).clamp(0, 1).masked_fill(mask, 0.0), (wide + eps).clamp(0, 1).masked_fill(mask, 1.0)
+    (lower, upper), mask = _within(x, eps), patch.mask(x.shape[1:])
+    return lower.masked_fill(mask, 0.0), upper.masked_fill(mask, 1.0)

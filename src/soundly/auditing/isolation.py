@@ -285,7 +285,7 @@ def _original(network: Network, model: Model) -> tuple[Answer, str]:
 
         def call(x: Sequence[Tensor]) -> Tensor:
             with evaluation(module), torch.no_grad():
-                found = module(*(v.to(network.dtype) for v in x))
+                found = module(*(v.to(network.device, network.dtype) for v in x))
             return _flat([y for y in torch.utils._pytree.tree_leaves(found) if isinstance(y, Tensor)])
 
         return call, "module"
