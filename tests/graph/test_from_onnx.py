@@ -177,6 +177,27 @@ CASES: dict[str, Any] = {
     "CumSum": lambda: one("CumSum", (3, 4), np.array(1, np.int32), exclusive=1, reverse=1),
     "Dropout": lambda: one("Dropout", (2, 3)),
     "Dropout opset 7": lambda: one("Dropout", (2, 3), ratio=0.3, opset=7),
+    "DynamicQuantizeLinear": lambda: one("DynamicQuantizeLinear", (3, 4), outputs=3),
+    "QuantizeLinear": lambda: one("QuantizeLinear", (2, 3, 4), f(0.03)),
+    "QuantizeLinear signed": lambda: one("QuantizeLinear", (2, 3), f(0.01), np.asarray(7, np.int8)),
+    "QuantizeLinear along an axis": lambda: one(
+        "QuantizeLinear", (2, 3, 4), f(0.1, 0.02, 0.3), np.array([3, 200, 0], np.uint8), axis=1),
+    "DequantizeLinear": lambda: build(
+        [("QuantizeLinear", ["x", "s", "z"], ["q"], {"axis": -1}),
+         ("DequantizeLinear", ["q", "s", "z"], ["y"], {"axis": -1})],
+        {"x": (2, 3)}, {"s": f(0.1, 0.02, 0.3), "z": np.array([-3, 0, 100], np.int8)}, ["y"]),
+    "DequantizeLinear of a weight": lambda: build(
+        [("DequantizeLinear", ["k", "s"], ["w"], {"axis": 0}), ("MatMul", ["x", "w"], ["y"], {})],
+        {"x": (2, 3)}, {"k": rng.integers(-128, 128, (3, 4)).astype(np.int8), "s": f(0.1, 0.02, 0.3)}, ["y"]),
+    "MatMulInteger": lambda: build(
+        [("DynamicQuantizeLinear", ["x"], ["q", "s", "z"], {}), ("MatMulInteger", ["q", "w", "z", "v"], ["k"], {}),
+         ("Cast", ["k"], ["f"], {"to": 1}), ("Mul", ["f", "s"], ["y"], {})],
+        {"x": (5, 3)}, {"w": rng.integers(0, 100, (3, 4)).astype(np.uint8), "v": np.array([1, 2, 50, 3], np.uint8)},
+        ["y"]),
+    "MatMulInteger without zero points": lambda: build(
+        [("QuantizeLinear", ["x", "s"], ["q"], {}), ("MatMulInteger", ["q", "w"], ["k"], {}),
+         ("Cast", ["k"], ["y"], {"to": 1})],
+        {"x": (2, 5, 3)}, {"s": f(0.05), "w": rng.integers(-60, 60, (3, 4)).astype(np.int8)}, ["y"]),
     "CastLike": lambda: one("CastLike", (2, 3), w(1)),
     "EyeLike": lambda: build([("Constant", [], ["s"], {"value": numpy_helper.from_array(w(3, 3))}),
                               ("EyeLike", ["s"], ["e"], {"k": 1}), ("MatMul", ["x", "e"], ["y"], {})], {"x": (2, 3)},

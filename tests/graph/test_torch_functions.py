@@ -250,6 +250,9 @@ FUNCTIONS = [
     case("threshold", lambda x: F.threshold(x, 0.2, -3.0), (3, 5)),
     case("glu", lambda x: F.glu(x, 1), (3, 4)),
     case("dropout in evaluation", lambda x: F.dropout(x, 0.5, training=False), (3,)),
+    case(
+        "rounding", lambda x: torch.round(3 * x) + torch.floor(5 * x) - 2 * torch.ceil(x) + torch.trunc(4 * x), (3, 5)
+    ),
     case("rms norm", lambda x: F.rms_norm(x, (3,), eps=0.1), (2, 3)),
 ]
 

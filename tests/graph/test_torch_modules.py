@@ -121,6 +121,8 @@ MODULES = [
     module("batch norm 1d", lambda: statistics(nn.BatchNorm1d(3)), 2, 3),
     module("batch norm 1d sequences", lambda: statistics(nn.BatchNorm1d(3)), 2, 3, 4),
     module("batch norm 2d", lambda: statistics(nn.BatchNorm2d(3, eps=0.1)), 2, 3, 2, 2),
+    module("batch norm of this batch", lambda: nn.BatchNorm2d(3, track_running_stats=False), 2, 3, 2, 2),
+    module("batch norm plain, of this batch", lambda: nn.BatchNorm1d(3, affine=False, track_running_stats=False), 4, 3),
     module("batch norm, native", lambda: Native(), 2, 3, 2),
     module("batch norm plain", lambda: statistics(nn.BatchNorm2d(3, affine=False)), 2, 3, 2, 2),
     module("layer norm", lambda: statistics(nn.LayerNorm((3, 2), eps=0.01)), 2, 3, 2),

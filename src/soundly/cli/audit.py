@@ -1,4 +1,4 @@
-"""`soundly audit`: planted suites, judging any verifier on them, fuzzing soundly, and its mutation score."""
+"""`soundly audit`: planted suites, judging any verifier on them, fuzzing soundly, its mutation score; isolation."""
 
 import argparse
 import itertools
@@ -18,9 +18,11 @@ if TYPE_CHECKING:
 def add(verbs: Verbs) -> None:
     parser = verbs.add_parser(
         "audit",
-        help="test verifiers",
-        description="Test verifiers: any of them on instances with known answers, soundly also by fuzzing.",
-        epilog="exit codes: 0 nothing found, 1 a wrong claim, a finding or a fault that was not noticed, 2 error",
+        help="test verifiers and networks",
+        description="Test verifiers: any of them on instances with known answers, soundly also by fuzzing. Test "
+        "whether a network keeps the items of a batch apart.",
+        epilog="exit codes: 0 nothing found, 1 a wrong claim, a finding, a leak or a fault that was not noticed, 2 an "
+        "error, 3 unknown",
     )
     kinds = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
@@ -64,6 +66,16 @@ def add(verbs: Verbs) -> None:
     )
     mutate.add_argument("--only", default="", metavar="TEXT", help="faults whose name or part contains this")
     mutate.set_defaults(run=_mutate)
+
+    isolation = kinds.add_parser(
+        "isolation", help="prove that batch items do not see each other",
+        description="Prove that each item of a batch is computed from itself alone, or show two batches that differ in "
+        "one item and in another item's output.",
+    )  # fmt: skip
+    isolation.add_argument("model", metavar="MODEL", help="a network, .onnx or .onnx.gz")
+    isolation.add_argument("--batch", type=int, metavar="N", help="its size, where the file leaves it open; default: 4")
+    isolation.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
+    isolation.set_defaults(run=_isolation)
 
 
 def _planted(arguments: argparse.Namespace) -> int:
@@ -141,3 +153,36 @@ def _mutate(arguments: argparse.Namespace) -> int:
         print(line(made), flush=True)
     print(score(done))
     return NO if not all(m.found for m in done) else YES if done else UNKNOWN
+
+
+def _isolation(arguments: argparse.Namespace) -> int:
+    from soundly.auditing.isolation import Dependent, Independent, isolated
+    from soundly.graph.load import load
+
+    network = load(arguments.model)
+    if arguments.batch or all(node.shape[:1] == (1,) for node in network.inputs):
+        batch = arguments.batch or 4
+        network = load(arguments.model, shapes={node.op.name: (batch, *node.shape[1:]) for node in network.inputs})  # type: ignore[attr-defined]
+    verdict = isolated(network, model=arguments.model)
+    word = {"Independent": "proved", "Dependent": "refuted", "Undecided": "unknown"}[type(verdict).__name__]
+    if arguments.json:
+        facts = {**vars(verdict), "verdict": word}
+        facts |= {side: [v.tolist() for v in facts[side]] for side in ("first", "second") if side in facts}
+        print(json.dumps(finite(facts), indent=2, sort_keys=True))
+    else:
+        print(plain(f"{word:<13} {verdict.claim}"))
+        if isinstance(verdict, Independent):
+            print(f"  operations  {verdict.operations}, of {network.inputs[0].shape[0]} items")
+        elif isinstance(verdict, Dependent):
+            place = f"output {verdict.output}, entry {list(verdict.entry)}"
+            print(
+                plain(f"  leak        {verdict.leak} changes {place}: {verdict.values[0]:.6g}, {verdict.values[1]:.6g}")
+            )
+            print(f"  replayed by {verdict.replayed}")
+        else:
+            print(
+                plain(f"  leaks       {', '.join(verdict.leaks)} may reach other outputs; no pair of batches shows it")
+            )
+        if not isinstance(verdict, Independent):
+            print(plain(f"  where       {', '.join(verdict.where)}"))
+    return {"proved": YES, "refuted": NO, "unknown": UNKNOWN}[word]

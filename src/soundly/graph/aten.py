@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from soundly.graph import elementwise
-from soundly.graph.composite import Maximum, minimum
+from soundly.graph.composite import Maximum, Rounding, minimum
 from soundly.graph.elementwise import Elementwise
 from soundly.graph.linear import (
     Combine,
@@ -279,6 +279,12 @@ RULES["selu"] = lambda leaf, x: elementwise.elu(1.6732632423543772, 1.0507009873
 RULES["log_sigmoid"] = lambda leaf, x: scale(elementwise.SOFTPLUS(scale(x, -1)), -1)
 RULES["log1p"] = lambda leaf, x: elementwise.LOG(_add(leaf, x, 1.0))
 RULES["expm1"] = lambda leaf, x: _sub(leaf, elementwise.EXP(x), 1.0)
+
+
+RULES["floor"] = lambda leaf, x: Rounding("floor")(x)
+RULES["ceil"] = lambda leaf, x: Rounding("ceil")(x)
+RULES["trunc"] = lambda leaf, x: Rounding("trunc")(x)
+RULES["round"] = lambda leaf, x: Rounding("round")(x)
 
 
 @rule("softplus")

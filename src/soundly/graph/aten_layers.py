@@ -267,9 +267,12 @@ def _conv_transpose(
 @rule("cudnn_batch_norm")
 def _batch_norm(leaf: Leaf, x: Node, weight: Any, bias: Any, running_mean: Any, running_var: Any, *args: Any) -> Value:
     eps = args[-1] if isinstance(args[-1], float) else args[-2]
-    if running_mean is None or running_var is None or (args and args[0] is True):
-        raise ValueError("batch norm that uses the batch's own statistics")
     channel = (1, x.shape[1], *(1,) * (len(x.shape) - 2))
+    if running_mean is None or running_var is None or (args and args[0] is True):  # the batch's own statistics
+        y = Normalise((0, *range(2, len(x.shape))), eps)(x)
+        y = y if weight is None else multiply(y, broadcast(reshape(as_node(leaf, weight), channel), x.shape))
+        y = y if bias is None else add(y, broadcast(reshape(as_node(leaf, bias), channel), x.shape))
+        return (y, None, None)
     factor = elementwise.RSQRT(_add(leaf, as_node(leaf, running_var), eps))
     if weight is not None:
         factor = _mul(leaf, factor, weight)

@@ -41,6 +41,9 @@ class Maximum(Composite):
         (la, ua), (lb, ub) = bounds
         return torch.maximum(la, lb), torch.maximum(ua, ub)
 
+    def reach(self, *marks: Tensor) -> Tensor | None:
+        return torch.maximum(*marks)
+
 
 @dataclass(frozen=True)
 class MaxPool(Composite):
@@ -93,6 +96,9 @@ class MaxPool(Composite):
     def enclose(self, *bounds: tuple[Tensor, Tensor], unit: float) -> tuple[Tensor, Tensor] | None:
         ((lower, upper),) = bounds
         return self.apply(lower), self.apply(upper)
+
+    def reach(self, *marks: Tensor) -> Tensor | None:
+        return self.apply(*marks)
 
 
 @dataclass(frozen=True)
@@ -225,6 +231,9 @@ class Rounding(Composite):
     def enclose(self, *bounds: tuple[Tensor, Tensor], unit: float) -> tuple[Tensor, Tensor] | None:
         ((lower, upper),) = bounds
         return self.apply(lower), self.apply(upper)
+
+    def reach(self, *marks: Tensor) -> Tensor | None:
+        return marks[0]
 
 
 def maximum_over(x: Node, axis: int) -> Node:

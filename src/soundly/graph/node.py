@@ -179,6 +179,11 @@ class Composite(Op):
         where those of the expansion are used."""
         return None
 
+    def reach(self, *marks: Tensor) -> Tensor | None:
+        """Marks (1, else 0) of the entries that marked input entries can change, for operations that also send zeros
+        to zero; None where the expansion says it as well."""
+        return None
+
 
 def topological(outputs: Iterable[Node]) -> list[Node]:
     """All nodes that the outputs depend on, inputs first. Iterative: unrolled networks are deep."""

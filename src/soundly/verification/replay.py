@@ -193,7 +193,7 @@ def _judge(claim: Claim, model: str | os.PathLike[str] | None) -> _Judge:
             stamp = path.stat()
         except OSError as error:
             raise ModelFileError(f"{path} cannot be read: {error}.") from error
-        session = _session(path, stamp.st_mtime_ns, stamp.st_size)
+        session = runtime(path, stamp.st_mtime_ns, stamp.st_size)
         if session is not None and all(port.type in _TYPES for port in session.get_inputs()):
             return _ByRuntime(claim, session, path.name)
     if not isinstance(claim.network, Network):
@@ -204,7 +204,7 @@ def _judge(claim: Claim, model: str | os.PathLike[str] | None) -> _Judge:
 
 
 @lru_cache(maxsize=2)
-def _session(path: Path, modified: int, size: int) -> Any:
+def runtime(path: Path, modified: int, size: int) -> Any:
     """An onnxruntime session of the file as it is, on one thread; None without onnxruntime."""
     try:
         import onnxruntime

@@ -1,0 +1,87 @@
+"""ONNX's operations on 8-bit numbers, as real ones: whole numbers are kept as they are, rounding stays a step.
+
+Nodes hold integers as real numbers, so a quantised network is one with roundings and clips in it. What counts here is
+that scales and zero points may be fixed or come from the data, and then from the whole tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from soundly.graph import elementwise as ew
+from soundly.graph.composite import Rounding, maximum_over
+from soundly.graph.linear import add, broadcast, reshape, scale, subtract
+from soundly.graph.node import Node
+from soundly.graph.onnx_call import FLOAT, Call, Result, Value, rule
+from soundly.graph.onnx_file import DTYPES
+from soundly.graph.onnx_ops import matrix_product
+from soundly.graph.product import multiply
+
+U8, I32 = np.dtype(np.uint8), np.dtype(np.int32)
+
+
+def _along(c: Call, i: int, rank: int, axis: int) -> Node:
+    """A scale or zero point, a number or one per entry of an axis, ready to be broadcast."""
+    x = c.node(i)
+    if math.prod(x.shape) == 1:
+        return reshape(x, (1,) * rank)
+    if len(x.shape) != 1:
+        raise c.refuse("scales and zero points in blocks")
+    return reshape(x, tuple(x.shape[0] if a == axis else 1 for a in range(rank)))
+
+
+def _stepped(x: Node, inverse: Node, zero: Node | None, dtype: np.dtype[Any]) -> Node:
+    """Divided, rounded, shifted and kept within the type's range."""
+    y = Rounding("round")(multiply(x, broadcast(inverse, x.shape)))
+    y = y if zero is None else add(y, broadcast(zero, x.shape))
+    range_ = np.iinfo(dtype)
+    return ew.clip(float(range_.min), float(range_.max))(y)
+
+
+@rule("DynamicQuantizeLinear")
+def _dynamic(c: Call) -> Result:
+    """Its scale and zero point are those of the whole tensor."""
+    x = c.node(0)
+    flat = reshape(x, (math.prod(x.shape),))
+    high, low = (ew.RELU(maximum_over(v, 0)) for v in (flat, scale(flat, -1)))  # of 0 and x, and of 0 and -x
+    unit = scale(add(high, low), 1 / 255)
+    inverse = ew.RECIPROCAL(unit)
+    zero = Rounding("round")(multiply(low, inverse))
+    ones = (1,) * len(x.shape)
+    y = _stepped(x, reshape(inverse, ones), reshape(zero, ones), U8)
+    parts = ((U8, y), (FLOAT, reshape(unit, ())), (U8, reshape(zero, ())))
+    return [Value(c.name, dtype, node.shape, node=node) for dtype, node in parts]
+
+
+@rule("QuantizeLinear")
+def _quantise(c: Call) -> Result:
+    x = c.node(0)
+    dtype = c.value(2).dtype if c.has(2) else np.dtype(DTYPES.get(c.attr("output_dtype", 0) or 2, "V"))
+    if dtype.kind not in "iu":
+        raise c.refuse("quantising to a type that is no integer")
+    axis = c.axis(len(x.shape), 1) if len(x.shape) > 1 else 0
+    zero = _along(c, 2, len(x.shape), axis) if c.has(2) else None
+    y = _stepped(x, ew.RECIPROCAL(_along(c, 1, len(x.shape), axis)), zero, dtype)
+    return Value(c.name, dtype, x.shape, node=y)
+
+
+@rule("DequantizeLinear")
+def _dequantise(c: Call) -> Result:
+    x = c.node(0)
+    axis = c.axis(len(x.shape), 1) if len(x.shape) > 1 else 0
+    y = x if not c.has(2) else subtract(x, broadcast(_along(c, 2, len(x.shape), axis), x.shape))
+    return Value(c.name, FLOAT, x.shape, node=multiply(y, broadcast(_along(c, 1, len(x.shape), axis), x.shape)))
+
+
+@rule("MatMulInteger")
+def _matmul_integer(c: Call) -> Result:
+    a, b = c.node(0), c.node(1)
+    if c.has(2):
+        a = subtract(a, broadcast(_along(c, 2, len(a.shape), len(a.shape) - 2), a.shape))
+    if c.has(3):
+        b = subtract(b, broadcast(_along(c, 3, len(b.shape), len(b.shape) - 1), b.shape))
+    y = matrix_product(c, a, b)
+    return Value(c.name, I32, y.shape, node=y)
