@@ -28,6 +28,7 @@ from soundly.certificate.verification import replay as replay_proof
 from soundly.errors import InvalidInput, MissingRule
 from soundly.spec.claim import Claim
 from soundly.verification.attack import Attack
+from soundly.verification.decided import decided
 from soundly.verification.float32 import with_float32
 from soundly.verification.input_split import InputSplit
 from soundly.verification.journal import Journal
@@ -361,7 +362,8 @@ class _Run:
             if neurons is None:
                 neurons = self._rooted(problem, case)
                 self.journal.follow(f"neurons {case} {used}", neurons)
-                if len(neurons.waiting) and (ends := neck_of(neurons.bounder, neurons.root)) is not None:
+                ends = neck_of(neurons.bounder, neurons.root) if neurons.decided is None else None
+                if len(neurons.waiting) and ends is not None:
                     neck = NeckSplit(neurons, ends)
                     self.journal.follow(f"neck {case}", neck)
             if neck is not None and len(neck.done) > len(used):
@@ -402,18 +404,22 @@ class _Run:
             narrow, margin = self._bounder(program), 1e-9
         box = problem.narrowed(problem.lower[case : case + 1], problem.upper[case : case + 1])
         lower, upper = (v.to(narrow.dtype) for v in box)
-        root = narrow.refresh(lower, upper, inherited=before)
+        root = whole = narrow.refresh(lower, upper, inherited=before)
+        sure = decided(problem, case)
+        if sure is not None:
+            root = sure.held(narrow, whole)
         clauses = list(range(int(problem.spans[case, 1] - problem.spans[case, 0])))
-        search = NeuronSplit(problem, narrow, case, root, clauses, margin=margin, lemmas=lemmas)
+        search = NeuronSplit(problem, narrow, case, root, clauses, margin=margin, lemmas=lemmas, decided=sure)
         search.begin(20)
         self.subproblems += search.subproblems
         self.bound = search.bound
         if len(search.waiting):
-            known = narrowed(problem, narrow, program, root, case)
-            root, lemmas = known.frame, [*lemmas, *known.lemmas]
+            known = narrowed(problem, narrow, program, whole, case)
             self.subproblems += known.subproblems
             if known.lemmas:
-                search = NeuronSplit(problem, narrow, case, root, clauses, margin=margin, lemmas=lemmas)
+                lemmas = [*lemmas, *known.lemmas]
+                root = known.frame if sure is None else sure.held(narrow, known.frame)
+                search = NeuronSplit(problem, narrow, case, root, clauses, margin=margin, lemmas=lemmas, decided=sure)
                 search.begin(20)
                 self.subproblems += search.subproblems
                 self.bound = search.bound
@@ -423,7 +429,9 @@ class _Run:
         rounds = TOGETHER if together else REFINING
         if len(search.waiting) and 8 * rounds * rows * narrow.cost < WORK:
             refined = refine(narrow, root, rounds=rounds, together=together)
-            search = NeuronSplit(problem, narrow, case, root, clauses, margin=margin, refined=refined, lemmas=lemmas)
+            search = NeuronSplit(
+                problem, narrow, case, root, clauses, margin=margin, refined=refined, lemmas=lemmas, decided=sure
+            )
             search.begin(50)
             self.subproblems += search.subproblems
             self.bound = search.bound
