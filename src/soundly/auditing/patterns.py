@@ -252,9 +252,7 @@ class Decision:
     follower: Tensor | None
 
 
-def decide(
-    claim: Claim, *patterns: Pattern, samples: Tensor | None = None, timeout: float | None = None
-) -> Decision:
+def decide(claim: Claim, *patterns: Pattern, samples: Tensor | None = None, timeout: float | None = None) -> Decision:
     """Decides a claim for the inputs that follow all of some patterns; first whether there are any.
 
     Args:

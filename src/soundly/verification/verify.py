@@ -44,7 +44,8 @@ from soundly.verification.verdict import Effort, Empty, Progress, Proved, Refute
 Search: TypeAlias = InputSplit | NeuronSplit
 
 FEW, SOME = 6, 64
-"""With at most FEW varying inputs only inputs are split, with more than SOME only neurons; between, both in turn."""
+"""With at most FEW varying inputs only inputs are split, unless the rows decide neurons; with more than SOME only
+neurons; between, both in turn."""
 PATIENCE = 2e-7
 """Seconds of the first attack per product of the network, between 0.05 and 2."""
 SHARE = 0.3
@@ -299,8 +300,9 @@ class _Run:
         inputs = InputSplit(problem, wide, margin=margin) if vary <= SOME or cases > 1 else None
         if inputs is not None:
             self.journal.follow("inputs", inputs)
-            if vary <= FEW or cases > 1:
-                self._work_inputs(inputs, rounds=None if vary <= FEW else 1)
+            few = vary <= FEW and (cases > 1 or decided(problem, 0) is None)
+            if few or cases > 1:
+                self._work_inputs(inputs, rounds=None if few else 1)
             waiting = {case for parts in inputs.stack for case in parts.case.tolist()}
             settled.append((inputs, [t for t, case in enumerate(inputs.forest.case) if case not in waiting]))
             left = sorted(waiting)
