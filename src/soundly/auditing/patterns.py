@@ -162,17 +162,24 @@ def under(claim: Claim, *patterns: Pattern) -> Claim:
     The network of the new claim computes the layers as well. Everything is exact; ties count against the claim, at 0
     both signs hold.
     """
+    network, required = joint(claim, *patterns)
+    rows = joined(claim.property, list(dict.fromkeys(required)), _size(network.outputs))
+    name = f"{claim.name}, under {' and '.join(f'a pattern of {len(p)} neurons' for p in patterns)}"
+    return Claim(network, claim.region, rows, claim.spans, claim.assumptions, name)
+
+
+def joint(claim: Claim, *patterns: Pattern) -> tuple[Network, list[tuple[int, int]]]:
+    """The network of a claim with the layers of patterns as further outputs; of every required sign, in order, the
+    position among the flattened outputs, and the sign."""
     network = claim.network
     if not isinstance(network, Network):
         raise InvalidInput(f"{claim.name} was read without its network; give it as well.")
-    outputs = list(network.outputs)
-    required: dict[tuple[int, int], None] = {}  # output position and sign
+    outputs, required = list(network.outputs), []
     for pattern in patterns:
         start = 0
         for node in pattern.layers:
-            size = _size([node])
-            sign = pattern.sign[start : start + size]
-            start += size
+            sign = pattern.sign[start : start + _size([node])]
+            start += len(sign)
             if not bool(sign.any()):
                 continue
             if node not in network.nodes:
@@ -180,15 +187,11 @@ def under(claim: Claim, *patterns: Pattern) -> Claim:
             if node not in outputs:
                 outputs.append(node)
             first = _size(outputs[: outputs.index(node)])
-            for k in sign.nonzero()[:, 0].tolist():
-                required[first + k, int(sign[k])] = None
-    joint = network.with_outputs(*outputs)
-    rows = _joined(claim.property, list(required), _size(outputs))
-    name = f"{claim.name}, under {' and '.join(f'a pattern of {len(p)} neurons' for p in patterns)}"
-    return Claim(joint, claim.region, rows, claim.spans, claim.assumptions, name)
+            required += [(first + k, int(sign[k])) for k in sign.nonzero()[:, 0].tolist()]
+    return network.with_outputs(*outputs), required
 
 
-def _joined(property: Property, required: Sequence[tuple[int, int]], outputs: int) -> Property:
+def joined(property: Property, required: Sequence[tuple[int, int]], outputs: int) -> Property:
     """A property with one row more for each required sign in every clause: -v <= 0 or v <= 0."""
     d, m, clauses = len(required), len(property), property.clauses
     clause = torch.cat([property.clause, torch.arange(clauses).repeat_interleave(d)])
@@ -259,17 +262,9 @@ def decide(claim: Claim, *patterns: Pattern, samples: Tensor | None = None, time
         samples: [k, *input], where to look for one that follows; the search looks beyond them.
         timeout: seconds, for each of the two questions.
     """
-    if not isinstance(claim.network, Network):
-        raise InvalidInput(f"{claim.name} was read without its network; give it as well.")
-    none = under(anyone(claim.network, claim.region), *patterns)
-    follower = None if samples is None else next((x for x in samples if not none.holds_at(x)), None)
-    found: Verdict | None = None
-    if follower is None:
-        found = verify(none, timeout=timeout)
-        if isinstance(found, Refuted):
-            follower = found.witness
-        elif not isinstance(found, Unknown):
-            return Decision(Empty(found.effort), None)
+    follower = follow(claim, *patterns, samples=samples, timeout=timeout)
+    if isinstance(follower, Empty):
+        return Decision(follower, None)
     verdict = verify(under(claim, *patterns), timeout=timeout)
     if isinstance(verdict, Refuted):
         follower = verdict.witness
@@ -277,6 +272,23 @@ def decide(claim: Claim, *patterns: Pattern, samples: Tensor | None = None, time
         reason = "the claim holds under the patterns, but whether any input follows them is not known"
         verdict = Unknown(0.0, 0.0, reason, verdict.effort)
     return Decision(verdict, follower)
+
+
+def follow(
+    claim: Claim, *patterns: Pattern, samples: Tensor | None = None, timeout: float | None = None
+) -> Tensor | Empty | None:
+    """An input of a claim's region that follows all of some patterns; `Empty` where it is proved that there is none,
+    None where neither is known. The arguments are those of `decide`."""
+    if not isinstance(claim.network, Network):
+        raise InvalidInput(f"{claim.name} was read without its network; give it as well.")
+    none = under(anyone(claim.network, claim.region), *patterns)
+    for x in () if samples is None else samples:
+        if not none.holds_at(x):
+            return x
+    found = verify(none, timeout=timeout)
+    if isinstance(found, Refuted):
+        return found.witness
+    return None if isinstance(found, Unknown) else Empty(found.effort)
 
 
 # -- inner values
@@ -303,7 +315,7 @@ def _values(network: Network, nodes: Sequence[Node], inputs: Tensor) -> Iterator
         return torch.cat([v.reshape(-1) for v in network.evaluate(nodes, x)])
 
     with torch.no_grad():
-        for some in inputs.to(device=network.device, dtype=network.dtype).split(AT_ONCE):
+        for some in inputs.to(device=network.device, dtype=network.dtype).split(AT_ONCE) if len(inputs) else ():
             yield torch.vmap(joined)(some).cpu()
 
 

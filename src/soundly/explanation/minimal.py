@@ -194,6 +194,8 @@ class _Search:
     def _complete(self) -> None:
         """Tries each member that is left by a search, unless a counterexample is known."""
         order = self.open
+        if not len(order):
+            return
         bounds = self.oracle.bounds(self._with(order))
         near = self.oracle.near(self._with(order))
         for i, point in zip(order.tolist(), near, strict=True):

@@ -76,7 +76,7 @@ def decided(problem: Problem, case: int) -> Decided | None:
     if not common:
         return None
     at, factor = torch.tensor(common).unbind(1)
-    step, entry, sign = _behind(problem.program, at)
+    step, entry, sign = behind(problem.program, at)
     known = sign != 0
     if not bool(known.any()):
         return None
@@ -86,7 +86,7 @@ def decided(problem: Problem, case: int) -> Decided | None:
     return Decided(step[known], entry[known], -(factor * sign)[known], says)
 
 
-def _behind(program: Program, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def behind(program: Program, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """For outputs [k] the step and entry that each is a multiple of, and the sign of the factor; 0 where it is none."""
     last = program.steps[-1]
     none = torch.zeros_like(output)
