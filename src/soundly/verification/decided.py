@@ -13,28 +13,32 @@ import torch
 from torch import Tensor
 
 from soundly.bounds.batch import Bounder, entries
-from soundly.bounds.frame import Frame
-from soundly.bounds.lines import jumps
+from soundly.bounds.frame import Frame, Start
+from soundly.bounds.lines import jumps, kink
 from soundly.bounds.program import Affine, Function, Program
+from soundly.bounds.relaxation import Lines
 from soundly.verification.problem import Problem
 
 
 @dataclass(frozen=True, eq=False)
 class Decided:
     """Entries of steps, with +1 where counterexamples have v >= 0 and -1 where v <= 0: [d] each; and which rows of the
-    case [rows] say so and nothing else."""
+    case [rows] say so and nothing else; and, once a search begins, the intervals of the whole box."""
 
     step: Tensor
     entry: Tensor
     sign: Tensor
     rows: Tensor
+    whole: Frame | None = None
 
     def numbered(self, offset: Tensor) -> tuple[Tensor, Tensor]:
         """The neurons [d], numbered through by where each step's begin, and their signs."""
         return offset[self.step] + self.entry, self.sign
 
-    def held(self, bounder: Bounder, root: Frame) -> Frame:
-        """Intervals of a root [1, n] that hold where the signs are these."""
+    def held(self, bounder: Bounder) -> Frame:
+        """The intervals [1, n] where the signs are these."""
+        root = self.whole
+        assert root is not None
         lower, upper = [v.clone() for v in root.lower], [v.clone() for v in root.upper]
         empty = root.infeasible.clone()
         for i in self.step.unique().tolist():
@@ -48,6 +52,24 @@ class Decided:
         if bool(empty.any()):
             return Frame(lower, upper, empty)
         return bounder.refresh(lower[0], upper[0], inherited=Frame(lower, upper, empty))
+
+    def force(self, bounder: Bounder, rows: Start) -> Tensor:
+        """Multipliers [rows, d] of the constraints with which bounds are no worse than those of the whole box."""
+        assert self.whole is not None
+        lines = bounder.lines(self.whole)
+        found = bounder.backward(self.whole, lines, Start(rows.a, rows.d, None), keep=True)
+        force = torch.zeros(len(rows.d), len(self.step), dtype=rows.d.dtype)
+        for j, step in enumerate(bounder.steps):
+            ends = kink(step.op) if isinstance(step, Function) else None
+            if not isinstance(step, Function) or ends is None or j not in found.kept:
+                continue
+            mine, line = self.step == step.source, lines[j]
+            assert isinstance(line, Lines)
+            entry = self.entry[mine]
+            a = found.kept[j][:, entry]
+            slope = torch.where(a >= 0, line.slope_low[:, entry], line.slope_high[:, entry])
+            force[:, mine] += torch.where(self.sign[mine] > 0, a * (ends[1] - slope), a * (slope - ends[0]))
+        return force.clamp(min=0)
 
 
 def decided(problem: Problem, case: int) -> Decided | None:

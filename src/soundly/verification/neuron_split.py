@@ -129,10 +129,11 @@ class NeuronSplit:
         slopes = self.slots.flat(
             first_slopes(self.bounder, self.root), torch.zeros(n, self.slots.count, dtype=self.dtype)
         )
-        none = torch.zeros(n, len(neuron), dtype=self.dtype)
+        start, none = self._start(self.rows), torch.zeros(n, len(neuron), dtype=self.dtype)
+        beta = none if self.decided is None else self.decided.force(self.bounder, start)
         return Parts(
-            neuron.repeat(n, 1), none + sign.to(self.dtype), none, none, slopes, torch.tensor(list(nodes)),
-            torch.arange(n), plainly(self.root, self._start(self.rows)), torch.zeros(n, dtype=torch.int64),
+            neuron.repeat(n, 1), none + sign.to(self.dtype), none, beta, slopes, torch.tensor(list(nodes)),
+            torch.arange(n), plainly(self.root, start), torch.zeros(n, dtype=torch.int64),
         )  # fmt: skip
 
     # ---------------------------------------------------------------- bounding

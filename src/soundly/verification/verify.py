@@ -44,8 +44,8 @@ from soundly.verification.verdict import Effort, Empty, Progress, Proved, Refute
 Search: TypeAlias = InputSplit | NeuronSplit
 
 FEW, SOME = 6, 64
-"""With at most FEW varying inputs only inputs are split, unless the rows decide neurons; with more than SOME only
-neurons; between, both in turn."""
+"""With at most FEW varying inputs only inputs are split, with more than SOME only neurons; between, both in turn. Where
+rows decide neurons, both in turn with few, and only neurons otherwise."""
 PATIENCE = 2e-7
 """Seconds of the first attack per product of the network, between 0.05 and 2."""
 SHARE = 0.3
@@ -313,7 +313,8 @@ class _Run:
             if cases > 1:
                 own = InputSplit(problem, wide, torch.tensor([case]), margin=margin)
                 self.journal.follow(f"inputs {case}", own)
-            search = self._case(problem, case, own if vary <= SOME and not (own and own.stuck) else None)
+            by_inputs = vary <= SOME and not (own and own.stuck) and (vary <= FEW or decided(problem, case) is None)
+            search = self._case(problem, case, own if by_inputs else None)
             settled.append((search, list(range(len(search.forest.root)))))
         return self._prove(problem, settled)
 
@@ -409,7 +410,8 @@ class _Run:
         root = whole = narrow.refresh(lower, upper, inherited=before)
         sure = decided(problem, case)
         if sure is not None:
-            root = sure.held(narrow, whole)
+            sure = replace(sure, whole=whole)
+            root = sure.held(narrow)
         clauses = list(range(int(problem.spans[case, 1] - problem.spans[case, 0])))
         search = NeuronSplit(problem, narrow, case, root, clauses, margin=margin, lemmas=lemmas, decided=sure)
         search.begin(20)
@@ -420,7 +422,10 @@ class _Run:
             self.subproblems += known.subproblems
             if known.lemmas:
                 lemmas = [*lemmas, *known.lemmas]
-                root = known.frame if sure is None else sure.held(narrow, known.frame)
+                root = known.frame
+                if sure is not None:
+                    sure = replace(sure, whole=root)
+                    root = sure.held(narrow)
                 search = NeuronSplit(problem, narrow, case, root, clauses, margin=margin, lemmas=lemmas, decided=sure)
                 search.begin(20)
                 self.subproblems += search.subproblems
