@@ -119,7 +119,8 @@ def queries(
         for name in ("plain", "pattern"):
             kinds = [r[name] for r in here]
             counts = ", ".join(f"{kinds.count(kind)} {kind.lower()}" for kind in sorted(set(kinds)))
-            text.append(f"{name} {sum(r[f'{name}_seconds'] for r in here):.1f} s ({counts}) ")
+            seconds, parts = (sum(r[f"{name}_{what}"] for r in here) for what in ("seconds", "parts"))
+            text.append(f"{name} {seconds:.1f} s, {parts} subproblems ({counts}) ")
         print("".join(text), flush=True)
     return found
 
@@ -179,8 +180,8 @@ def run(*, quick: bool = False) -> Report:
             accuracy = float((model(data[2]).argmax(1) == data[3]).float().mean())
         print(f"{name}: accuracy {accuracy:.3f}")
         report[name] = {"accuracy": accuracy, "coverage": coverage(network, data)}
-        radii = [0.05, 0.1] if quick else [0.05, 0.1, 0.15]
-        report[name]["queries"] = queries(network, model, data, radii, "1", 10.0 if quick else 30.0)
+        radii = [0.05, 0.12]
+        report[name]["queries"] = queries(network, model, data, radii, "1", 30.0 if quick else 120.0)
         if len(sizes) == 2:
             report[name]["claims"] = claims(network, data, "1", 5.0)
             report[name]["minimal"] = minimal(network, data, 0.1, "1", 1.0)
