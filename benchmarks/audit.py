@@ -1,6 +1,9 @@
 """Audits that are measured, one module each: python benchmarks/audit.py NAME [--json] ...
 
     availability    training that makes a certifier abstain, and the proof that no patch does, on digits
+    equivalence     gaps between a network and its quantised self, proved and found
+    mixing          mixtures of an accurate and a robust network, certified by the robust one's margins
+    patterns        activation patterns as specifications
 
 Each is `benchmarks/audit_NAME.py` with a function `run(arguments)`, and says in its docstring what it takes.
 """

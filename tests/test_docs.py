@@ -98,6 +98,15 @@ def test_the_examples_of_the_page_on_auditing(
     assert len(promised) >= 14 and capsys.readouterr().out.splitlines() == promised
 
 
+def test_the_examples_of_the_page_on_patterns(capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "patterns.md").read_text(encoding="utf-8"), re.DOTALL)
+    names: dict[str, Any] = {}
+    for i, block in enumerate(blocks):
+        exec(compile(block, f"patterns.md, example {i + 1}", "exec"), names)
+    promised = re.findall(r"^ *print\(.*\) +# (.*)$", "".join(blocks), re.MULTILINE)
+    assert len(promised) == 5 and capsys.readouterr().out.splitlines() == promised
+
+
 def test_the_examples_of_the_page_on_training(capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / "training.md").read_text(encoding="utf-8"), re.DOTALL)
     names: dict[str, Any] = {}

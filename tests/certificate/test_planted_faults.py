@@ -21,6 +21,7 @@ from tests.certificate.samples import (
 )
 from tests.certificate.test_ball import escapes
 from tests.certificate.test_conditional import misplaced, tightened_certificate
+from tests.certificate.test_decided import decided, wrong
 from tests.certificate.test_intervals import escaped
 from tests.certificate.test_jumps import jumps, untrue_at_jumps
 from tests.certificate.test_malformed import malformed
@@ -99,6 +100,7 @@ def faults(with_: Any) -> Iterator[str]:
         "proves an untruth": (lambda seed: untrue(random_certificate(seed), seed, with_) != [], reversed(range(SEEDS))),
     }  # fmt: skip
     takes = [("takes", lambda name: not with_.replay(malformed()[name]).problems, name) for name in malformed()]
+    takes += [("closes the wrong half", lambda name: wrong(name, with_), name) for name in decided()]
     turns = zip_longest(*([(kind, fails, item) for item in items] for kind, (fails, items) in kinds.items()))
     for kind, fails, item in (*takes, *filter(None, chain.from_iterable(turns))):
         try:
@@ -261,6 +263,19 @@ FAULTS = {
     "entries of a joint choice exchanged": ("np.where(some, first, 1.0)", "np.where(some, first[:, ::-1], 1.0)"),
     "options of another choice": ("zip(self.entries, self.options, strict=True)",
                                   "zip(self.entries[::-1], self.options, strict=False)"),
+    "signs by rows with a constant": ("(proof.constant == 0) & (proof.slack", "(proof.slack"),
+    "signs by rows with slack": ("(proof.slack == 0) & (np.diff(", "(np.diff("),
+    "signs by rows of several outputs": (" & (np.diff(proof.start) == 1)", ""),
+    "signs by outputs with a bias": ("(last.bias[output] == 0) & (last", "(last"),
+    "signs by outputs with an uncertain bias": (" & (last.bias_error[output] == 0)", ""),
+    "signs by uncertain coefficients": ("not last.weight_error < 0.5", "False"),
+    "signs by outputs of several values": ("(count == 1) & (sign != 0)", "(count >= 1) & (sign != 0)"),
+    "signs of the rows alone": ("sign * np.sign(c[np.arange(len(c)), at])", "sign"),
+    "signs turned round": ("append((int(pair[k]), -int(sign[k])))", "append((int(pair[k]), int(sign[k])))"),
+    "signs for every clause": ("found[pair - first] = sign", "found[:] = sign"),
+    "signs of clauses elsewhere": ("if first <= pair < first + len(found):", "if True:"),
+    "signs where a neuron is split elsewhere": ("if at == 0 and at not in", "if at not in"),
+    "signs at jumps": ("if at == 0 and at not in self.proof.program.parted[step]:", "if at == 0:"),
     "the deadline ignored": ("raise TimeoutError", "pass; TimeoutError"),
     "everything refused": ("return Replay(proven, self.margin", "return Replay(0 * proven, self.margin"),
 }  # fmt: skip

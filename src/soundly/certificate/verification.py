@@ -106,6 +106,7 @@ class _Replayer:
             changes = row_errors(proof, at_once=self.narrow, deadline=self.deadline)
             proof = self.proof = replace(proof, slack=(proof.slack + changes) * (1 + 4 * U))
         self.lemmas = Narrowing(proof.program, proof.lemmas, lambda: in_time(self.deadline))
+        self.signs = row_signs(proof)
         self.failed: dict[tuple[int, int], tuple[Array, Array, Array]] = {}
         self.margin = np.full(pairs, np.inf)
         self.left_open = [np.zeros(last - first, bool) for first, last in proof.tree_clause.tolist()]
@@ -514,8 +515,12 @@ class _Replayer:
         step = int(np.searchsorted(proof.program.offsets, what, side="right")) - 1
         entry = what - int(proof.program.offsets[step])
         halves = self._halves(node, step, entry, at) if proof.kind[place] != INPUT else None
+        decided = self._decided(node, step, entry, at) if proof.kind[place] != INPUT else np.zeros(len(node.open))
         for side, sign in ((0, -1), (1, 1)):
             lower, upper, splits = node.lower, node.upper, node.splits
+            open_ = node.open & (decided != -sign)
+            if not open_.any():
+                continue
             if proof.kind[place] == INPUT:
                 if side == 0:
                     upper = upper.copy()
@@ -537,8 +542,19 @@ class _Replayer:
                     if (lower > upper).any():
                         continue
             child = _Node(node.tree, int(proof.child[place]) + side, node.depth + 1, lower, upper, node.frame, node.row,
-                          splits, node.open)  # fmt: skip
+                          splits, open_)  # fmt: skip
             self.pending.setdefault(child.depth, []).append(child)
+
+    def _decided(self, node: _Node, step: int, entry: int, at: float) -> Array:
+        """For each of the tree's clauses the half, -1 or +1, in which all counterexamples at or beside the split lie
+        because a row says so; 0 where none does. Both sides of a jump have a half each, and then no row tells."""
+        found = np.zeros(len(node.open), int)
+        if at == 0 and at not in self.proof.program.parted[step]:
+            first = int(self.proof.pair_start[self.proof.tree_case[node.tree]] + self.proof.tree_clause[node.tree, 0])
+            for pair, sign in self.signs.get((step, entry), ()):
+                if first <= pair < first + len(found):
+                    found[pair - first] = sign
+        return found
 
     def _halves(self, node: _Node, i: int, entry: int, at: float) -> list[tuple[Array, Array]] | None:
         """What a split of an entry of step i, if that is affine in the input, leaves of the node's box on each side."""
@@ -556,6 +572,37 @@ class _Replayer:
         low, high = np.maximum(low, node.lower), np.minimum(high, node.upper)
         same = ((low == node.lower) & (high == node.upper)).all(axis=1)
         return [(node.lower, node.upper) if same[k] else (low[k], high[k]) for k in (0, 1)]
+
+
+def row_signs(proof: Proof) -> dict[tuple[int, int], list[tuple[int, int]]]:
+    """Rows that say of an inner value v which sign it has at counterexamples: by step and entry of v, the clause
+    (numbered through the cases) and -1 for v <= 0 or +1 for v >= 0.
+
+    Such a row has slack and constant 0 and reads one output, which is c v and nothing else, c != 0 whatever its error.
+    """
+    found: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    last = proof.program.steps[-1]
+    if not isinstance(last, Affine) or not last.weight_error < 0.5:
+        return found
+    rows = np.flatnonzero((proof.constant == 0) & (proof.slack == 0) & (np.diff(proof.start) == 1))
+    rows = rows[proof.column[proof.start[rows]] < last.size]
+    output = proof.column[proof.start[rows]]
+    rows = rows[(last.bias[output] == 0) & (last.bias_error[output] == 0)]
+    for begin in range(0, len(rows), proof.program.rows_at_once):
+        some = rows[begin : begin + proof.program.rows_at_once]
+        output, sign = proof.column[proof.start[some]], np.sign(proof.value[proof.start[some]])
+        pair = np.searchsorted(proof.pair_rows, some, side="right") - 1
+        count, where, entry = np.zeros((3, len(some)), int)
+        for part, source in last.parts:
+            c = part.rows_of(output)
+            alone = np.count_nonzero(c, axis=1)
+            count += alone
+            at = np.abs(c).argmax(axis=1)
+            where[alone == 1], entry[alone == 1] = source, at[alone == 1]
+            sign = np.where(alone == 1, sign * np.sign(c[np.arange(len(c)), at]), sign)
+        for k in np.flatnonzero((count == 1) & (sign != 0)).tolist():
+            found.setdefault((int(where[k]), int(entry[k])), []).append((int(pair[k]), -int(sign[k])))
+    return found
 
 
 def _clipped(view: View, a: Array, bound: Bound, owner: Array, slack: Array) -> tuple[Array, Array]:

@@ -10,9 +10,8 @@ Reference: Wu et al., "VeriX", NeurIPS 2023; Bassan & Katz, "Towards Formal XAI"
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,23 +21,17 @@ from soundly.bounds.batch import Bounder
 from soundly.bounds.frame import Start
 from soundly.bounds.shared import Shared
 from soundly.errors import InvalidInput
+from soundly.explanation.minimal import minimal
 from soundly.explanation.question import Question, question
 from soundly.graph.network import Network
 from soundly.spec.claim import Claim
 from soundly.spec.region import Box
 from soundly.verification.problem import problem_of
-from soundly.verification.replay import replay
-from soundly.verification.verdict import Proved, Refuted, Verdict
+from soundly.verification.verdict import Verdict
 from soundly.verification.verify import MARGIN, SMALL, verify, verify_part
 
-PREFIXES = 48
-"""How many sets of growing size are bounded at once."""
-WORTH = 0.05
-"""Blocks are freed as long as one of them holds this share of what is left."""
 NUMBERS = 2**24
 """How many numbers the values of all candidates of a batch may take."""
-PATIENCE = 30.0
-"""Seconds for the proof of a set that bounds say is sufficient."""
 STEPS = 12
 """Of the descent towards counterexamples."""
 
@@ -153,7 +146,13 @@ def explain(
     about = question(asked, x, eps=eps, box=box, target=target, clip=clip, groups=groups)
     fixed = torch.zeros(about.features, dtype=torch.bool) if keep is None else about.kept(keep)
     with torch.no_grad():
-        return _Search(about, fixed, search, timeout).reason()
+        screen = Screen(about)
+        found = minimal(screen, fixed, search=search, timeout=timeout)
+    witnesses = {i: x.reshape(about.x.shape) for i, x in found.witnesses.items()}
+    return Reason(
+        found.verdict, found.claim, about.spread(~found.free).reshape(about.x.shape), ~found.free, found.minimal,
+        found.verifier, witnesses, screen.tried, found.seconds,
+    )  # fmt: skip
 
 
 class Screen:
@@ -182,6 +181,25 @@ class Screen:
         self.batch = max(1, NUMBERS // sum(step.size for step in bounder.steps))
         self.tried = 0
         self.refer(torch.ones(about.features, dtype=torch.bool), 0.5)
+
+    @property
+    def features(self) -> int:
+        return self.about.features
+
+    def claim(self, free: Tensor) -> Claim:
+        """That these features [features] may move as they like."""
+        return self.about.freed(~free)
+
+    def decide(self, claim: Claim, timeout: float | None, attack: bool) -> Verdict:
+        return verify_part(claim, self.problem, timeout=timeout, attack=attack)
+
+    def violated(self, x: Tensor) -> Tensor:
+        """Which features a counterexample moves: it refutes every set in which these are free."""
+        return self.about.support(x)
+
+    def near(self, free: Tensor) -> Tensor:
+        """A point for each set [k, features], perhaps a counterexample."""
+        return descend(self, *self.ends(free))
 
     def ends(self, free: Tensor, share: float = 1.0) -> tuple[Tensor, Tensor]:
         """Boxes [k, entries] where some features [k, features] may move, by a share of how far they could."""
@@ -215,164 +233,6 @@ class Screen:
             for k in range(self.problem.rows.clauses)
         ]) if self.problem.rows.clauses < len(rows) else takes / spare[:, None]  # fmt: skip
         return best.amax(0)
-
-
-@dataclass(eq=False)
-class _Search:
-    about: Question
-    fixed: Tensor
-    search: float
-    timeout: float | None
-    witnesses: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.begun = time.monotonic()
-        self.deadline = math.inf if self.timeout is None else self.begun + self.timeout
-        self.free = torch.zeros_like(self.fixed)
-        self.screen = Screen(self.about)
-        self.minimal = False
-        self.proof: tuple[Tensor, Verdict] | None = None
-
-    def reason(self) -> Reason:
-        self._blocks()
-        self._singles()
-        if self.search > 0 and self.minimal:
-            self._complete()
-        verdict, claim = self._proved()
-        kept = ~self.free
-        witnesses = {}
-        for i in kept.nonzero().flatten().tolist():
-            left = self.free.clone()
-            left[i] = True
-            found = next((x for moved, x in self.witnesses if not bool((moved & ~left).any())), None)
-            if found is not None:
-                witnesses[i] = found.reshape(self.about.x.shape)
-        return Reason(
-            verdict, claim, self.about.spread(kept).reshape(self.about.x.shape), kept,
-            self.minimal and isinstance(verdict, Proved),
-            f"verify, {self.search:g} s each" if self.search > 0 else "linear bounds",
-            witnesses, self.screen.tried, time.monotonic() - self.begun,
-        )  # fmt: skip
-
-    @property
-    def open(self) -> Tensor:
-        """The features that may still be freed."""
-        return (~self.free & ~self.fixed).nonzero().flatten()
-
-    @property
-    def late(self) -> bool:
-        return time.monotonic() > self.deadline
-
-    # ---------------------------------------------------------------- linear bounds
-
-    def _blocks(self) -> None:
-        """Frees as many of the cheapest features as bounds allow, and again with slopes that suit what is free."""
-        tried = False
-        while len(left := self.open) and not self.late:
-            gained = self._prefix(left[self.screen.costs(self.free)[left].argsort()])
-            if not gained and (tried or bool(self.free.any())):
-                return
-            tried = True
-            self.screen.refer(self.free)
-            if gained and gained < WORTH * len(left):
-                return
-
-    def _singles(self) -> None:
-        """Frees what can be freed alone, those first that cost least, until with fresh slopes nothing can."""
-        waiting, fresh = self.open, True
-        while len(waiting) and not self.late:
-            alone = self._with(waiting)
-            bounds = self.screen.bounds(alone)
-            proved = bounds > self.screen.margin
-            waiting = waiting[proved][bounds[proved].argsort(descending=True)]
-            if len(waiting):
-                count = max(1, self._prefix(waiting))
-                self.free = self.free.clone()
-                self.free[waiting[:count]] = True
-                waiting, fresh = waiting[count:], False
-            if not len(waiting) and not fresh:
-                self.screen.refer(self.free)
-                waiting, fresh = self.open, True
-        self.minimal = not self.late
-
-    def _prefix(self, order: Tensor) -> int:
-        """Frees the largest of some prefixes that bounds prove; how many features that are."""
-        n = len(order)
-        lengths = torch.linspace(n, 1, min(n, PREFIXES)).round().long()
-        rank = torch.full_like(self.free, n, dtype=torch.int64)
-        rank[order] = torch.arange(n)
-        sets = self.free | (rank < lengths[:, None])
-        proved = (self.screen.bounds(sets) > self.screen.margin).nonzero().flatten()
-        if not len(proved):
-            return 0
-        self.free = sets[proved[0]]
-        return int(lengths[proved[0]])
-
-    def _with(self, features: Tensor) -> Tensor:
-        """[k, features]: what is free, and one more."""
-        sets = self.free.repeat(len(features), 1)
-        sets[torch.arange(len(features)), features] = True
-        return sets
-
-    # ---------------------------------------------------------------- the complete verifier
-
-    def _complete(self) -> None:
-        """Tries each feature that is left by a search, unless a counterexample is known."""
-        order = self.open
-        bounds = self.screen.bounds(self._with(order))
-        near = descend(self.screen, *self.screen.ends(self._with(order)))
-        for i, point in zip(order.tolist(), near, strict=True):
-            found = None if self._refuted(i) else replay(self._claim(i), point)
-            if found is not None:
-                self.witnesses.append((self.about.support(found.x), found.x))
-        for i in order[bounds.argsort(descending=True)].tolist():
-            if self._refuted(i):
-                continue
-            left = self.deadline - time.monotonic()
-            if left <= 0:
-                self.minimal = False
-                return
-            seconds = min(self.search, left)
-            verdict = verify_part(self._claim(i), self.screen.problem, timeout=None if seconds == math.inf else seconds)
-            if isinstance(verdict, Proved):
-                self.free = self.free.clone()
-                self.free[i] = True
-                self.proof = self.free, verdict
-            elif isinstance(verdict, Refuted):
-                x = verdict.witness.reshape(-1)
-                self.witnesses.append((self.about.support(x), x))
-
-    def _claim(self, feature: int) -> Claim:
-        free = self.free.clone()
-        free[feature] = True
-        return self.about.freed(~free)
-
-    def _refuted(self, feature: int) -> bool:
-        """Whether a known counterexample moves nothing but this feature and what is free."""
-        free = self.free.clone()
-        free[feature] = True
-        return any(not bool((moved & ~free).any()) for moved, _ in self.witnesses)
-
-    # ---------------------------------------------------------------- the proof
-
-    def _proved(self) -> tuple[Verdict, Claim]:
-        """The verdict on what is free; as long as it is not proved, ever more features are kept again."""
-        back = 1
-        while True:
-            claim = self.about.freed(~self.free)
-            if self.proof is not None and torch.equal(self.proof[0], self.free):
-                return self.proof[1], claim
-            verdict = verify_part(claim, self.screen.problem, attack=False, timeout=PATIENCE)
-            if isinstance(verdict, Proved) or not bool(self.free.any()):
-                return verdict, claim
-            if isinstance(verdict, Refuted):
-                x = verdict.witness.reshape(-1)
-                self.witnesses.append((self.about.support(x), x))
-            self.minimal = False
-            freed = self.free.nonzero().flatten()
-            self.free = self.free.clone()
-            self.free[freed[self.screen.costs(self.free)[freed].argsort(descending=True)[:back]]] = False
-            back *= 2
 
 
 def descend(screen: Screen, lower: Tensor, upper: Tensor, steps: int = STEPS) -> Tensor:

@@ -55,9 +55,10 @@ class Parts:
     @property
     def last(self) -> Tensor:
         """[k, depth]: which constraints are the last ones of their neuron."""
-        later = torch.ones(self.neuron.shape[1], self.neuron.shape[1], dtype=torch.bool).triu(1)
-        same = self.neuron[:, :, None] == self.neuron[:, None, :]
-        return ~(same & later).any(2)
+        order = self.neuron.sort(dim=1, stable=True)
+        same = torch.zeros_like(order.values, dtype=torch.bool)
+        same[:, :-1] = order.values[:, 1:] == order.values[:, :-1]
+        return torch.zeros_like(same).scatter_(1, order.indices, ~same)
 
     def deeper(self, depth: int) -> Parts:
         """With room for that many constraints."""

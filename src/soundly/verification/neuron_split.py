@@ -28,6 +28,7 @@ from soundly.bounds.optimise import Refined, raised
 from soundly.bounds.optimise import first as first_slopes
 from soundly.bounds.program import Function, Step
 from soundly.verification.branching import candidates
+from soundly.verification.decided import Decided
 from soundly.verification.forest import BOUND, LEAF, NEURON, Forest
 from soundly.verification.leaf import solve
 from soundly.verification.neuron_parts import Neurons, Parts, Slots
@@ -50,7 +51,8 @@ class NeuronSplit:
 
     Attributes:
         forest: one tree per clause.
-        root: the intervals at the root, a batch of one.
+        root: the intervals at the root, a batch of one, of what is decided the decided halves.
+        decided: neurons whose sign the rows of every clause settle: split before the search begins.
     """
 
     def __init__(
@@ -64,9 +66,10 @@ class NeuronSplit:
         margin: float,
         refined: Mapping[int, Refined] | None = None,
         lemmas: Sequence[Lemma] = (),
+        decided: Decided | None = None,
     ) -> None:
         self.problem, self.bounder, self.case, self.root, self.margin = problem, bounder, case, root, margin
-        self.refined, self.lemmas = refined or {}, lemmas
+        self.refined, self.lemmas, self.decided = refined or {}, lemmas, decided
         self.steps = bounder.steps
         self.dtype = root.lower[0].dtype
         self.forest = Forest()
@@ -81,6 +84,7 @@ class NeuronSplit:
         self.pauses = dict.fromkeys(self.loose, (0, 1))
         self.squeezing = False
         self.waiting = self.roots = self._plant(clauses)
+        self.begins = dict(enumerate(self.roots.node.tolist()))
         self.proved: list[Parts] = []
         self.subproblems = 0
         self.stuck: list[Parts] = []
@@ -95,6 +99,9 @@ class NeuronSplit:
         chosen = []
         for k in clauses:
             own = rows[(clause == k) & (rows >= 0)]
+            if self.decided is not None:  # what the other rows say has multipliers of its own
+                other = own[~self.decided.rows[own - self.problem.row_spans[self.case, 0]]]
+                own = other if len(other) else own
             if len(own) > 1:
                 start = self._start(own)
                 found = self.bounder.backward(self.root, lines, Start(start.a, start.d, None))
@@ -113,13 +120,20 @@ class NeuronSplit:
     def _plant(self, clauses: Sequence[int]) -> Parts:
         nodes = [self.forest.plant(self.case, k, k + 1) for k in clauses]
         n = len(nodes)
+        neuron = sign = torch.empty(0, dtype=torch.int64)
+        if self.decided is not None:
+            neuron, sign = self.decided.numbered(self.offset)
+        for what, side in zip(neuron.tolist(), sign.tolist(), strict=True):
+            made = self.forest.split(np.array(nodes), NEURON, np.full(n, what), np.zeros(n))
+            nodes = made[:, int(side > 0)].tolist()
         slopes = self.slots.flat(
             first_slopes(self.bounder, self.root), torch.zeros(n, self.slots.count, dtype=self.dtype)
         )
-        none = torch.empty(n, 0, dtype=self.dtype)
+        start, none = self._start(self.rows), torch.zeros(n, len(neuron), dtype=self.dtype)
+        beta = none if self.decided is None else self.decided.force(self.bounder, start)
         return Parts(
-            torch.empty(n, 0, dtype=torch.int64), none, none, none, slopes, torch.tensor(list(nodes)),
-            torch.arange(n), plainly(self.root, self._start(self.rows)), torch.zeros(n, dtype=torch.int64),
+            neuron.repeat(n, 1), none + sign.to(self.dtype), none, beta, slopes, torch.tensor(list(nodes)),
+            torch.arange(n), plainly(self.root, start), torch.zeros(n, dtype=torch.int64),
         )  # fmt: skip
 
     # ---------------------------------------------------------------- bounding
@@ -394,7 +408,7 @@ class NeuronSplit:
         return Grown(
             self.forest, trees, slot.numpy(), torch.cat(slopes).numpy(),
             {n: k for k, n in enumerate(node)}, {n: beta[k, held[k]] for k, n in enumerate(node)},
-            {key: len(leaves) + row for key, row in keys.items()}, tightened, self.lemmas,
+            {key: len(leaves) + row for key, row in keys.items()}, tightened, self.lemmas, self.begins,
         )  # fmt: skip
 
     def _root_slopes(self) -> tuple[dict[int, int], Tensor]:

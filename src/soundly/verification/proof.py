@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -73,6 +73,8 @@ class Grown:
         root_slopes: 2 * neuron + side of a bound of the roots' intervals -> row of `slopes`.
         tightened: node -> how its intervals were tightened.
         lemmas: what was proved before.
+        begins: tree -> the node below which its search began, if that is not the root: what leads there are splits that
+            the clause's own rows decide.
     """
 
     forest: Forest
@@ -84,6 +86,7 @@ class Grown:
     root_slopes: Mapping[int, int]
     tightened: Mapping[int, Rounds]
     lemmas: Sequence[Lemma] = ()
+    begins: Mapping[int, int] = field(default_factory=dict)
 
 
 def certificate(problem: Problem, grown: Sequence[Grown], *, claim: str, model: Mapping[str, str]) -> Certificate:
@@ -283,7 +286,8 @@ def _trees(grown: Sequence[Grown]) -> dict[str, Array]:
             tree_sizes.append(len(nodes))
             kind = forest.kind[nodes]
             flags = forest.flags[nodes].copy()
-            flags[0] |= REFRESH
+            begin = int(np.flatnonzero(nodes == g.begins.get(t, nodes[0]))[0])
+            flags[[0, begin]] |= REFRESH
             inner = kind != LEAF
             parts["flags"].append(flags)
             parts["kind"].append(kind)
@@ -292,7 +296,7 @@ def _trees(grown: Sequence[Grown]) -> dict[str, Array]:
             bound = np.array([g.bound_slopes.get(n, -1) for n in nodes.tolist()], dtype=np.int64)
             parts["slopes_bound"].append(np.where((bound >= 0) & (flags & BOUND > 0), bound + first_row, -1))
             refresh = np.full(len(nodes), -1, dtype=np.int64)
-            refresh[0] = group
+            refresh[begin] = group
             parts["slopes_refresh"].append(refresh)
             for at, (n, f) in enumerate(zip(nodes.tolist(), flags.tolist(), strict=True), before):
                 beta = g.betas.get(n) if f & BOUND else None

@@ -28,6 +28,7 @@ from soundly.certificate.verification import replay as replay_proof
 from soundly.errors import InvalidInput, MissingRule
 from soundly.spec.claim import Claim
 from soundly.verification.attack import Attack
+from soundly.verification.decided import decided
 from soundly.verification.float32 import with_float32
 from soundly.verification.input_split import InputSplit
 from soundly.verification.journal import Journal
@@ -43,7 +44,8 @@ from soundly.verification.verdict import Effort, Empty, Progress, Proved, Refute
 Search: TypeAlias = InputSplit | NeuronSplit
 
 FEW, SOME = 6, 64
-"""With at most FEW varying inputs only inputs are split, with more than SOME only neurons; between, both in turn."""
+"""With at most FEW varying inputs only inputs are split, with more than SOME only neurons; between, both in turn. Where
+rows decide neurons, both in turn with few, and only neurons otherwise."""
 PATIENCE = 2e-7
 """Seconds of the first attack per product of the network, between 0.05 and 2."""
 SHARE = 0.3
@@ -308,12 +310,19 @@ class _Run:
         for case in range(min(cases, 4)):
             self._try(case, min(max(0.05, wide.cost * PATIENCE), 2.0))
         settled: list[tuple[Search, list[int]]] = []
-        few = vary <= SOME or problem.grid is not None
-        inputs = InputSplit(problem, wide, margin=margin) if few or cases > 1 else None
+
+        def signs(case: int) -> bool:
+            """Whether rows of the case settle signs, which only splits of neurons make use of."""
+            return problem.grid is None and decided(problem, case) is not None
+
+        few = vary <= FEW
+        splittable = vary <= SOME or problem.grid is not None
+        inputs = InputSplit(problem, wide, margin=margin) if splittable or cases > 1 else None
         if inputs is not None:
             self.journal.follow("inputs", inputs)
-            if vary <= FEW or cases > 1:
-                self._work_inputs(inputs, rounds=None if vary <= FEW else 1)
+            whole = few and (cases > 1 or not signs(0))
+            if whole or cases > 1:
+                self._work_inputs(inputs, rounds=None if whole else 1)
             waiting = {case for parts in inputs.stack for case in parts.case.tolist()}
             settled.append((inputs, [t for t, case in enumerate(inputs.forest.case) if case not in waiting]))
             left = sorted(waiting)
@@ -324,7 +333,8 @@ class _Run:
             if cases > 1:
                 own = InputSplit(problem, wide, torch.tensor([case]), margin=margin)
                 self.journal.follow(f"inputs {case}", own)
-            search = self._case(problem, case, own if few and not (own and own.stuck) else None)
+            by_inputs = splittable and not (own and own.stuck) and (few or not signs(case))
+            search = self._case(problem, case, own if by_inputs else None)
             settled.append((search, list(range(len(search.forest.root)))))
         return self._prove(problem, settled)
 
@@ -377,7 +387,8 @@ class _Run:
             if neurons is None:
                 neurons = self._rooted(problem, case)
                 self.journal.follow(f"neurons {case} {used}", neurons)
-                if len(neurons.waiting) and (ends := neck_of(neurons.bounder, neurons.root)) is not None:
+                ends = neck_of(neurons.bounder, neurons.root) if neurons.decided is None else None
+                if len(neurons.waiting) and ends is not None:
                     neck = NeckSplit(neurons, ends)
                     self.journal.follow(f"neck {case}", neck)
             if neck is not None and len(neck.done) > len(used):
@@ -418,18 +429,26 @@ class _Run:
             narrow, margin = self._bounder(program), 1e-9
         box = problem.narrowed(problem.lower[case : case + 1], problem.upper[case : case + 1])
         lower, upper = (v.to(narrow.dtype) for v in box)
-        root = narrow.refresh(lower, upper, inherited=before)
+        root = whole = narrow.refresh(lower, upper, inherited=before)
+        sure = decided(problem, case)
+        if sure is not None:
+            sure = replace(sure, whole=whole)
+            root = sure.held(narrow)
         clauses = list(range(int(problem.spans[case, 1] - problem.spans[case, 0])))
-        search = NeuronSplit(problem, narrow, case, root, clauses, margin=margin, lemmas=lemmas)
+        search = NeuronSplit(problem, narrow, case, root, clauses, margin=margin, lemmas=lemmas, decided=sure)
         search.begin(20)
         self.subproblems += search.subproblems
         self.bound = search.bound
         if len(search.waiting):
-            known = narrowed(problem, narrow, program, root, case)
-            root, lemmas = known.frame, [*lemmas, *known.lemmas]
+            known = narrowed(problem, narrow, program, whole, case)
             self.subproblems += known.subproblems
             if known.lemmas:
-                search = NeuronSplit(problem, narrow, case, root, clauses, margin=margin, lemmas=lemmas)
+                lemmas = [*lemmas, *known.lemmas]
+                root = known.frame
+                if sure is not None:
+                    sure = replace(sure, whole=root)
+                    root = sure.held(narrow)
+                search = NeuronSplit(problem, narrow, case, root, clauses, margin=margin, lemmas=lemmas, decided=sure)
                 search.begin(20)
                 self.subproblems += search.subproblems
                 self.bound = search.bound
@@ -439,7 +458,9 @@ class _Run:
         rounds = TOGETHER if together else REFINING
         if len(search.waiting) and 8 * rounds * rows * narrow.cost < WORK:
             refined = refine(narrow, root, rounds=rounds, together=together)
-            search = NeuronSplit(problem, narrow, case, root, clauses, margin=margin, refined=refined, lemmas=lemmas)
+            search = NeuronSplit(
+                problem, narrow, case, root, clauses, margin=margin, refined=refined, lemmas=lemmas, decided=sure
+            )
             search.begin(50)
             self.subproblems += search.subproblems
             self.bound = search.bound
