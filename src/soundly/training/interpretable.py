@@ -24,7 +24,7 @@ from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, kl_div, l1_loss
+from torch.nn.functional import cross_entropy, kl_div
 
 from soundly.errors import InvalidInput
 from soundly.training.attack import ascend
@@ -45,12 +45,12 @@ class Loss(Protocol):
 
 def discrepancy(clean: Explained, moved: Explained, y: Tensor, *, one: bool = False) -> Tensor:
     """D [n], see above, or the one-class discrepancy."""
-    change = l1_loss(moved.maps, clean.maps, reduction="none").sum(-1)  # [n, classes]
+    change = (moved.maps - clean.maps).abs().sum(-1)  # [n, classes]
     label = y[:, None] == torch.arange(change.shape[1], device=y.device)
     if one:
         return change[label]
     share = moved.logits.masked_fill(label, -torch.inf).softmax(1) + label
-    return torch.linalg.vecdot(share, change) / 2
+    return (share * change).sum(1) / 2
 
 
 def two_class(clean: Explained, moved: Explained, y: Tensor, other: Tensor) -> Tensor:

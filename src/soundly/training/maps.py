@@ -55,12 +55,17 @@ class ConvNet(nn.Module):
 
 
 def cnn(
-    channels: int, classes: int, widths: Sequence[int] = (16, 32, 32), strides: Sequence[int] = (1, 2, 1)
+    channels: int,
+    classes: int,
+    widths: Sequence[int] = (16, 32, 32),
+    strides: Sequence[int] = (1, 2, 1),
+    kernel: int = 3,
 ) -> ConvNet:
-    """3 x 3 convolutions with ReLU between them."""
+    """Convolutions of an odd kernel with ReLU between them. A place of the map sees what its kernels reach: on images
+    larger than digits, kernels or strides should grow with the image, or the maps are local evidence only."""
     layers: list[nn.Module] = []
     for before, width, stride in zip([channels, *widths], widths, strides, strict=False):
-        layers += [nn.Conv2d(before, width, 3, stride, padding=1), nn.ReLU()]
+        layers += [nn.Conv2d(before, width, kernel, stride, padding=kernel // 2), nn.ReLU()]
     return ConvNet(nn.Sequential(*layers[:-1]), widths[-1], classes)
 
 
@@ -70,7 +75,7 @@ class Cam:
 
     def __call__(self, model: ConvNet, x: Tensor) -> Explained:
         a = model.features(x).flatten(2)
-        maps = (model.head.weight / a.shape[-1]) @ a
+        maps = torch.bmm((model.head.weight / a.shape[-1]).expand(len(a), -1, -1), a)
         return Explained(maps.sum(-1), maps)  # complete: the sums are the logits
 
 
