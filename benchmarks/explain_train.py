@@ -27,7 +27,7 @@ from soundly.training import sst
 from soundly.training.data import Images, read
 from soundly.training.fit import fit
 from soundly.training.interpretable import Loss, method
-from soundly.training.maps import ConvNet, cnn
+from soundly.training.maps import cnn
 from soundly.training.masking import Baseline, Certified, Masking, Probabilistic, Robust
 from soundly.training.report import Report, evaluate, prove, table
 from soundly.training.stability import curve, stability
@@ -38,22 +38,15 @@ METHODS = ("normal", "pgd", "trades", "ig-norm", "int-one-class", "int", "int2",
 
 @dataclass(frozen=True)
 class Setting:
-    """What all methods share: the distance of every attack, the epochs, the network."""
+    """What all methods share: the distance of every attack, the steps of the inner one, the epochs, the widths."""
 
     eps: float
+    steps: int
     epochs: int
     widths: tuple[int, ...]
-    strides: tuple[int, ...]
-    kernel: int
-
-    def network(self, images: Images) -> ConvNet:
-        return cnn(images.shape[0], images.classes, self.widths, self.strides, self.kernel)
 
 
-SETTINGS = {
-    "digits": Setting(0.1, 40, (16, 32, 32), (1, 2, 1), 3),
-    "mnist-5k": Setting(0.1, 15, (8, 16, 16), (2, 2, 1), 5),
-}
+SETTINGS = {"digits": Setting(0.1, 10, 40, (16, 32, 32)), "mnist-5k": Setting(0.1, 5, 12, (8, 16, 16))}
 
 
 def deviation(values: Sequence[float]) -> float:
@@ -124,9 +117,9 @@ def int_run(
     folder.mkdir(parents=True, exist_ok=True)
     for seed in range(seeds):
         for name in methods:
-            loss = method(name, eps=eps, gamma=gamma)
+            loss = method(name, eps=eps, steps=setting.steps, gamma=gamma)
             torch.manual_seed(seed)
-            model = setting.network(images)
+            model = cnn(images.shape, images.classes, setting.widths)
             fit(
                 model, images.train, images.train_labels, lambda a, b, p, f=loss, m=model: f(m, a, b, p),
                 epochs=setting.epochs, batch=64, lr=3e-3, seed=seed, about=(loss, setting),
@@ -136,7 +129,9 @@ def int_run(
             row = dict(zip(("clean", "half", "robust", "beyond", "twice"), rates, strict=True))
             found[name].append({**row, "tau": firm.tau, "kept": firm.kept})
             print(f"{name} {seed}: {found[name][-1]}", file=sys.stderr, flush=True)
-    cost = step_cost({name: method(name, eps=eps, gamma=gamma) for name in methods}, images, setting)
+    cost = step_cost(
+        {name: method(name, eps=eps, steps=setting.steps, gamma=gamma) for name in methods}, images, setting
+    )
     heads = ["clean", "half", "robust", "beyond", "twice", "tau", "kept"]
     print(f"{'':14}" + "".join(f"{head:>14}" for head in heads) + f"{'ms per step':>14}")
     for name, rows in found.items():
@@ -153,7 +148,7 @@ def int_run(
 
 def step_cost(losses: dict[str, Loss], images: Images, setting: Setting, repeats: int = 15) -> dict[str, float]:
     """Median CPU seconds of a training step, the methods taking turns so that the machine is the same for all."""
-    model = setting.network(images)
+    model = cnn(images.shape, images.classes, setting.widths)
     optimiser = torch.optim.Adam(model.parameters(), lr=1e-4)
     taken: dict[str, list[float]] = {name: [] for name in losses}
     for _ in range(repeats):

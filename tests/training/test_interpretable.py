@@ -20,7 +20,7 @@ NAMES = ("normal", "pgd", "trades", "ig-norm", "ig-norm-sum", "int", "int-one-cl
 
 def net(seed: int = 0) -> ConvNet:
     torch.manual_seed(seed)
-    return cnn(1, 4, (4, 6, 5)).double()
+    return cnn((1, 8, 8), 4, (4, 6, 5)).double()
 
 
 def images(n: int = 6, seed: int = 0) -> Tensor:
@@ -36,6 +36,17 @@ def test_class_activation_maps_are_complete():
     assert found.maps.shape == (6, 4, 16)
     torch.testing.assert_close(found.logits, model(x))
     torch.testing.assert_close(found.maps.sum(-1), model(x))
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 32, 32)])
+def test_a_place_of_the_map_sees_the_image(shape):
+    """One in the middle: most columns move it, and without a kernel of the image's size few would."""
+    torch.manual_seed(0)
+    x = torch.rand(1, *shape, requires_grad=True)
+    maps = cnn(shape, 10, (4, 4, 4)).features(x)
+    assert maps.shape == (1, 4, 4, 4)
+    (slope,) = torch.autograd.grad(maps[..., 2, 2].sum(), x)
+    assert (slope != 0).any(2).any(1).sum() >= 0.85 * shape[2]
 
 
 def test_gradcam_is_captum_and_here_cam():
@@ -216,7 +227,7 @@ def test_training_on_maps_makes_labels_robust():
     rates, firm = {}, {}
     for loss in (Plain(), Adversarial(0.15, 5), Int(0.15, 5)):
         torch.manual_seed(0)
-        model = cnn(1, 10, (8, 16, 16))
+        model = cnn(digits.shape, digits.classes, (8, 16, 16))
         fit(
             model, digits.train, digits.train_labels, lambda a, b, p, f=loss, m=model: f(m, a, b, p), epochs=15, lr=5e-3
         )

@@ -21,7 +21,7 @@ Formula = Callable[[ConvNet, Tensor, int, Tensor], Tensor]
 
 def net() -> ConvNet:
     torch.manual_seed(1)
-    model = cnn(1, CLASSES, (4, 6, 5)).double()
+    model = cnn((1, 8, 8), CLASSES, (4, 6, 5)).double()
     with torch.no_grad():
         model.head.weight *= 20  # logits apart, so that every softmax matters
     return model
@@ -179,6 +179,18 @@ def test_distances_grow_over_the_first_three_tenths(name):
     want, _ = expected(name, FORMULAS[name], inner(name), eps=EPS / 3)
     assert ours(name, passed=0.1)[0] == pytest.approx(want, rel=1e-9)
     assert ours(name, passed=0.3)[0] == ours(name, passed=1.0)[0] != pytest.approx(want, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["int", "int-one-class", "int2", "int-adv", "int2-adv", "trades"])
+def test_a_step_is_one_forward_pass_more_than_adversarial_training(name):
+    """The clean input's: it is what the cost of a step beyond that of `pgd` consists of."""
+    counts = {}
+    for kind in ("pgd", name):
+        model, passes = net(), []
+        model.features.register_forward_hook(lambda *_, seen=passes: seen.append(1))
+        method(kind, eps=EPS, steps=STEPS)(model, *batch())
+        counts[kind] = len(passes)
+    assert counts[name] == counts["pgd"] + 1 == STEPS + 3
 
 
 # ---------------------------------------------------------------- theorems
