@@ -215,6 +215,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="sst, int")
     parser.add_argument("--proofs", type=int, default=200, help="sst: how many test images")
     parser.add_argument("--methods", nargs="+", default=METHODS, help="int: which")
+    parser.add_argument("--gamma", type=float, default=3.0, help="int: weight of the maps' change; default: 3")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     args = parser.parse_args()
     args.images = args.images or {"reasons": 100}.get(args.experiment, 20)
@@ -227,7 +228,7 @@ def main() -> None:
         case "sst":
             report = sst_run(args.data or "mnist", args.seeds, args.proofs, args.cache)
         case "int":
-            report = int_run(args.data or "digits", args.seeds, args.methods, args.cache)
+            report = int_run(args.data or "digits", args.seeds, args.methods, args.gamma, args.cache)
     if args.json:
         print(json.dumps(report))
 

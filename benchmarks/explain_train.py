@@ -1,7 +1,7 @@
 """Networks trained to explain themselves: what `soundly.training` reaches.
 
     python benchmarks/explain.py sst [--data mnist] [--seeds 3] [--proofs 200] [--cache out] [--json]
-    python benchmarks/explain.py int [--data digits] [--seeds 3] [--methods ...] [--cache out] [--json]
+    python benchmarks/explain.py int [--data digits] [--seeds 3] [--methods ...] [--gamma 3] [--cache out] [--json]
 
 `sst`: a 784-128-64 network whose mask names the pixels that suffice for its prediction while the others move by 0.12.
 Certified masking over all seeds, the other three maskings once; every network is measured under every masking, with no
@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +34,29 @@ from soundly.training.stability import curve, stability
 
 EPS = 0.12
 METHODS = ("normal", "pgd", "trades", "ig-norm", "int-one-class", "int", "int2", "int-adv")
-GAMMA = 3.0
-SETTINGS = {"digits": (0.15, 60, (16, 32, 32), (1, 2, 1)), "mnist-5k": (0.2, 12, (16, 32, 32), (2, 2, 1))}
-"""Distance, epochs, and the network's widths and strides, by data set."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all methods share: the distance of every attack, the steps of the inner one, the epochs, the widths."""
+
+    eps: float
+    steps: int
+    epochs: int
+    widths: tuple[int, ...]
+
+
+SETTINGS = {"digits": Setting(0.1, 10, 40, (16, 32, 32)), "mnist-5k": Setting(0.1, 5, 12, (8, 16, 16))}
+
+
+def deviation(values: Sequence[float]) -> float:
+    """The standard deviation; 0 of one value."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def spread(values: Sequence[float]) -> str:
     """Mean and standard deviation, in percent."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{100 * statistics.mean(values):.1f} ± {100 * deviation:.1f}"
+    return f"{100 * statistics.mean(values):.1f} ± {100 * deviation(values):.1f}"
 
 
 def sst_run(data: str = "mnist", seeds: int = 3, proofs: int = 200, folder: Path = Path("out")) -> dict[str, Any]:
@@ -79,54 +94,61 @@ def sst_run(data: str = "mnist", seeds: int = 3, proofs: int = 200, folder: Path
         print(f"{name:12} {spread(values)} %")
     return {
         "experiment": "sst", "data": data, "seeds": seeds, **{k: statistics.mean(v) for k, v in shares.items()},
-        "spread": {k: statistics.stdev(v) if len(v) > 1 else 0.0 for k, v in shares.items()},
+        "spread": {k: deviation(v) for k, v in shares.items()},
         "seconds_per_explanation": statistics.mean(explaining), "training_cpu_seconds": seconds[:seeds],
     }  # fmt: skip
 
 
 def int_run(
-    data: str = "digits", seeds: int = 3, methods: Sequence[str] = METHODS, folder: Path = Path("out")
+    data: str = "digits",
+    seeds: int = 3,
+    methods: Sequence[str] = METHODS,
+    gamma: float = 3.0,
+    folder: Path = Path("out"),
 ) -> dict[str, Any]:
     """For each method its clean accuracy, that within the trained distance and beyond, tau, and milliseconds per step,
     all means over seeds. Attacks: 40 steps, the first 500 test images."""
     images = read(data)
-    eps, epochs, widths, strides = SETTINGS[data]
+    setting = SETTINGS[data]
+    eps = setting.eps
     x, y = images.test[:500], images.test_labels[:500]
     distances = [0.0, eps / 2, eps, 4 / 3 * eps, 2 * eps]
     found: dict[str, list[dict[str, float]]] = {name: [] for name in methods}
     folder.mkdir(parents=True, exist_ok=True)
     for seed in range(seeds):
         for name in methods:
-            loss = method(name, eps=eps, gamma=GAMMA)
+            loss = method(name, eps=eps, steps=setting.steps, gamma=gamma)
             torch.manual_seed(seed)
-            model = cnn(images.shape[0], images.classes, widths, strides)
+            model = cnn(images.shape, images.classes, setting.widths)
             fit(
                 model, images.train, images.train_labels, lambda a, b, p, f=loss, m=model: f(m, a, b, p),
-                epochs=epochs, batch=64, lr=3e-3, seed=seed, about=loss,
-                checkpoint=folder / f"int-{data}-{name}-{seed}.pt",
+                epochs=setting.epochs, batch=64, lr=3e-3, seed=seed, about=(loss, setting),
+                checkpoint=folder / f"int-{data}-{name}-{eps:g}-{gamma:g}-{seed}.pt",
             )  # fmt: skip
             rates, firm = curve(model, x, y, distances), stability(model, x, y, eps=eps)
             row = dict(zip(("clean", "half", "robust", "beyond", "twice"), rates, strict=True))
             found[name].append({**row, "tau": firm.tau, "kept": firm.kept})
             print(f"{name} {seed}: {found[name][-1]}", file=sys.stderr, flush=True)
-    cost = step_cost({name: method(name, eps=eps, gamma=GAMMA) for name in methods}, images, widths, strides)
+    cost = step_cost(
+        {name: method(name, eps=eps, steps=setting.steps, gamma=gamma) for name in methods}, images, setting
+    )
     heads = ["clean", "half", "robust", "beyond", "twice", "tau", "kept"]
     print(f"{'':14}" + "".join(f"{head:>14}" for head in heads) + f"{'ms per step':>14}")
     for name, rows in found.items():
         cells = [spread([row[head] for row in rows]) for head in heads]
         print(f"{name:14}" + "".join(f"{cell:>14}" for cell in cells) + f"{1000 * cost[name]:>14.1f}")
-    means = {name: {h: statistics.mean(row[h] for row in rows) for h in heads} for name, rows in found.items()}
+    columns = {head: {name: [row[head] for row in rows] for name, rows in found.items()} for head in heads}
     return {
-        "experiment": "int", "data": data, "seeds": seeds, "eps": eps, "gamma": GAMMA,
-        **{key: {name: means[name][key] for name in found} for key in heads}, "seconds_per_step": cost,
+        "experiment": "int", "data": data, "seeds": seeds, "eps": eps, "gamma": gamma,
+        **{head: {name: statistics.mean(v) for name, v in column.items()} for head, column in columns.items()},
+        "spread": {head: {name: deviation(v) for name, v in column.items()} for head, column in columns.items()},
+        "seconds_per_step": cost,
     }  # fmt: skip
 
 
-def step_cost(
-    losses: dict[str, Loss], images: Images, widths: Sequence[int], strides: Sequence[int], repeats: int = 15
-) -> dict[str, float]:
+def step_cost(losses: dict[str, Loss], images: Images, setting: Setting, repeats: int = 15) -> dict[str, float]:
     """Median CPU seconds of a training step, the methods taking turns so that the machine is the same for all."""
-    model = cnn(images.shape[0], images.classes, widths, strides)
+    model = cnn(images.shape, images.classes, setting.widths)
     optimiser = torch.optim.Adam(model.parameters(), lr=1e-4)
     taken: dict[str, list[float]] = {name: [] for name in losses}
     for _ in range(repeats):

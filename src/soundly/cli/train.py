@@ -155,7 +155,7 @@ def _int(arguments: argparse.Namespace) -> int:
     images, eps = read(arguments.data).part(arguments.train, arguments.test), arguments.eps
     loss = method(arguments.method, eps=eps, gamma=arguments.gamma)
     torch.manual_seed(arguments.seed)
-    model = cnn(images.shape[0], images.classes)
+    model = cnn(images.shape, images.classes)
     fit(
         model, images.train, images.train_labels, lambda x, y, passed: loss(model, x, y, passed),
         epochs=arguments.epochs, batch=arguments.batch, lr=arguments.lr, seed=arguments.seed,

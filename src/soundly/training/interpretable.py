@@ -24,7 +24,7 @@ from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, kl_div, l1_loss
+from torch.nn.functional import cross_entropy, kl_div
 
 from soundly.errors import InvalidInput
 from soundly.training.attack import ascend
@@ -45,12 +45,12 @@ class Loss(Protocol):
 
 def discrepancy(clean: Explained, moved: Explained, y: Tensor, *, one: bool = False) -> Tensor:
     """D [n], see above, or the one-class discrepancy."""
-    change = l1_loss(moved.maps, clean.maps, reduction="none").sum(-1)  # [n, classes]
+    change = (moved.maps - clean.maps).abs().sum(-1)  # [n, classes]
     label = y[:, None] == torch.arange(change.shape[1], device=y.device)
     if one:
         return change[label]
     share = moved.logits.masked_fill(label, -torch.inf).softmax(1) + label
-    return torch.linalg.vecdot(share, change) / 2
+    return (share * change).sum(1) / 2
 
 
 def two_class(clean: Explained, moved: Explained, y: Tensor, other: Tensor) -> Tensor:
@@ -111,6 +111,9 @@ class Trades:
 class IgNorm:
     """Cross entropy plus the l1 norm of the loss's Integrated Gradients from x to the attacked x', per example.
 
+    They add up to the loss at x' less that at x, so the norm is at least what `Adversarial` adds. The attack is on the
+    label: one on the norm itself would take second derivatives at every step.
+
     Attributes:
         points: of the quadrature.
         summed: cross entropy at x' instead of x (IG-Norm-Sum).
@@ -144,8 +147,9 @@ class Int:
     """Cross entropy plus `gamma` times the largest discrepancy of maps within eps.
 
     Attributes:
-        gamma: weight of D in its one normalisation. On digits 1 keeps the accuracy of adversarial training, 3 gives up
-            some for labels that hold beyond eps; at 10 all maps become constant.
+        gamma: weight of D in its one normalisation. The released code's is 0.98 on maps of 49 places. On digits 1 keeps
+            almost the accuracy of adversarial training, 3 gives up some for labels that hold beyond eps; at 10 all maps
+            become constant.
         inner: what the inner attack maximises: the discrepancy itself (Int), or the cross entropy (Int2).
         one: the one-class discrepancy (Int-one-class).
         adversarial: cross entropy at the attacked point instead (Int-Adv, Int2-Adv).

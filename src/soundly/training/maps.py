@@ -10,6 +10,7 @@ Reference: Zhou et al., "Learning Deep Features for Discriminative Localization"
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -54,13 +55,21 @@ class ConvNet(nn.Module):
         return self.classify(self.features(x))
 
 
-def cnn(
-    channels: int, classes: int, widths: Sequence[int] = (16, 32, 32), strides: Sequence[int] = (1, 2, 1)
-) -> ConvNet:
-    """3 x 3 convolutions with ReLU between them."""
+def cnn(shape: Sequence[int], classes: int, widths: Sequence[int] = (16, 32, 32)) -> ConvNet:
+    """Convolutions with ReLU between them, for images of a shape [c, h, w].
+
+    Maps come out about 4 places wide where there are layers enough to halve them. Kernels are the smallest odd ones,
+    from 3, whose reach through all layers is the image's width: a place that sees little of the image says little.
+    """
+    side, depth = max(shape[1:]), len(widths)
+    halvings = max(0, round(math.log2(side / 4)))
+    halved = sorted(range(depth), key=lambda i: abs(i - depth // 2))[:halvings]  # from the middle outwards
+    strides = [2 if i in halved else 1 for i in range(depth)]
+    jumps = sum(math.prod(strides[:i]) for i in range(depth))  # a kernel of 1 + r reaches 1 + r * jumps pixels
+    kernel = max(3, 1 + 2 * math.ceil((side - 1) / (2 * jumps)))
     layers: list[nn.Module] = []
-    for before, width, stride in zip([channels, *widths], widths, strides, strict=False):
-        layers += [nn.Conv2d(before, width, 3, stride, padding=1), nn.ReLU()]
+    for before, width, stride in zip([shape[0], *widths], widths, strides, strict=False):
+        layers += [nn.Conv2d(before, width, kernel, stride, padding=kernel // 2), nn.ReLU()]
     return ConvNet(nn.Sequential(*layers[:-1]), widths[-1], classes)
 
 
@@ -70,7 +79,7 @@ class Cam:
 
     def __call__(self, model: ConvNet, x: Tensor) -> Explained:
         a = model.features(x).flatten(2)
-        maps = (model.head.weight / a.shape[-1]) @ a
+        maps = torch.bmm((model.head.weight / a.shape[-1]).expand(len(a), -1, -1), a)
         return Explained(maps.sum(-1), maps)  # complete: the sums are the logits
 
 
