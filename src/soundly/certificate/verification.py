@@ -20,10 +20,10 @@ from soundly.certificate.crop import Crops
 from soundly.certificate.float32 import row_errors
 from soundly.certificate.format import Certificate
 from soundly.certificate.forms import INPUTS as FORMS
-from soundly.certificate.intervals import in_time, refresh
+from soundly.certificate.intervals import around, in_time, refresh
 from soundly.certificate.lemmas import Narrowing, narrow
 from soundly.certificate.program import Affine, Apply, Times, nonlinear_sources
-from soundly.certificate.reading import BOUND, CLIP, INPUT, LEAF, REFRESH, TOGETHER, Proof, Refused, read
+from soundly.certificate.reading import BOUND, CLIP, INPUT, LEAF, REFRESH, SUMMED, TOGETHER, Proof, Refused, read
 from soundly.certificate.rings import U
 
 Array = npt.NDArray[Any]
@@ -198,7 +198,9 @@ class _Replayer:
         kinds: dict[tuple[bool, bool], list[_Node]] = {}  # by whether slopes are stored and products bounded together
         for node in bounded:
             slopes = int(proof.slopes_bound[node.place])
-            if proof.flags[node.place] & TOGETHER and node.frame.factors:  # none where no forms are followed
+            if proof.flags[node.place] & SUMMED:
+                self._bound([node], self._summed_view(node))
+            elif proof.flags[node.place] & TOGETHER and node.frame.factors:  # none where no forms are followed
                 kinds.setdefault((slopes >= 0, True), []).append(node)
             else:
                 groups.setdefault((id(node.frame), node.row, slopes), []).append(node)
@@ -369,6 +371,13 @@ class _Replayer:
             proof.program, frame, found, frame.lower[0], frame.upper[0], {}, self._splits(nodes), factors,
             proof.program.ball,
         )  # fmt: skip
+
+    def _summed_view(self, node: _Node) -> View:
+        """With absolute values bounded together."""
+        proof = self.proof
+        view = self._mixed_view([node], bool(proof.flags[node.place] & TOGETHER and node.frame.factors))
+        found = around(view, int(proof.slopes_refresh[node.place]), proof.stored, self.deadline)
+        return replace(view, absolute=found)
 
     def _pieces(self, frame: Frame, slopes: Array | None) -> dict[int, Pieces]:
         program = self.proof.program
