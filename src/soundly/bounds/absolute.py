@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from soundly.bounds.batch import Bounder
-from soundly.bounds.frame import Frame, Side, Slopes, Start
+from soundly.bounds.frame import Frame, Side, Start
 from soundly.bounds.lines import kink
 from soundly.bounds.optimise import Freedom, Refined, bounds_of, first
 from soundly.bounds.program import Affine, Function, Step
