@@ -23,9 +23,9 @@ from soundly.bounds.lines import kink
 from soundly.bounds.optimise import Freedom, Refined, bounds_of, first
 from soundly.bounds.program import Affine, Function, Step
 
-RANK, FIRST, NEXT = 16, 60, 10
+RANK, FIRST, NEXT = 16, 60, 20
 """The dimension of the vectors that make the norm, and how often they are improved at first and after a change."""
-RATE, DECAY = 0.1, 0.95
+RATE, DECAY = 0.2, 0.8
 """The first step of slopes, of their range, and what remains of it a round later."""
 
 

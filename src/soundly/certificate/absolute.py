@@ -96,7 +96,7 @@ def norm(b: Array) -> float:
         values, vectors = np.linalg.eigh(m)
     except np.linalg.LinAlgError:
         values, vectors = np.full(len(m), size), np.eye(len(m))
-    top = max(float(values.max()), 0.0) * (1 + 2.0**-30)
+    top = max(float(values.max()), 0.0)
     root = vectors * np.sqrt(np.maximum(top - values, 0.0))
     rest = top * np.eye(len(m)) - m - root @ root.T
     lost = np.sqrt((rest * rest).sum()) + 4 * k * U * (len(m) * top + size + (root * root).sum())

@@ -424,8 +424,8 @@ def _trees(arrays: _Reader, program: Program, pair_start: Array, pair_rows: Arra
         _refuse("flags: a node is clipped that is not bounded")
     if (together & ~(refreshed & bounded)).any() or (together.any() and program.together is None):
         _refuse("flags: products are bounded together where nothing is refreshed or bounded, or where there are none")
-    if (summed & (clipped | ~(refreshed & bounded))).any() or (summed.any() and not program.absolute):
-        _refuse("flags: absolute values are summed up where nothing is refreshed or bounded, to clip, or without any")
+    if (summed & ~(refreshed & bounded)).any() or (summed.any() and not program.absolute):
+        _refuse("flags: absolute values are summed up where nothing is refreshed or bounded, or where there are none")
     if ((bound >= 0) & ~bounded).any() or ((group >= 0) & ~refreshed).any():
         _refuse("slopes for a node that does not use them")
     if (np.diff(beta_start)[~bounded] > 0).any():

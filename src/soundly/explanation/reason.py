@@ -28,8 +28,9 @@ from soundly.spec.claim import Claim
 from soundly.spec.region import Box
 from soundly.verification.problem import problem_of
 from soundly.verification.replay import replay
+from soundly.verification.root import SMALL
 from soundly.verification.verdict import Proved, Refuted, Verdict
-from soundly.verification.verify import MARGIN, SMALL, verify, verify_part
+from soundly.verification.verify import MARGIN, verify, verify_part
 
 PREFIXES = 48
 """How many sets of growing size are bounded at once."""

@@ -25,7 +25,7 @@ from soundly.verification.problem import Problem, problem_of
 from soundly.verification.proof import certificate
 from soundly.verification.verdict import Effort, Proved
 
-ROUNDS, JOINTLY = 20, 8
+ROUNDS, JOINTLY = 20, 6
 """How often the slopes of each bound are improved, and those around absolute values that are bounded together."""
 REFINING, TOGETHER, WORK = 20, 3, 2e11
 """Rounds of improving the slopes behind inner intervals, each bound's own or all of a step's together, and up to how
