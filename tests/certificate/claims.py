@@ -10,7 +10,7 @@ import numpy as np
 from soundly.certificate import Certificate
 from soundly.certificate.format import FORMAT, NETWORK, VERIFICATION, VERSION
 
-REFRESH, BOUND, CLIP, TOGETHER = 1, 2, 4, 8
+REFRESH, BOUND, CLIP, TOGETHER, SUMMED = 1, 2, 4, 8, 16
 RELU = {"name": "relu", "ring": "polynomial", "pieces": [[], [(1.0, 1)]], "breaks": [0.0]}
 STEP = {"name": "step", "ring": "polynomial", "pieces": [[], [(1.0, 0)]], "breaks": [0.0]}
 REACHED = {**STEP, "name": "reached", "held_kind": ["right"]}
@@ -19,7 +19,10 @@ FULL = {**STEP, "name": "full", "held_kind": ["own"], "held": [1.0]}
 PEAK = {**STEP, "name": "peak", "held_kind": ["own"], "held": [3.0]}
 SQUARE = {"name": "square", "ring": "polynomial", "pieces": [[(1.0, 2)]]}
 TANH = {"name": "tanh", "ring": "tanh", "pieces": [[(1.0, 0, 1)]]}
-FUNCTIONS = {f["name"]: f for f in (RELU, STEP, REACHED, HALF, FULL, PEAK, SQUARE, TANH)}
+ABSOLUTE = {"name": "absolute", "ring": "polynomial", "pieces": [[(-1.0, 1)], [(1.0, 1)]], "breaks": [0.0]}
+TWICE = {**ABSOLUTE, "name": "twice", "pieces": [[(-2.0, 1)], [(2.0, 1)]]}
+NEGATED = {**ABSOLUTE, "name": "negated", "pieces": [[(1.0, 1)], [(-1.0, 1)]]}
+FUNCTIONS = {f["name"]: f for f in (RELU, STEP, REACHED, HALF, FULL, PEAK, SQUARE, TANH, ABSOLUTE, TWICE, NEGATED)}
 
 
 @dataclass

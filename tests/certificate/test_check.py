@@ -536,7 +536,7 @@ def test_the_checker_depends_on_nothing_it_checks():
     folder, found = Path(checker.__file__).parent, set()
     parts = (
         "verification", "conditional", "lemmas", "reading", "intervals", "crop", "forms", "bounding", "products",
-        "program", "functions", "rings", "ball", "grid", "float32",
+        "program", "functions", "rings", "ball", "grid", "absolute", "float32",
     )  # fmt: skip
     for name in (f"{part}.py" for part in ("check", "format", *parts)):
         for node in ast.walk(ast.parse((folder / name).read_text(encoding="utf-8"))):

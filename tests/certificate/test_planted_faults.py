@@ -19,6 +19,8 @@ from tests.certificate.samples import (
     neuron_certificate,
     random_certificate,
 )
+from tests.certificate.test_absolute import escaped as sum_escaped
+from tests.certificate.test_absolute import sums_certificate, too_small, untrue_sums, wrong_flags
 from tests.certificate.test_ball import escapes
 from tests.certificate.test_conditional import misplaced, tightened_certificate
 from tests.certificate.test_decided import decided, wrong
@@ -40,8 +42,8 @@ from soundly.certificate import Certificate
 def broken(old: str, new: str) -> Any:
     """The checker with one piece of its source exchanged."""
     folder = Path(checker.__file__).parent
-    names = ("rings", "ball", "grid", "functions", "products", "program", "bounding", "crop", "forms", "intervals",
-             "conditional", "reading", "lemmas", "verification")  # fmt: skip
+    names = ("rings", "absolute", "ball", "grid", "functions", "products", "program", "bounding", "crop", "forms",
+             "intervals", "conditional", "reading", "lemmas", "verification")  # fmt: skip
     sources = {name: (folder / f"{name}.py").read_text(encoding="utf-8") for name in names}
     assert sum(s.count(old) for s in sources.values()) == 1, f"{old!r} is not in the checker exactly once: adapt this"
     for name in names:
@@ -94,6 +96,12 @@ def faults(with_: Any) -> Iterator[str]:
         "forgets the error of a weight in products": (proves, [square_of_uncertain()]),
         "is above a quadratic form": (
             lambda seed: next(above_least(sys.modules["broken_products"], seed), None) is not None, range(12)),
+        "proves an untruth of sums": (lambda seed: untrue(sums_certificate(seed), seed, with_) != [], range(18)),
+        "proves an untruth of one sum": (lambda name: proves(untrue_sums()[name]), untrue_sums()),
+        "is above a row with sums": (lambda seed: sum_escaped(seed, with_), range(40)),
+        "makes a norm too small": (
+            lambda seed: next(too_small(sys.modules["broken_absolute"], seed), None) is not None, range(120)),
+        "takes sums where they are not": (lambda name: not with_.replay(wrong_flags()[name]).problems, wrong_flags()),
         "proves an untruth of balls": (lambda seed: untrue(ball_certificate(seed), seed, with_) != [], range(60)),
         "proves an untruth of grids": (lambda seed: untrue(grid_certificate(seed), seed, with_) != [], range(60)),
         "is above a row on a ball": (lambda seed: escapes(sys.modules["broken_ball"], seed), range(60)),
@@ -134,8 +142,8 @@ FAULTS = {
         "                ends = (frame.lower if",
         "                sign = -sign\n                ends = (frame.lower if"),
     "the input's ends exchanged": (
-        "bound.add(-_product(np.abs(rest), _owned(radius, owner)))",
-        "bound.add(_product(rest, _owned(radius, owner)))"),
+        "bound.add(-_product(np.abs(rest), _owned(radius + widened, owner)))",
+        "bound.add(_product(rest, _owned(radius + widened, owner)))"),
     "bias forgotten": ("bound.add(a @ step.bias)", "pass"),
     "constant forgotten": ("np.zeros(len(owner)) + constant", "np.abs(constant) + np.zeros(len(owner))"),
     "slack ignored": ("best > proof.slack[rows]", "best > -proof.slack[rows] - 1e-2"),
@@ -276,6 +284,25 @@ FAULTS = {
     "signs of clauses elsewhere": ("if first <= pair < first + len(found):", "if True:"),
     "signs where a neuron is split elsewhere": ("if at == 0 and at not in", "if at not in"),
     "signs at jumps": ("if at == 0 and at not in self.proof.program.parted[step]:", "if at == 0:"),
+    "half of each absolute value": ("half, size = w[some] / 2,", "half, size = w[some] / 4,"),
+    "factors of absolute values forgotten": ("np.maximum(-here * self.factor[i], 0.0)", "np.maximum(-here, 0.0)"),
+    "middles of both sides forgotten": ("constant = -(half @ (total @ middle + (low_at + high_at)))", "constant = 0.0"),
+    "the affine part forgotten": ("b[-1, :-1] = (rest + half @ total) * radius", "b[-1, :-1] = rest * radius"),
+    "the rest of a row forgotten": ("b[-1, :-1] = (rest + half @ total) * radius",
+                                    "b[-1, :-1] = half @ total * radius"),
+    "absolute values where they are 0 in the middle": ("b[:-1, -1] = half *", "b[:-1, -1] = 0 *"),
+    "both sides exchanged": ("total, gap = low + high, low - high", "gap, total = low + high, low - high"),
+    "less than the largest eigenvalue": ("lost = np.sqrt((rest * rest).sum()) + ", "lost = -0.1 * top + "),
+    "no rounding in norms": ("spectral = np.sqrt(top + ABOVE * lost) + 4 * U * ABOVE * np.sqrt(size)",
+                             "k, spectral = 0, np.sqrt(top)"),
+    "the longest for the sum": ("found = np.sqrt((1 / (p * p)).sum())", "found = np.sqrt((1 / (p * p)).max())"),
+    "absolute values of another step": ("here = a[:, self.entry[i]]", "here = a[:, self.entry[i]][:, ::-1]"),
+    "affine functions of certain weights": ("bare.start(i, entry, sign, node)\n    _, a, before",
+                                            "bare.start(i, entry, sign, node)\n    lost = 0.0\n    _, a, before"),
+    "the lower side for both": ("1.0 - 2.0 * side[some], rows[some], stored)",
+                                "1.0 + 0 * side[some], rows[some], stored)"),
+    "what precedes the sums told": ("before.lose(np.inf)", "pass"),
+    "sums where nothing is refreshed": ("(summed & ~(refreshed & bounded)).any()", "False"),
     "the deadline ignored": ("raise TimeoutError", "pass; TimeoutError"),
     "everything refused": ("return Replay(proven, self.margin", "return Replay(0 * proven, self.margin"),
 }  # fmt: skip

@@ -1,6 +1,7 @@
 """What is called certain about an attribution: against autograd at samples and corners, and against captum's metric."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -123,24 +124,31 @@ def test_where_no_cell_is_certain_nothing_is_claimed():
 
 def test_bounds_that_are_too_narrow_are_not_called_proved(monkeypatch):
     """A planted fault: intervals that shrink to half their size about the middle."""
-    right = module._least
+    right = module.root
     network, x = maps()["cam"]
     region = Box(x - 0.02, x + 0.02)
 
     def wrong(problem):
-        low, high = right(problem).chunk(2)
+        found = right(problem)
+        low, high = found.bound.chunk(2)
         middle = (low - high) / 2
-        return torch.cat([middle + 0.3 * (low - middle), -middle + 0.3 * (high + middle)])
+        bound = torch.cat([middle + 0.3 * (low - middle), -middle + 0.3 * (high + middle)])
+        return replace(found, bound=bound)
 
-    monkeypatch.setattr(module, "_least", wrong)
+    monkeypatch.setattr(module, "root", wrong)
     found = certify_map(network, region, timeout=20)
     assert not isinstance(found.verdict, Proved)
 
 
 def test_a_change_that_is_too_small_is_not_called_proved(monkeypatch):
-    right = module._least
+    right = module.root
     network, x = maps()["cam"]
-    monkeypatch.setattr(module, "_least", lambda problem: 0.2 * right(problem))
+
+    def wrong(problem, **sums):
+        found = right(problem, **sums)
+        return replace(found, bound=0.2 * found.bound)
+
+    monkeypatch.setattr(module, "root", wrong)
     assert not isinstance(certify_change(network, x, Box(x - 0.02, x + 0.02), timeout=20).verdict, Proved)
 
 
@@ -160,3 +168,24 @@ def test_requests_that_do_not_fit_are_refused():
     for request, word in requests:
         with pytest.raises(InvalidInput, match=word):
             request()
+
+
+def test_a_change_of_many_cells_is_bounded_as_one():
+    _, x, network = pooled()
+    cam = soundly.cam(network, of=1, layer="features")
+    region = Box(x - 0.02, x + 0.02)
+    found, bounds = certify_change(cam, x, region, relative=False), certify_map(cam, region)
+    cells = torch.maximum(bounds.upper - cam(x), cam(x) - bounds.lower).sum()
+    assert isinstance(found.verdict, Proved) and soundly.check(found.verdict.certificate).accepted
+    assert found.verdict.effort.settled == "root bound" and found.reached <= found.upper < 0.9 * float(cells)
+
+
+def test_what_the_checker_does_not_accept_is_searched_for(monkeypatch):
+    _, x, network = pooled()
+    cam = soundly.cam(network, of=1, layer="features")
+    region = Box(x - 0.02, x + 0.02)
+    usual = certify_change(cam, x, region)
+    monkeypatch.setattr(module, "proved", lambda *_, **__: None)
+    found = certify_change(cam, x, region)
+    assert isinstance(found.verdict, Proved) and found.upper > usual.upper
+    assert found.claim.property.b.tolist() != usual.claim.property.b.tolist()

@@ -27,8 +27,9 @@ from soundly.spec.claim import Claim
 from soundly.spec.region import Union
 from soundly.verification.decided import behind
 from soundly.verification.problem import problem_of
+from soundly.verification.root import SMALL
 from soundly.verification.verdict import Empty, Verdict
-from soundly.verification.verify import MARGIN, SMALL, verify
+from soundly.verification.verify import MARGIN, verify
 
 ROUNDS = 10
 """Of improving the slopes and multipliers of a bound."""

@@ -23,8 +23,8 @@ from soundly.errors import InvalidInput
 from soundly.graph.elementwise import RELU, Elementwise
 from soundly.graph.network import Network
 from soundly.graph.node import Node
-from soundly.spec.claim import Claim, Property, Row, Terms
-from soundly.spec.region import Region
+from soundly.spec.claim import Claim, Property, Region, Row, Terms
+
 from soundly.verification.verdict import Empty, Proved, Refuted, Unknown, Verdict
 from soundly.verification.verify import verify
 

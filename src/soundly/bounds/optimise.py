@@ -61,7 +61,7 @@ class _Adam:
         return first / (1 - 0.9**t) / ((second / (1 - 0.999**t)).sqrt() + 1e-12)
 
 
-class _Freedom:
+class Freedom:
     """What is free in the relaxations over a frame: the relaxations for given slopes, a bound's gradients in them, and
     steps along it. Slopes of one sign move by factors, as they may span magnitudes."""
 
@@ -153,7 +153,7 @@ def raised(
     best = torch.full_like(start.d, -math.inf)
     best_slopes, best_force = dict(now), {i: s.multiplier for i, s in cuts.items()}
     low, high = frame.lower[0], frame.upper[0]
-    freedom, adam = _Freedom(bounder, frame, slopes), _Adam()
+    freedom, adam = Freedom(bounder, frame, slopes), _Adam()
     sizes = dict(scale or {})
     for t in range(1, rounds + 2):
         lines = freedom.relaxations(now)
@@ -262,7 +262,7 @@ def _together(
 ) -> tuple[Tensor, Tensor, dict[Side, Tensor]]:
     """The best bounds [rows], the round of each, and the slopes [rounds, n]."""
     step = bounder.steps[i]
-    freedom = _Freedom(bounder, frame, free)
+    freedom = Freedom(bounder, frame, free)
     now, tried = dict(free), []
     best = frame.lower[i].new_full((len(entry),), -math.inf)
     which = torch.zeros_like(entry)

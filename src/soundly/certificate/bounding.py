@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from soundly.certificate.absolute import Absolute
 from soundly.certificate.ball import Ball
 from soundly.certificate.functions import Lines, Sides
 from soundly.certificate.products import Factor, Pair, remainder
@@ -283,6 +284,7 @@ class View:
         lower, upper: the boxes [M, inputs].
         factors: of the products that are bounded together; their pieces are tangents.
         ball: where all inputs lie besides their boxes.
+        absolute: of absolute values that are bounded together, which entries; of a single node.
     """
 
     program: Program
@@ -294,6 +296,7 @@ class View:
     splits: Splits | None = None
     factors: dict[int, Pair] = field(default_factory=dict)
     ball: Ball | None = None
+    absolute: Absolute | None = None
 
     def backward(
         self, start: dict[int, Array], owner: Array, constant: Array | float = 0.0, lost: Array | float = 0.0
@@ -307,12 +310,14 @@ class View:
             lost: how far each row may be from what it stands for.
 
         Returns:
-            bounds from below [R]; the coefficients of the input [R, inputs]; the bound before the input was put in.
+            bounds from below [R]; the coefficients of the input [R, inputs]; the bound before the input was put in, and
+            nothing of rows with absolute values that are bounded together.
         """
         bound = Bound(len(owner))
         bound.add(np.zeros(len(owner)) + constant)
         bound.lose(lost)
-        coefficients = self.carry(start, owner, bound)
+        weights: dict[int, Array] = {}
+        coefficients = self.carry(start, owner, bound, weights=weights)
         a = coefficients.pop(0, None)
         if a is None:
             a = np.zeros((len(owner), self.program.steps[0].size))
@@ -320,21 +325,32 @@ class View:
         middle = self.lower / 2 + self.upper / 2
         size = np.maximum(np.abs(self.lower), np.abs(self.upper))
         radius = np.maximum(self.upper - middle, middle - self.lower) * (1 + 4 * U)
-        radius += (4 * a.shape[1] + self.program.contributions + 8) * U * ABOVE * size + FLOOR
+        widened = (4 * a.shape[1] + self.program.contributions + 8) * U * ABOVE * size + FLOOR
         rest = a
         if self.ball is not None:
-            rest, d, lost = self.ball.take(owner).lifted(a, _owned(self.lower, owner), _owned(self.upper, owner))
+            rest, d, off = self.ball.take(owner).lifted(a, _owned(self.lower, owner), _owned(self.upper, owner))
             bound.add(d)
-            bound.lose(lost)
+            bound.lose(off)
             self._lose(bound, rest, 2 * U * size, owner)
         bound.add(_product(rest, _owned(middle, owner)))
-        bound.add(-_product(np.abs(rest), _owned(radius, owner)))
+        if self.absolute is not None and weights:
+            before.lose(np.inf)
+            bound.lose(_product(np.abs(rest), widened))
+            bound.add(-self.absolute.most(weights, rest, middle[0], radius[0]))
+        else:
+            bound.add(-_product(np.abs(rest), _owned(radius + widened, owner)))
         return bound.lower(), a, before
 
     def carry(
-        self, start: dict[int, Array], owner: Array, bound: Bound, until: Collection[int] = ()
+        self,
+        start: dict[int, Array],
+        owner: Array,
+        bound: Bound,
+        until: Collection[int] = (),
+        weights: dict[int, Array] | None = None,
     ) -> dict[int, Array]:
-        """Carries rows back to the input and to the steps in `until`; returns the coefficients there."""
+        """Carries rows back to the input and to the steps in `until`; returns the coefficients there. If `weights` are
+        wanted, absolute values that are bounded together are put aside: [R, p] by step."""
         program, coefficients = self.program, dict(start)
         for i in sorted(start)[:-1]:  # others will be added to these; what they bring is in the costs of their steps
             size = np.maximum(np.abs(self.frame.lower[i]), np.abs(self.frame.upper[i]))
@@ -364,6 +380,8 @@ class View:
                 for part, source in step.parts:
                     give(source, part.pull(a))
             elif isinstance(step, (Apply, Times)):
+                if self.absolute is not None and weights is not None and i in self.absolute.entry:
+                    weights[i] = self.absolute.take(i, a)
                 if i in self.factors:
                     together[i] = a
                 self._relaxed(i, a, owner, bound, give)

@@ -13,14 +13,27 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from soundly.certificate.absolute import Absolute
 from soundly.certificate.bounding import ABOVE, FLOOR, Bound, Frame, View, pieces, relaxed
 from soundly.certificate.crop import Crop, Crops
 from soundly.certificate.forms import Forms
 from soundly.certificate.functions import Band, Sides
-from soundly.certificate.program import MOST, Affine, Apply, Program, Step, Stored, Times, Variable
+from soundly.certificate.program import (
+    MOST,
+    Affine,
+    Apply,
+    Program,
+    Step,
+    Stored,
+    Times,
+    Variable,
+    nonlinear_sources,
+)  # fmt: skip
 from soundly.certificate.rings import FAR, U
 
 Array = npt.NDArray[Any]
+
+NUMBERS = 2**25  # of the affine functions around absolute values, at most
 
 
 def in_time(deadline: float) -> None:
@@ -137,6 +150,43 @@ def _tighten(
                else known for j, known in frame.pieces.items()}  # fmt: skip
         meet(some, replace(view, pieces=own).entries(i, entry[some], sign[some], node[some]))
     frame.lower[i], frame.upper[i] = low, high
+
+
+def around(view: View, group: int, stored: Stored, deadline: float) -> Absolute | None:
+    """Of a single node affine functions around the entries of either sign whose absolute values are bounded together,
+    with the slopes that its group has for their bounds; None if these are too many numbers."""
+    program, entry, slopes, offsets = view.program, dict[int, Array](), list[Array](), list[Array]()
+    source = {j: nonlinear_sources(program.steps[j])[0] for j in program.absolute}
+    for j, i in source.items():
+        entry[j] = np.flatnonzero((view.frame.lower[i][0] < 0) & (view.frame.upper[i][0] > 0))
+    inputs = program.steps[0].size
+    if 2 * sum(map(len, entry.values())) * inputs > NUMBERS:
+        return None
+    size = max(1, min(program.rows_at_once, MOST // int(program.offsets[-1])))
+    for j, i in source.items():
+        both, side = np.tile(entry[j], 2), np.repeat([0, 1], len(entry[j]))
+        rows = stored.rows(np.full(len(both), group), 2 * (program.offsets[i] + both) + side)
+        slope, offset = np.zeros((len(both), inputs)), np.zeros(len(both))
+        for some in _slices(np.arange(len(both)), size, deadline):
+            slope[some], offset[some] = _affine(view, i, both[some], 1.0 - 2.0 * side[some], rows[some], stored)
+        slopes.append(slope.reshape(2, -1, inputs))
+        offsets.append(offset.reshape(2, -1))
+    factor = {j: program.absolute[j] for j in source}
+    return Absolute(entry, factor, np.concatenate(slopes, 1), np.concatenate(offsets, 1), program.contributions)
+
+
+def _affine(view: View, i: int, entry: Array, sign: Array, rows: Array, stored: Stored) -> tuple[Array, Array]:
+    """a [R, inputs], d [R]: sign times entries of step i are at least <a, x> + d on a single node. Rows of slopes are
+    given by number, -1 for the default."""
+    program, node = view.program, np.zeros(len(entry), int)
+    slopes = np.full((len(entry), len(program.slots)), np.nan)
+    slopes[rows >= 0] = stored.of(rows[rows >= 0])
+    own = {j: replace(pieces(program, j, view.frame, slopes, node), owner=np.arange(len(entry)))
+           if program.has_slots(j) else known for j, known in view.pieces.items() if j < i}  # fmt: skip
+    bare = replace(view, pieces=own, splits=None, exceptions={}, absolute=None)
+    start, constant, lost = bare.start(i, entry, sign, node)
+    _, a, before = bare.backward(start, node, constant, lost)
+    return a, before.lower()
 
 
 def _slices(which: Array, size: int, deadline: float) -> Iterator[Array]:

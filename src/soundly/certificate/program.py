@@ -385,13 +385,29 @@ class Program:
         return tuple(found)
 
     @cached_property
-    def together(self) -> Together | None:
-        """The products that may be bounded together; None if there are none, or their factors come from too many."""
-        ends: set[int] = set()  # steps whose readers are affine, and theirs, and so on
+    def _ends(self) -> frozenset[int]:
+        """The steps that nothing but affine steps reads, directly and further on."""
+        ends: set[int] = set()
         for i in reversed(range(len(self.steps))):
             if all(j in ends and isinstance(self.steps[j], Affine) for j in self.readers[i]):
                 ends.add(i)
-        products = frozenset(i for i in ends if isinstance(self.steps[i], Times))
+        return frozenset(ends)
+
+    @cached_property
+    def absolute(self) -> dict[int, float]:
+        """The functions k |v| that nothing but affine steps reads, with their k."""
+        found = {}
+        for i in sorted(self._ends):
+            step = self.steps[i]
+            kink = step.function.kink if isinstance(step, Apply) else None
+            if kink is not None and kink[1] != 0 and kink[0] == -kink[1]:
+                found[i] = kink[1]
+        return found
+
+    @cached_property
+    def together(self) -> Together | None:
+        """The products that may be bounded together; None if there are none, or their factors come from too many."""
+        products = frozenset(i for i in self._ends if isinstance(self.steps[i], Times))
         affine, sources = set[int](), set[int]()
         below = {source for i in products for source in nonlinear_sources(self.steps[i])}
         while below:

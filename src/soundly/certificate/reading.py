@@ -35,7 +35,7 @@ from soundly.certificate.rings import FAR, Term, ring
 
 Array = npt.NDArray[Any]
 
-REFRESH, BOUND, CLIP, TOGETHER = 1, 2, 4, 8
+REFRESH, BOUND, CLIP, TOGETHER, SUMMED = 1, 2, 4, 8, 16
 LEAF, INPUT, NEURON = 0, 1, 2
 MAX_NEURONS, MAX_STEPS, MAX_TERMS, MAX_POWER, MAX_CLIPPED = 2**23, 2**12, 256, 64, 2**26
 FUNCTION = ("name", "ring", "rate", "pieces", "terms", "breaks", "held", "held_kind")
@@ -424,7 +424,7 @@ def _trees(arrays: _Reader, program: Program, pair_start: Array, pair_rows: Arra
     np.add.at(covered, pair_start[case] + clause[:, 1], -1)
     if (np.cumsum(covered)[:-1] < 1).any():
         _refuse("a clause is covered by no tree")
-    flags = arrays.indices("flags", None, 16)
+    flags = arrays.indices("flags", None, 32)
     nodes = len(flags)
     start = arrays.offsets("tree_start", trees, nodes, least=1)
     kind = arrays.indices("kind", nodes, 3)
@@ -436,13 +436,17 @@ def _trees(arrays: _Reader, program: Program, pair_start: Array, pair_rows: Arra
     beta_start = arrays.offsets("beta_start", nodes, len(beta))
     bound = arrays.indices("slopes_bound", nodes, len(stored.slopes), least=-1)
     group = arrays.indices("slopes_refresh", nodes, len(stored.start) - 1, least=-1)
-    refreshed, bounded, clipped, together = ((flags & flag) > 0 for flag in (REFRESH, BOUND, CLIP, TOGETHER))
+    refreshed, bounded, clipped, together, summed = (
+        (flags & flag) > 0 for flag in (REFRESH, BOUND, CLIP, TOGETHER, SUMMED)
+    )
     if not refreshed[start[:-1]].all():
         _refuse("flags: the root of a tree must be refreshed")
     if (clipped & ~bounded).any():
         _refuse("flags: a node is clipped that is not bounded")
     if (together & ~(refreshed & bounded)).any() or (together.any() and program.together is None):
         _refuse("flags: products are bounded together where nothing is refreshed or bounded, or where there are none")
+    if (summed & ~(refreshed & bounded)).any() or (summed.any() and not program.absolute):
+        _refuse("flags: absolute values are summed up where nothing is refreshed or bounded, or where there are none")
     if ((bound >= 0) & ~bounded).any() or ((group >= 0) & ~refreshed).any():
         _refuse("slopes for a node that does not use them")
     if (np.diff(beta_start)[~bounded] > 0).any():

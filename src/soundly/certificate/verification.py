@@ -20,10 +20,10 @@ from soundly.certificate.crop import Crops
 from soundly.certificate.float32 import row_errors
 from soundly.certificate.format import Certificate
 from soundly.certificate.forms import INPUTS as FORMS
-from soundly.certificate.intervals import in_time, refresh
+from soundly.certificate.intervals import around, in_time, refresh
 from soundly.certificate.lemmas import Narrowing, narrow
 from soundly.certificate.program import Affine, Apply, Times, nonlinear_sources
-from soundly.certificate.reading import BOUND, CLIP, INPUT, LEAF, REFRESH, TOGETHER, Proof, Refused, read
+from soundly.certificate.reading import BOUND, CLIP, INPUT, LEAF, REFRESH, SUMMED, TOGETHER, Proof, Refused, read
 from soundly.certificate.rings import U
 
 Array = npt.NDArray[Any]
@@ -204,7 +204,11 @@ class _Replayer:
         kinds: dict[tuple[bool, bool], list[_Node]] = {}  # by whether slopes are stored and products bounded together
         for node in bounded:
             slopes = int(proof.slopes_bound[node.place])
-            if proof.flags[node.place] & TOGETHER and node.frame.factors:  # none where no forms are followed
+            if proof.flags[node.place] & SUMMED:
+                view = self._mixed_view([node], bool(proof.flags[node.place] & TOGETHER and node.frame.factors))
+                found = around(view, int(proof.slopes_refresh[node.place]), proof.stored, self.deadline)
+                self._bound([node], view, None if found is None else replace(view, absolute=found))
+            elif proof.flags[node.place] & TOGETHER and node.frame.factors:  # none where no forms are followed
                 kinds.setdefault((slopes >= 0, True), []).append(node)
             else:
                 groups.setdefault((id(node.frame), node.row, slopes), []).append(node)
@@ -426,8 +430,9 @@ class _Replayer:
         relaxed = relax(self.proof.program, i, [(low, high)], below[0, entry], above[0, entry], sides)
         return Exceptions(node, entry, relaxed)
 
-    def _bound(self, nodes: Sequence[_Node], view: View) -> None:
-        """Bounds the open clauses of the nodes, closes those that are proven, and clips boxes."""
+    def _bound(self, nodes: Sequence[_Node], view: View, summed: View | None = None) -> None:
+        """Bounds the open clauses of the nodes, closes those that are proven, and clips boxes. Of two views, the second
+        with absolute values bounded together, what either says holds."""
         proof, program = self.proof, self.proof.program
         places, trees = (np.array([getattr(n, name) for n in nodes]) for name in ("place", "tree"))
         open_ = np.concatenate([n.open for n in nodes])  # every clause of every node
@@ -455,6 +460,9 @@ class _Replayer:
             best[some] = np.maximum(best[some], lower)
             if narrow is not None and wide is not None:
                 narrow[some], wide[some] = _clipped(view, a, bound, owner[some], proof.slack[rows[some]])
+            if summed is not None:
+                lower, _, _ = summed.backward(self._rows(rows[some]), owner[some], constant)
+                best[some] = np.maximum(best[some], lower)
         excess = best - proof.slack[rows]
         closed = np.logical_or.reduceat(np.isfinite(best) & (best > proof.slack[rows]), first)
         margin = np.maximum.reduceat(excess, first)

@@ -16,9 +16,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from soundly.bounds.batch import Bounder
-from soundly.bounds.frame import Frame, Start
-from soundly.bounds.optimise import first, raised, refine
 from soundly.errors import InvalidInput
 from soundly.graph.elementwise import ABS, SQUARE
 from soundly.graph.linear import Sum, reshape, subtract
@@ -29,11 +26,10 @@ from soundly.spec.claim import Claim, Property, Row, within
 from soundly.spec.region import Ball, Box
 from soundly.verification.attack import Attack
 from soundly.verification.problem import Problem, problem_of
+from soundly.verification.root import Root, proved, root
 from soundly.verification.verdict import Proved, Refuted, Verdict
-from soundly.verification.verify import REFINING, SMALL, TOGETHER, WORK, verify
+from soundly.verification.verify import verify
 
-ROUNDS = 20
-"""How often the slopes of each bound are improved."""
 ROOM = 1e-3
 """By how much claims are weaker than the bounds they come from, of how far the values move."""
 PAIRS = 2**16
@@ -91,11 +87,12 @@ def certify_map(attribution: Network, region: Box | Ball, *, timeout: float | No
         timeout: seconds for the proof.
     """
     shape = attribution.output.shape
-    lower, low = _least(problem_of(within(attribution, _box(region), 0.0, 0.0))).chunk(2)
+    found = root(problem_of(within(attribution, _box(region), 0.0, 0.0)))
+    lower, low = found.bound.chunk(2)
     unit = _unit(-low - lower, lower)
     lower, upper = (lower - ROOM * unit).reshape(shape), (ROOM * unit - low).reshape(shape)
     claim = _scaled(within(attribution, region, lower, upper), unit)
-    return MapBounds(lower, upper, verify(claim, timeout=timeout, attack=False), claim)
+    return MapBounds(lower, upper, _settled(claim, found, timeout), claim)
 
 
 def certify_top_k(attribution: Network, x: Tensor, region: Box | Ball, k: int, *, timeout: float | None = None) -> TopK:
@@ -110,13 +107,15 @@ def certify_top_k(attribution: Network, x: Tensor, region: Box | Ball, k: int, *
         raise InvalidInput(f"k is {k!r} of {n} cells; give 1 to {n}, and at most {PAIRS} comparisons.")
     cells = values.argsort(descending=True, stable=True)[:k].tolist()
     pairs = [(p, q) for p in cells for q in range(n) if p != q]
-    bound = _least(problem_of(_larger(attribution, _box(region), pairs))) if pairs else torch.empty(0)
+    found = root(problem_of(_larger(attribution, _box(region), pairs))) if pairs else None
+    bound = torch.empty(0) if found is None else found.bound
     unit = _unit(values.max() - values.min() - bound, bound)
-    proved = [pair for pair, b in zip(pairs, bound.tolist(), strict=True) if b > ROOM * unit]
-    certain = tuple(p for p in cells if sum(a == p for a, _ in proved) >= n - k)
-    claim = _scaled(_larger(attribution, region, [pair for pair in proved if pair[0] in certain]), unit)
+    larger = [i for i, b in enumerate(bound.tolist()) if b > ROOM * unit]
+    certain = tuple(p for p in cells if sum(pairs[i][0] == p for i in larger) >= n - k)
+    larger = [i for i in larger if pairs[i][0] in certain]
+    claim = _scaled(_larger(attribution, region, [pairs[i] for i in larger]), unit)
     claim = replace(claim, name=f"cells {list(certain)} among the {k} largest")
-    return TopK(tuple(cells), certain, verify(claim, timeout=timeout, attack=False), claim)
+    return TopK(tuple(cells), certain, _settled(claim, found, timeout, larger), claim)
 
 
 def certify_change(
@@ -149,11 +148,17 @@ def certify_change(
     square, unit = norm == "l2", size if relative else 1.0
     change = _change(attribution, base, norm)
     problem = problem_of(within(change, _box(region), None, 0.0))
-    limit = (1 + ROOM) * float((-_least(problem)).max())
+    found = root(problem)
+    limit = (1 + ROOM) * float((-found.bound).max())
     room = _unit(torch.tensor([limit]), base)
     reached, worst = _reached(change, problem, region, limit)
     claim = _scaled(within(change, region, None, limit), room)
-    verdict = verify(claim, timeout=timeout, attack=False)
+    verdict: Verdict | None = proved(claim, found, timeout=timeout)
+    if verdict is None:
+        if found.jointly:
+            limit = (1 + ROOM) * float((-root(problem, sums=False).bound).max())
+            claim = _scaled(within(change, region, None, limit), room)
+        verdict = verify(claim, timeout=timeout, attack=False)
     until = time.monotonic() + tighten
     while isinstance(verdict, Proved) and (left := until - time.monotonic()) > 0 and limit > 1.02 * reached:
         closer = _scaled(within(change, region, None, (limit + reached) / 2), room)
@@ -223,28 +228,10 @@ def _scaled(claim: Claim, unit: float) -> Claim:
 # -- bounds
 
 
-def _least(problem: Problem) -> Tensor:
-    """Lower bounds [rows] of the rows of a problem, one to a clause, by optimised linear bounds."""
-    with torch.no_grad():
-        bounder = Bounder(problem.program.to(torch.float32))
-        if bounder.cost <= SMALL:
-            bounder = Bounder(problem.program)
-        root = bounder.refresh(*(v[:1].to(bounder.dtype) for v in (problem.lower, problem.upper)))
-        loose = sum(int(bounder.loose(i, root).sum()) for i in range(len(bounder.steps)) if bounder.read[i])
-        if 8 * REFINING * loose * bounder.cost < WORK:
-            refine(bounder, root, rounds=REFINING)
-        elif 8 * TOGETHER * loose * bounder.cost < WORK:
-            refine(bounder, root, rounds=TOGETHER, together=True)
-        rows, slopes = problem.rows, first(bounder, root)
-        found = [torch.empty(0, dtype=bounder.dtype)]
-        for part in bounder.portions(len(rows)):
-            constant = rows.constant[part].to(bounder.dtype)
-            start = Start({len(bounder.steps) - 1: rows.y[part].to(bounder.dtype)}, constant)
-            many = {key: v.expand(len(constant), -1) for key, v in slopes.items()}
-            frame = Frame(root.lower, root.upper, torch.zeros(len(constant), dtype=torch.bool))
-            goal = torch.full_like(constant, math.inf)
-            found.append(raised(bounder, frame, start, many, rounds=ROUNDS, goal=goal).bound)
-        return torch.cat(found).double()
+def _settled(claim: Claim, found: Root | None, timeout: float | None, rows: Sequence[int] | None = None) -> Verdict:
+    """By the bounds that the claim was made from; where they do not do, by a search."""
+    verdict = None if found is None or not claim.property.clauses else proved(claim, found, rows, timeout=timeout)
+    return verdict or verify(claim, timeout=timeout, attack=False)
 
 
 def _reached(change: Network, problem: Problem, region: Box | Ball, limit: float) -> tuple[float, Tensor]:

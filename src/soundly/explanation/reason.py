@@ -27,8 +27,9 @@ from soundly.graph.network import Network
 from soundly.spec.claim import Claim
 from soundly.spec.region import Box
 from soundly.verification.problem import problem_of
+from soundly.verification.root import SMALL
 from soundly.verification.verdict import Verdict
-from soundly.verification.verify import MARGIN, SMALL, verify, verify_part
+from soundly.verification.verify import MARGIN, verify, verify_part
 
 NUMBERS = 2**24
 """How many numbers the values of all candidates of a batch may take."""

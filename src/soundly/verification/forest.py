@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-REFRESH, BOUND, CLIP, TOGETHER = 1, 2, 4, 8
+REFRESH, BOUND, CLIP, TOGETHER, SUMMED = 1, 2, 4, 8, 16
 LEAF, INPUT, NEURON = 0, 1, 2
 
 Integers = npt.NDArray[np.int64]

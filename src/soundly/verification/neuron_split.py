@@ -29,7 +29,7 @@ from soundly.bounds.optimise import first as first_slopes
 from soundly.bounds.program import Function, Step
 from soundly.verification.branching import candidates
 from soundly.verification.decided import Decided
-from soundly.verification.forest import BOUND, LEAF, NEURON, Forest
+from soundly.verification.forest import BOUND, LEAF, NEURON, SUMMED, Forest
 from soundly.verification.leaf import solve
 from soundly.verification.neuron_parts import Neurons, Parts, Slots
 from soundly.verification.problem import Problem
@@ -329,6 +329,13 @@ class NeuronSplit:
         exact = all(piecewise(self.steps[j]) for j, _ in self.slots.entries)
         self._keep(self._improved(now, rounds, beyond=0.0 if exact else math.inf))
         self.roots = self.waiting
+
+    def grant(self, slopes: Slopes, *, jointly: bool) -> None:
+        """Takes the roots for proved, with slopes [roots, n], and perhaps absolute values bounded together."""
+        self.forest.flags[self.waiting.node.numpy()] |= SUMMED if jointly else 0
+        bound = torch.full_like(self.waiting.bound, math.inf)
+        parts, self.waiting = self._updated(self.waiting, slopes, {}, bound), self.waiting.pick(slice(0, 0))
+        self._keep(parts)
 
     @property
     def due(self) -> bool:

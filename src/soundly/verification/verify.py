@@ -38,6 +38,7 @@ from soundly.verification.neuron_split import NeuronSplit, piecewise
 from soundly.verification.problem import Arithmetic, Problem, problem_of
 from soundly.verification.proof import Lemma, certificate, identity
 from soundly.verification.replay import Replay, replay
+from soundly.verification.root import REFINING, SMALL, TOGETHER, WORK
 from soundly.verification.rows import Rows
 from soundly.verification.verdict import Effort, Empty, Progress, Proved, Refuted, Unknown, Verdict
 
@@ -54,13 +55,8 @@ MARGIN = 1e-5
 """By how much searches in float32 want rows above their slack."""
 BOXES, PARTS = 2048, 512
 """The most boxes, or subproblems of split neurons, that are bounded at once."""
-REFINING, TOGETHER, WORK = 20, 3, 2e11
-"""Rounds of improving the slopes behind inner intervals, each bound's own or all of a step's together, and up to how
-many products that may take."""
 ALL = 2**14
 """Grids of at most so many points are evaluated instead of searched."""
-SMALL = 2**16
-"""Programs of at most so many products are searched in float64."""
 
 
 def verify(
