@@ -123,7 +123,7 @@ def test_where_no_cell_is_certain_nothing_is_claimed():
 
 def test_bounds_that_are_too_narrow_are_not_called_proved(monkeypatch):
     """A planted fault: intervals that shrink to half their size about the middle."""
-    right = module._least
+    right = module.least
     network, x = maps()["cam"]
     region = Box(x - 0.02, x + 0.02)
 
@@ -132,15 +132,15 @@ def test_bounds_that_are_too_narrow_are_not_called_proved(monkeypatch):
         middle = (low - high) / 2
         return torch.cat([middle + 0.3 * (low - middle), -middle + 0.3 * (high + middle)])
 
-    monkeypatch.setattr(module, "_least", wrong)
+    monkeypatch.setattr(module, "least", wrong)
     found = certify_map(network, region, timeout=20)
     assert not isinstance(found.verdict, Proved)
 
 
 def test_a_change_that_is_too_small_is_not_called_proved(monkeypatch):
-    right = module._least
+    right = module.least
     network, x = maps()["cam"]
-    monkeypatch.setattr(module, "_least", lambda problem: 0.2 * right(problem))
+    monkeypatch.setattr(module, "least", lambda problem: 0.2 * right(problem))
     assert not isinstance(certify_change(network, x, Box(x - 0.02, x + 0.02), timeout=20).verdict, Proved)
 
 

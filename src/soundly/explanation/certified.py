@@ -7,7 +7,6 @@ with a little room, and proved by `verify`. Metrics of other tools sample; these
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -16,9 +15,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from soundly.bounds.batch import Bounder
-from soundly.bounds.frame import Frame, Start
-from soundly.bounds.optimise import first, raised, refine
 from soundly.errors import InvalidInput
 from soundly.graph.elementwise import ABS, SQUARE
 from soundly.graph.linear import Sum, reshape, subtract
@@ -27,15 +23,11 @@ from soundly.graph.node import Constant
 from soundly.graph.simplify import simplify
 from soundly.spec.claim import Claim, Property, Row, within
 from soundly.spec.region import Ball, Box
-from soundly.verification.attack import Attack
-from soundly.verification.problem import Problem, problem_of
-from soundly.verification.verdict import Proved, Refuted, Verdict
-from soundly.verification.verify import REFINING, SMALL, TOGETHER, WORK, verify
+from soundly.verification.estimate import ROOM, Limit, furthest, least, narrowed, scaled, unit_of
+from soundly.verification.problem import problem_of
+from soundly.verification.verdict import Verdict
+from soundly.verification.verify import verify
 
-ROUNDS = 20
-"""How often the slopes of each bound are improved."""
-ROOM = 1e-3
-"""By how much claims are weaker than the bounds they come from, of how far the values move."""
 PAIRS = 2**16
 """The most comparisons of two cells."""
 
@@ -91,10 +83,10 @@ def certify_map(attribution: Network, region: Box | Ball, *, timeout: float | No
         timeout: seconds for the proof.
     """
     shape = attribution.output.shape
-    lower, low = _least(problem_of(within(attribution, _box(region), 0.0, 0.0))).chunk(2)
-    unit = _unit(-low - lower, lower)
+    lower, low = least(problem_of(within(attribution, _box(region), 0.0, 0.0))).chunk(2)
+    unit = unit_of(-low - lower, lower)
     lower, upper = (lower - ROOM * unit).reshape(shape), (ROOM * unit - low).reshape(shape)
-    claim = _scaled(within(attribution, region, lower, upper), unit)
+    claim = scaled(within(attribution, region, lower, upper), unit)
     return MapBounds(lower, upper, verify(claim, timeout=timeout, attack=False), claim)
 
 
@@ -110,11 +102,11 @@ def certify_top_k(attribution: Network, x: Tensor, region: Box | Ball, k: int, *
         raise InvalidInput(f"k is {k!r} of {n} cells; give 1 to {n}, and at most {PAIRS} comparisons.")
     cells = values.argsort(descending=True, stable=True)[:k].tolist()
     pairs = [(p, q) for p in cells for q in range(n) if p != q]
-    bound = _least(problem_of(_larger(attribution, _box(region), pairs))) if pairs else torch.empty(0)
-    unit = _unit(values.max() - values.min() - bound, bound)
+    bound = least(problem_of(_larger(attribution, _box(region), pairs))) if pairs else torch.empty(0)
+    unit = unit_of(values.max() - values.min() - bound, bound)
     proved = [pair for pair, b in zip(pairs, bound.tolist(), strict=True) if b > ROOM * unit]
     certain = tuple(p for p in cells if sum(a == p for a, _ in proved) >= n - k)
-    claim = _scaled(_larger(attribution, region, [pair for pair in proved if pair[0] in certain]), unit)
+    claim = scaled(_larger(attribution, region, [pair for pair in proved if pair[0] in certain]), unit)
     claim = replace(claim, name=f"cells {list(certain)} among the {k} largest")
     return TopK(tuple(cells), certain, verify(claim, timeout=timeout, attack=False), claim)
 
@@ -149,26 +141,22 @@ def certify_change(
     square, unit = norm == "l2", size if relative else 1.0
     change = _change(attribution, base, norm)
     problem = problem_of(within(change, _box(region), None, 0.0))
-    limit = (1 + ROOM) * float((-_least(problem)).max())
-    room = _unit(torch.tensor([limit]), base)
-    reached, worst = _reached(change, problem, region, limit)
-    claim = _scaled(within(change, region, None, limit), room)
+    limit = (1 + ROOM) * float((-least(problem)).max())
+    room = unit_of(torch.tensor([limit]), base)
+    worst = furthest(problem, region, limit)
+    reached = float(_value(change.to(torch.float64), worst.reshape(change.input.shape)).max())
+    claim = scaled(within(change, region, None, limit), room)
     verdict = verify(claim, timeout=timeout, attack=False)
-    until = time.monotonic() + tighten
-    while isinstance(verdict, Proved) and (left := until - time.monotonic()) > 0 and limit > 1.02 * reached:
-        closer = _scaled(within(change, region, None, (limit + reached) / 2), room)
-        match verify(closer, timeout=left):
-            case Proved() as outcome:
-                claim, verdict, limit = closer, outcome, (limit + reached) / 2
-            case Refuted(witness=point, outputs=values):
-                reached, worst = float(values.max()), point
-            case _:
-                break
+    found = narrowed(
+        lambda v: scaled(within(change, region, None, v), room), Limit(limit, reached, worst, verdict, claim), tighten
+    )
 
-    def scaled(v: float) -> float:
+    def measured(v: float) -> float:
         return (math.sqrt(max(v, 0.0)) if square else v) / unit
 
-    return Change(scaled(limit), scaled(reached), worst.reshape(x.shape), verdict, claim)
+    return Change(
+        measured(found.upper), measured(found.reached), found.worst.reshape(x.shape), found.verdict, found.claim
+    )
 
 
 # -- networks and claims
@@ -204,60 +192,3 @@ def _box(region: Box | Ball) -> Box:
     if not isinstance(region, (Box, Ball)) or region.is_empty:
         raise InvalidInput("region must be a Box or a Ball that holds a point.")
     return region.box
-
-
-def _unit(moves: Tensor, values: Tensor) -> float:
-    """A power of two that says how far values move, or their size where they do not."""
-    finite = moves[torch.isfinite(moves)]
-    size = max(finite.amax().item() if len(finite) else 0.0, 1e-6 * values.nan_to_num(0.0, 0.0, 0.0).abs().sum().item())
-    return math.ldexp(1.0, math.frexp(size)[1]) if size > 0 else 1.0
-
-
-def _scaled(claim: Claim, unit: float) -> Claim:
-    """The same claim with its rows in another unit, a power of two: a search stops at margins of size one."""
-    rows = claim.property
-    y = replace(rows.y, value=rows.y.value / unit)
-    return replace(claim, property=replace(rows, y=y, b=rows.b / unit, exact=None))
-
-
-# -- bounds
-
-
-def _least(problem: Problem) -> Tensor:
-    """Lower bounds [rows] of the rows of a problem, one to a clause, by optimised linear bounds."""
-    with torch.no_grad():
-        bounder = Bounder(problem.program.to(torch.float32))
-        if bounder.cost <= SMALL:
-            bounder = Bounder(problem.program)
-        root = bounder.refresh(*(v[:1].to(bounder.dtype) for v in (problem.lower, problem.upper)))
-        loose = sum(int(bounder.loose(i, root).sum()) for i in range(len(bounder.steps)) if bounder.read[i])
-        if 8 * REFINING * loose * bounder.cost < WORK:
-            refine(bounder, root, rounds=REFINING)
-        elif 8 * TOGETHER * loose * bounder.cost < WORK:
-            refine(bounder, root, rounds=TOGETHER, together=True)
-        rows, slopes = problem.rows, first(bounder, root)
-        found = [torch.empty(0, dtype=bounder.dtype)]
-        for part in bounder.portions(len(rows)):
-            constant = rows.constant[part].to(bounder.dtype)
-            start = Start({len(bounder.steps) - 1: rows.y[part].to(bounder.dtype)}, constant)
-            many = {key: v.expand(len(constant), -1) for key, v in slopes.items()}
-            frame = Frame(root.lower, root.upper, torch.zeros(len(constant), dtype=torch.bool))
-            goal = torch.full_like(constant, math.inf)
-            found.append(raised(bounder, frame, start, many, rounds=ROUNDS, goal=goal).bound)
-        return torch.cat(found).double()
-
-
-def _reached(change: Network, problem: Problem, region: Box | Ball, limit: float) -> tuple[float, Tensor]:
-    """A large change within the region, as the network itself computes it, and where."""
-    project = None
-    if isinstance(region, Ball) and region.norm != "linf":
-
-        def project(x: Tensor) -> Tensor:
-            return region.project(x.double().reshape(-1, *region.shape)).reshape(len(x), -1)
-
-    # Changes beyond the limit: as there are none, the attack goes on to its end.
-    rows = replace(problem.rows, constant=problem.rows.constant + (limit if math.isfinite(limit) else 1e9))
-    attack = Attack(problem.program.to(torch.float32), rows, problem.lower[0], problem.upper[0], 0, project)
-    attack.run(steps=40, restarts=16)
-    x = region.project(attack.best[1].reshape(region.shape), dtype=torch.float64).reshape(change.input.shape)
-    return float(_value(change.to(torch.float64), x).max()), x
