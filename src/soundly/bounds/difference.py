@@ -26,7 +26,7 @@ from torch import Tensor
 from soundly.bounds.batch import Bounder
 from soundly.bounds.lower import lower
 from soundly.errors import CaptureMismatch, InvalidInput, MissingRule
-from soundly.graph.composite import Rounding
+from soundly.graph.composite import Rounding, Softmax
 from soundly.graph.elementwise import RELU, Elementwise
 from soundly.graph.linear import Gather, ScatterAdd, add, reshape, scale, subtract
 from soundly.graph.network import Network
@@ -53,7 +53,7 @@ def difference(net: Network, other: Network, region: Box | Ball) -> Network:
 
     Raises:
         InvalidInput: the networks do not fit each other or the region.
-        MissingRule: a network cannot be bounded at all.
+        MissingRule: a network has an operation that cannot be bounded.
         CaptureMismatch: the result disagrees with the networks at a point, which would be a defect of soundly.
     """
     return _compared(_Differences(net, other, region).network(), net, other, region)
@@ -302,17 +302,16 @@ def _renamed(other: Network, net: Network) -> Network:
 
 
 def _expanded(network: Network) -> Network:
-    """The same network without composites, as far as these have expansions."""
+    """The same network without composites that have expansions; softmax stays: its exponentials could overflow."""
     kept: set[Node] = set()
 
     def expand(old: Node, node: Node) -> Node:
         if not isinstance(node.op, Composite):
             return node
-        try:
+        if not isinstance(node.op, (Rounding, Softmax)):
             return node.op.expand(*node.inputs)
-        except MissingRule:
-            kept.add(node)
-            return node
+        kept.add(node)
+        return node
 
     outputs = network.outputs
     while any(isinstance(n.op, Composite) and n not in kept for n in topological(outputs)):
