@@ -1,4 +1,4 @@
-"""A difference network is the difference, for every pair of networks, and its bounds are of the size of what changed."""
+"""A difference network is the difference of every pair of networks, and its bounds are of the size of what changed."""
 
 import copy
 

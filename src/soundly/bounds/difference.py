@@ -25,7 +25,7 @@ from torch import Tensor
 
 from soundly.bounds.batch import Bounder
 from soundly.bounds.lower import lower
-from soundly.errors import CaptureMismatch, InvalidInput, MissingRule
+from soundly.errors import CaptureMismatch, InvalidInput
 from soundly.graph.composite import Rounding, Softmax
 from soundly.graph.elementwise import RELU, Elementwise
 from soundly.graph.linear import Gather, ScatterAdd, add, reshape, scale, subtract
