@@ -87,7 +87,29 @@ def f(*numbers: float) -> Any:
     return np.array(numbers, np.float32)
 
 
+U8, I8 = np.uint8, np.int8
+
 CASES: dict[str, Any] = {
+    # few bits
+    "QuantizeLinear": lambda: one("QuantizeLinear", (2, 3), f(0.03)[0], U8(120)),
+    "QuantizeLinear signed": lambda: one("QuantizeLinear", (2, 3), f(0.01)[0], I8(-3)),
+    "QuantizeLinear unsaid": lambda: one("QuantizeLinear", (2, 3), f(0.1)[0]),
+    "QuantizeLinear known": lambda: build(
+        [("QuantizeLinear", ["w", "s", "z"], ["q"], {"axis": 0}), ("Cast", ["q"], ["c"], {"to": TensorProto.FLOAT}),
+         ("Add", ["x", "c"], ["y"], {})],
+        {"x": (2, 3)}, {"w": w(2, 3), "s": f(0.01, 0.1), "z": np.array([3, -4], I8)}, ["y"],
+    ),
+    "DequantizeLinear": lambda: build(
+        [("QuantizeLinear", ["x", "s", "z"], ["q"], {}), ("DequantizeLinear", ["q", "s", "z"], ["d"], {}),
+         ("DequantizeLinear", ["w", "t", "n"], ["v"], {"axis": 0}), ("Gemm", ["d", "v"], ["y"], {"transB": 1})],
+        {"x": (2, 3)},
+        {"s": f(0.04)[0], "z": U8(100), "w": np.array([[1, -2, 100], [127, -128, 0]], I8), "t": f(0.1, 0.02),
+         "n": np.array([0, 5], I8)}, ["y"],
+    ),
+    "DequantizeLinear unsaid": lambda: build(
+        [("DequantizeLinear", ["w", "s"], ["v"], {}), ("Mul", ["x", "v"], ["y"], {})], {"x": (2, 3)},
+        {"s": f(0.25)[0], "w": np.array([[1, 2, 255], [7, 0, 9]], U8)}, ["y"],
+    ),
     # arithmetic and broadcasting
     "Add": lambda: one("Add", (2, 3), (3,)),
     "Add weight": lambda: one("Add", (2, 3), w(2, 1)),
@@ -530,3 +552,15 @@ def test_the_largest_share_of_a_softmax_is_that_of_the_largest_score():
             if not any(isinstance(node.op, Softmax) for node in topological(
                 from_onnx(CASES[f"ArgMax of Softmax, {how}"]()).outputs))}  # fmt: skip
     assert gone == {"moved", "turned"}
+
+
+@pytest.mark.parametrize("operands", [((2, 3), f(0.1, 0.2), np.array([0, 1], U8))])
+def test_channels_of_values_with_scales_of_their_own_are_refused(operands: Any) -> None:
+    with pytest.raises(UnsupportedOp, match="each channel"):
+        from_onnx(one("QuantizeLinear", *operands, axis=0))
+
+
+def test_halves_are_rounded_to_even_and_ends_are_kept() -> None:
+    network = from_onnx(one("QuantizeLinear", (1, 6), f(0.5)[0], I8(0)), check=False)
+    x = torch.tensor([[0.25, 0.75, 1.25, -0.25, 1e6, -1e6]])
+    assert network(x).tolist() == [[0, 2, 2, 0, 127, -128]]

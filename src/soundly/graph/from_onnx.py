@@ -27,6 +27,7 @@ from soundly.errors import (
     UnsupportedOp,
 )
 from soundly.graph import onnx_layers as _layers  # noqa: F401 (with what it imports, it fills RULES)
+from soundly.graph import onnx_quantised as _quantised  # noqa: F401 (it does, too)
 from soundly.graph.evaluate import Plan
 from soundly.graph.linear import Expand, Permute, Reshape
 from soundly.graph.network import Network
