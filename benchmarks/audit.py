@@ -1,32 +1,26 @@
-"""Figures of what `soundly.auditing` and `soundly.gap` say about networks.
+"""Audits that are measured, one module each: python benchmarks/audit.py NAME [--json] ...
 
-    python benchmarks/audit.py equivalence    float against few bits: proved gaps, see audit_equivalence.py
-    python benchmarks/audit.py mixing         mixtures certified by margins, see audit_mixing.py
+    availability    training that makes a certifier abstain, and the proof that no patch does, on digits
 
-All take --images and --json, which prints one JSON object as the last line. The data are scikit-learn's digits.
+Each is `benchmarks/audit_NAME.py` with a function `run(arguments)`, and says in its docstring what it takes.
 """
 
-import argparse
-import json
-from collections.abc import Callable
-from typing import Any
+from __future__ import annotations
 
-from audit_equivalence import equivalence
-from audit_mixing import mixing
+import importlib
+import sys
+from pathlib import Path
 
-EXPERIMENTS: dict[str, Callable[[int], dict[str, Any]]] = {"equivalence": equivalence, "mixing": mixing}
+EXPERIMENTS = sorted(path.stem.removeprefix("audit_") for path in Path(__file__).parent.glob("audit_*.py"))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment", choices=EXPERIMENTS)
-    parser.add_argument("--images", type=int, default=10, help="how many test images; default: 10")
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    arguments = parser.parse_args()
-    report = EXPERIMENTS[arguments.experiment](arguments.images)
-    if arguments.json:
-        print(json.dumps(report))
+def main(arguments: list[str]) -> int:
+    if not arguments or arguments[0] not in EXPERIMENTS:
+        print(f"give one of: {', '.join(EXPERIMENTS)}", file=sys.stderr)
+        return 2
+    result: int = importlib.import_module(f"audit_{arguments[0]}").run(arguments[1:])
+    return result
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -2,8 +2,12 @@
 
 A 64-64-32-10 perceptron; boxes of radius 0.02 around test images. `plain` is the bound of the two outputs' difference
 without carrying it through the layers.
+
+    python benchmarks/audit.py equivalence [--images N] [--json]
 """
 
+import argparse
+import json
 import statistics
 import time
 from typing import Any
@@ -68,3 +72,14 @@ def equivalence(images: int) -> dict[str, Any]:
         print(f"{name:28}{upper:9.4f}{reached:9.4f}{loose:9.4f}{upper / reached:7.2f}{same:>9}/{images}{seconds:9.2f}",
               flush=True)  # fmt: skip
     return report
+
+
+def run(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="audit.py equivalence", description=__doc__)
+    parser.add_argument("--images", type=int, default=10, help="how many test images; default: 10")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    given = parser.parse_args(arguments)
+    report = equivalence(given.images)
+    if given.json:
+        print(json.dumps(report))
+    return 0

@@ -3,8 +3,12 @@
 g is trained plainly, h by interval bounds; both are perceptrons with one hidden layer. Certified: the mixture's answer
 is right and proved for every input within eps, whatever g says. Attacked: where it is certified, projected gradient
 ascent on the mixture with 20 restarts of 40 steps; any success would be a defect.
+
+    python benchmarks/audit.py mixing [--images N] [--json]
 """
 
+import argparse
+import json
 import math
 import time
 from typing import Any
@@ -84,3 +88,14 @@ def mixing(images: int) -> dict[str, Any]:
         print(f"{a:10g}{least_margin(a, 10) / SCALE_H:9.3f}{own:8.3f}{kept / images:11.2f}{lost:10d}{seconds:9.3f}",
               flush=True)  # fmt: skip
     return report
+
+
+def run(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="audit.py mixing", description=__doc__)
+    parser.add_argument("--images", type=int, default=10, help="how many test images; default: 10")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    given = parser.parse_args(arguments)
+    report = mixing(given.images)
+    if given.json:
+        print(json.dumps(report))
+    return 0
