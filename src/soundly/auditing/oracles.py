@@ -61,7 +61,11 @@ def capture(subject: Subject, r: random.Random) -> Iterator[str]:
                     return
             given[node] = want.double()
     if subject.recipe.of is not None:
-        point = [(a + r.random() * (b - a)).requires_grad_() for a, b in zip(low, high, strict=True)]
+        nearby = torch.Generator().manual_seed(r.getrandbits(30))  # off the ties of equal entries
+        point = [
+            (v + 1e-6 * torch.randn(v.shape, generator=nearby, dtype=F64)).requires_grad_()
+            for v in (a + r.random() * (b - a) for a, b in zip(low, high, strict=True))
+        ]
         output = subject.recipe.run(point)[-1].reshape(-1)[subject.recipe.of]
         (slope,) = torch.autograd.grad(output, point[:1], allow_unused=True) if output.requires_grad else (None,)
         want = torch.zeros_like(point[0]) if slope is None else slope
@@ -103,7 +107,7 @@ def linear(subject: Subject, r: random.Random) -> Iterator[str]:
     """Linear bounds hold values, are no looser than intervals, and commute with scaling and sign."""
     network = subject.network
     whole = interval_bounds(network, subject.region)
-    inner = [n for n in network.nodes if n.inputs]
+    inner = [n for n in network.nodes if n.inputs and 0 not in n.shape]
     for node in {network.output, r.choice(inner)} if inner else {network.output}:
         flat = math.prod(node.shape)
         generator = torch.Generator().manual_seed(r.getrandbits(30))

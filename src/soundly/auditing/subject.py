@@ -101,7 +101,7 @@ class Subject:
         low, high = (end[None] for end in self.ends)
         frame = Bounder(self.program).refresh(low, high)
         return any(
-            isinstance(step, Function) and any(len(p) > 1 or any(sum(e) > 1 for e, _ in p) for p in step.op.pieces)
+            isinstance(step, Function) and not step.op.derivative.derivative.is_zero
             and bool((frame.upper[step.source] - frame.lower[step.source] > SAMPLED).any())
             for step in self.program.steps
         )  # fmt: skip

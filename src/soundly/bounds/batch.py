@@ -132,6 +132,7 @@ class Bounder:
         last = last if forms.used else None
         read = self.read if last is None else self.read_before
         known = frame.known
+        reach = lower.new_zeros(len(lower), 1)  # the largest number so far: what sums may cancel
         for i, step in enumerate(self.steps):
             if inherited is not None and i < first and not forms.used:
                 frame.lower.append(inherited.lower[i])
@@ -156,7 +157,9 @@ class Bounder:
                 self._tighten(i, frame, last, known if own is None else self.lines(frame, own, known=known))
             low, high = frame.lower[i], frame.upper[i]
             # Rounding must not make an interval of one point look empty.
-            slack = 1000 * torch.finfo(self.dtype).eps * (low.abs() + high.abs())
+            size = low.abs() + high.abs()
+            reach = torch.maximum(reach, size.nan_to_num(0, 0, 0).amax(-1, keepdim=True))
+            slack = torch.finfo(self.dtype).eps * (1000 * size + 100 * reach)
             frame.infeasible = frame.infeasible | (low > high + slack).any(-1)
             # An empty interval would only produce nonsense further up.
             frame.lower[i], frame.upper[i] = torch.minimum(low, high), torch.maximum(low, high)

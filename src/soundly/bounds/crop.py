@@ -153,7 +153,7 @@ class Crops:
                 place = np.ravel_multi_index(tuple(at), size)
                 return np.tile(place, step.size // len(place))
             below = self.place[source]
-            if isinstance(part, Sparse) and below is not None:
+            if isinstance(part, Sparse) and below is not None and len(part.rows):
                 first = np.searchsorted(part.rows.numpy(), np.arange(step.size)).clip(max=len(part.rows) - 1)
                 return below[part.columns.numpy()[first]]
         return None

@@ -164,8 +164,8 @@ SEGMENTS = 16
 
 
 class Samples:
-    """A function on intervals, by samples: between two of them it leaves its chord by at most length / 8 times how far
-    its derivative moves there.
+    """A function on intervals, by samples: between two of them it leaves its chord by at most length / 4 times how far
+    its derivative moves there, wherever that rises or falls throughout.
 
     Attributes:
         t: [samples, *shape].
@@ -186,7 +186,7 @@ class Samples:
         value = f.apply(t)
         rise = self.slope.diff(dim=0)
         self.convex, self.concave = (rise >= 0).all(0), (rise <= 0).all(0)
-        turn = rise.abs() * t.diff(dim=0) / 8
+        turn = rise.abs() * t.diff(dim=0) / 4
         none = torch.zeros_like(value[:1])
         turn = torch.maximum(torch.cat([none, turn]), torch.cat([turn, none]))
         self.low = torch.where(self.concave, value, value - turn)

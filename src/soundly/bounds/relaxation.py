@@ -102,7 +102,7 @@ def offsets(f: Elementwise, lower: Tensor, upper: Tensor, slope: Tensor) -> tupl
         least, greatest of the shape and type of `slope`; infinite where overflow leaves nothing known. At a jump both
         sides count. Points outside the domain are left out.
     """
-    a, b = (end.double().reshape(1, 1, -1) for end in (lower, upper))
+    a, b = (end.double().reshape(1, 1, -1) + 0.0 for end in (lower, upper))  # -0.0 is 0
     k = slope.double().reshape(1, -1, a.shape[2])
     least, greatest = torch.full_like(k, math.inf), torch.full_like(k, -math.inf)
     for part in _stretches(f):

@@ -96,6 +96,8 @@ class Ring:
 
     def values(self, a: Array, b: Array) -> "Values":
         """x and the bases over each [a, b]."""
+        if self.lower == 0:  # -0.0 is 0, but not to numpy's quotients
+            a, b = (a + 0.0,) * 2 if a is b else (a + 0.0, b + 0.0)
         return Values((a, b), tuple(base.enclose(a, b) for base in self.bases), self._exists(a, b))
 
     def _exists(self, a: Array, b: Array) -> Array | None:

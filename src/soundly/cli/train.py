@@ -3,7 +3,8 @@
 import argparse
 import json
 import sys
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,14 @@ from soundly.cli.terminal import YES, Verbs, finite, onnx_name, plain, positive,
 if TYPE_CHECKING:
     from torch import nn
 
+    from soundly.training.data import Images
     from soundly.training.fit import Epoch
+    from soundly.training.masking import Masking
+    from soundly.training.sst import Objective, SelfExplaining
+    from soundly.training.text import Sentences
 
 MASKINGS = ("certified", "robust", "probabilistic", "baseline")
+IMAGES = "digits, mnist-5k, mnist, fashion-mnist"
 METHODS = ("int", "int-one-class", "int2", "int-adv", "int2-adv", "pgd", "trades", "ig-norm", "ig-norm-sum", "normal")
 
 
@@ -28,16 +34,16 @@ def add(verbs: Verbs) -> None:
     sst = recipes.add_parser(
         "sst",
         help="a network that names the features that suffice for its prediction",
-        description="Self-explaining training of a dense network. Reported: accuracy, the reasons' size, and how often "
-        "the prediction stays under every masking, with no reason and with a constant one beside it; and how many "
-        "reasons `soundly verify` proves.",
+        description="Self-explaining training of a dense network for images, or of one that reads words. Reported: "
+        "accuracy, the reasons' size, and how often the prediction stays under every masking, with no reason and with "
+        "a constant one beside it; and how many reasons `soundly verify` proves.",
         epilog="example: soundly train sst mnist --size 0.06 --onnx net.onnx",
     )
-    _common(sst, epochs=4, batch=128, lr=2e-3)
+    _common(sst, IMAGES + ", or tweets", epochs=4, batch=128, lr=2e-3)
     sst.add_argument("--masking", choices=MASKINGS, default="certified", help="trained with; default: certified")
     sst.add_argument("--eps", type=positive, default=0.12, help="how far other features may move; default: 0.12")
-    sst.add_argument("--size", type=positive, nargs="+", default=[0.06], metavar="SHARE",
-                     help="of features that are free of charge; each trains a network; default: 0.06")  # fmt: skip
+    sst.add_argument("--size", type=positive, nargs="+", default=[], metavar="SHARE",
+                     help="of features free of charge; each trains a network; default: 0.06, words 0.3")  # fmt: skip
     sst.add_argument("--hidden", type=int, nargs="+", default=[128, 64], metavar="N", help="widths; default: 128 64")
     sst.add_argument("--proofs", type=int, default=100, metavar="N", help="reasons to prove; default: 100")
     sst.add_argument("--plot", type=Path, metavar="F.png", help="size against faithfulness, of all sizes")
@@ -49,21 +55,21 @@ def add(verbs: Verbs) -> None:
         "convolutional network. Reported: accuracy under attack, and Kendall's tau of attacked maps.",
         epilog="example: soundly train int digits --method int2 --eps 0.15",
     )
-    _common(stable, epochs=40, batch=64, lr=3e-3)
+    _common(stable, IMAGES, epochs=40, batch=64, lr=3e-3)
     stable.add_argument("--method", choices=METHODS, default="int", help="default: int")
     stable.add_argument("--eps", type=positive, default=0.15, help="of the inner attack; default: 0.15")
     stable.add_argument("--gamma", type=positive, default=1.0, help="weight of the maps' change; default: 1")
     stable.set_defaults(run=_int)
 
 
-def _common(parser: argparse.ArgumentParser, *, epochs: int, batch: int, lr: float) -> None:
-    parser.add_argument("data", metavar="DATA", help="digits, mnist-5k, mnist or fashion-mnist")
+def _common(parser: argparse.ArgumentParser, data: str, *, epochs: int, batch: int, lr: float) -> None:
+    parser.add_argument("data", metavar="DATA", help=data)
     parser.add_argument("--epochs", type=int, default=epochs, help=f"default: {epochs}")
     parser.add_argument("--batch", type=int, default=batch, help=f"default: {batch}")
     parser.add_argument("--lr", type=positive, default=lr, help=f"Adam's; default: {lr:g}")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
-    parser.add_argument("--train", type=int, metavar="N", help="use the first N training images")
-    parser.add_argument("--test", type=int, metavar="N", help="use the first N test images")
+    parser.add_argument("--train", type=int, metavar="N", help="use the first N training examples")
+    parser.add_argument("--test", type=int, metavar="N", help="use the first N test examples")
     parser.add_argument("--checkpoint", metavar="F", help="written after each epoch; resumed from if it is there")
     parser.add_argument("--onnx", type=onnx_name, metavar="M.onnx", help="where the network is written")
     parser.add_argument("--format", choices=("text", "json"), default="text", help="default: text")
@@ -80,26 +86,26 @@ def _sst(arguments: argparse.Namespace) -> int:
     import torch
 
     from soundly.training import report, sst
-    from soundly.training.data import read
-    from soundly.training.masking import Baseline, Certified, Masking, Probabilistic, Robust
+    from soundly.training.data import Images
+    from soundly.training.masking import Certified
 
-    images, eps = read(arguments.data).part(arguments.train, arguments.test), arguments.eps
-    empirical: list[Masking] = [Baseline(), Probabilistic(eps), Robust(eps)]
+    eps = arguments.eps
+    data, build, objective, empirical = _material(arguments)
     masking = next(m for m in [*empirical, Certified(eps)] if m.name == arguments.masking)
     measures = [*empirical, Certified(eps, method="crown-ibp")]
     reports = {}
-    for size in arguments.size:
+    for size in arguments.size or [objective.size]:
         torch.manual_seed(arguments.seed)
-        model = sst.mlp(images.shape, images.classes, arguments.hidden)
+        model = build()
         sst.train(
-            model, images.train, images.train_labels, masking, objective=sst.Objective(size=size),
+            model, data.train, data.train_labels, masking, objective=replace(objective, size=size),
             epochs=arguments.epochs, batch=arguments.batch, lr=arguments.lr, seed=arguments.seed,
             checkpoint=arguments.checkpoint, progress=_shown(arguments),
         )  # fmt: skip
-        found = report.evaluate(model, images.test, images.test_labels, measures)
-        proofs = report.prove(model, images.test[: arguments.proofs], eps=eps)
-        reports[f"size {size:g}"] = report.Report(**{**vars(found), "proofs": proofs})
-        _keep(model.classifier, images.test[:1], arguments.onnx)
+        found = report.evaluate(model, data.test, data.test_labels, measures)
+        inputs = model.embed(data.test[: arguments.proofs])
+        reports[f"size {size:g}"] = replace(found, proofs=report.prove(model, inputs, eps=eps))
+        _keep(model.classifier, inputs[:1], arguments.onnx)
     if arguments.plot:
         report.plot(reports, arguments.plot)
     if arguments.format == "json":
@@ -108,7 +114,32 @@ def _sst(arguments: argparse.Namespace) -> int:
         for line in report.table(reports):
             print(line)
         print("in brackets: with no reason, with a constant one")
+        if not isinstance(data, Images):
+            for sentence, mask in zip(data.test[:3], model.explain(data.test[:3])[1], strict=True):
+                print(f"{data.text(sentence)}\n    {data.text(sentence, mask)}")
     return YES
+
+
+def _material(
+    arguments: argparse.Namespace,
+) -> "tuple[Images | Sentences, Callable[[], SelfExplaining], Objective, list[Masking]]":
+    """Data, a new network for them, its loss, and the maskings that fit, but for the certified one."""
+    from soundly.training import data, sst, text, words
+    from soundly.training.masking import Baseline, Probabilistic, Robust
+
+    if arguments.data not in text.NAMES:
+        images = data.read(arguments.data).part(arguments.train, arguments.test)
+        return (
+            images, lambda: sst.mlp(images.shape, images.classes, arguments.hidden),
+            sst.Objective(), [Baseline(), Probabilistic(arguments.eps), Robust(arguments.eps)],
+        )  # fmt: skip
+    sentences = text.read(arguments.data).part(arguments.train, arguments.test)
+    mask = sentences.words.index(text.MASK)
+    table = words.features(sentences.vectors, sentences.train, sentences.train_labels, seed=arguments.seed)
+    return (
+        sentences, lambda: words.reader(table, sentences.length, sentences.classes),
+        words.OBJECTIVE, [Baseline(table[mask]), Probabilistic(rows=table), Robust(arguments.eps)],
+    )  # fmt: skip
 
 
 def _int(arguments: argparse.Namespace) -> int:

@@ -1,25 +1,29 @@
-"""Contrastive explanations: few features whose change alone changes the answer, shown by an input where it does.
+"""Contrastive explanations: few features, or a short way, to another answer, shown by an input where it is given.
 
-Each of them meets every sufficient reason: a reason that keeps none of its features would leave the change free.
+Each set of such features meets every sufficient reason: a reason that keeps none of them would leave the change free.
+That no smaller set does it is not proved; that no shorter way does it is, up to a radius.
 
 Reference: Ignatiev et al., "From Contrastive to Abductive Explanations and Back Again", AIxIA 2020.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+import time
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from soundly.errors import InvalidInput
 from soundly.explanation.question import Question, question
 from soundly.explanation.reason import Screen, descend
 from soundly.graph.network import Network
-from soundly.spec.claim import Claim
-from soundly.spec.region import Box
+from soundly.spec.claim import Claim, robust
+from soundly.spec.region import Box, Norm
 from soundly.verification.replay import replay
-from soundly.verification.verdict import Refuted, Verdict
+from soundly.verification.verdict import Proved, Refuted, Verdict
 from soundly.verification.verify import verify
 
 
@@ -75,6 +79,74 @@ def contrast(
     mask = about.spread(changed).reshape(about.x.shape)
     label = int(about.claim.outputs(witness).argmax())
     return Contrast(verdict, mask, changed, witness, label, tried)
+
+
+@dataclass(frozen=True, eq=False)
+class Radius:
+    """How far the nearest input with another answer is: at least `proved`, at most `found`.
+
+    Attributes:
+        proved: every input within this distance gets the answer: proved, by `verdict` on `claim`; 0 if nothing is.
+        found: the distance of `witness`, in float64; infinite if none was found.
+        witness: a changed input, in the input's shape.
+        label: what the network answers there, by flat position.
+    """
+
+    proved: float
+    found: float
+    witness: Tensor | None
+    label: int | None
+    verdict: Proved | None
+    claim: Claim | None
+
+
+def radius(
+    network: Network,
+    x: Tensor,
+    *,
+    norm: Norm = "linf",
+    target: int | None = None,
+    clip: tuple[float, float] | Box | None = (0.0, 1.0),
+    within: float = 1.0,
+    ratio: float = 1.05,
+    timeout: float = 60.0,
+) -> Radius:
+    """The smallest change that changes the answer, from both sides: an input, and a proof that none is much nearer.
+
+    Radii are bisected, each a question to `verify` that may take a quarter of the time. What it cannot decide is not
+    proved.
+
+    Args:
+        norm: of the change: "linf", "l2" or "l1".
+        target: the answer; the network's own at x if None.
+        clip: the range of valid inputs, a box, or None for no limit.
+        within: the largest radius that is of interest.
+        ratio: how close `found` and `proved` shall be.
+        timeout: seconds, about.
+    """
+    if not within > 0 or not ratio > 1 or not timeout > 0 or math.isinf(within):
+        raise InvalidInput(f"within is {within}, timeout {timeout}: give positive numbers; ratio is {ratio}: above 1.")
+    deadline, last = time.monotonic() + timeout, {"linf": math.inf, "l2": 2.0, "l1": 1.0}[norm]
+    target = int(network(x).argmax()) if target is None else target
+    known = Radius(0.0, math.inf, None, None, None, None)
+    low, high, eps = 0.0, math.inf, within
+    while high > ratio * low and low < within and eps > within / 1e9 and (left := deadline - time.monotonic()) > 0:
+        claim = robust(network, x, eps=eps, label=target, norm=norm, clip=clip)
+        verdict = verify(claim, timeout=min(left, timeout / 4))
+        if isinstance(verdict, Proved):
+            low = eps
+            known = replace(known, proved=eps, verdict=verdict, claim=claim)
+        else:
+            high = eps
+            if isinstance(verdict, Refuted):
+                distance = float(torch.linalg.vector_norm((verdict.witness - x.double()).reshape(-1), last))
+                assert distance >= low, "an input that was proved to keep the answer changes it"
+                if distance < known.found:
+                    label = int(verdict.outputs.argmax())
+                    known = replace(known, found=distance, witness=verdict.witness, label=label)
+                high = min(high, distance)
+        eps = math.sqrt(low * high) if low else high / 16
+    return known
 
 
 class _Smaller:

@@ -68,6 +68,26 @@ class Question:
             )
         return counts[0] > 0
 
+    def scores(self, map: Any) -> tuple[Tensor, Tensor | None]:
+        """Scores from anywhere as float64 [features], a feature's being the sum over its entries; and as they were, one
+        for each entry of the input, unless they were given by feature.
+
+        Args:
+            map: one per feature, or an array that fits the input by broadcasting.
+        """
+        given = as_tensor(map).double()
+        if given.shape == (self.features,) and self.features != len(self.member):
+            return given, None
+        try:
+            entries = given.reshape(self.x.shape) if given.numel() == self.x.numel() else given.expand(self.x.shape)
+        except RuntimeError:
+            raise InvalidInput(
+                f"scores have shape {tuple(given.shape)}: give one per feature, ({self.features},), or a shape that "
+                f"can be broadcast to the input's, {tuple(self.x.shape)}."
+            ) from None
+        summed = torch.zeros(self.features, dtype=torch.float64).index_add_(0, self.member, entries.reshape(-1))
+        return summed, entries
+
     def spread(self, features: Tensor) -> Tensor:
         """Values of features [..., features] at their entries [..., entries]."""
         return features if self.features == len(self.member) else features[..., self.member]
@@ -134,7 +154,7 @@ def top_mask(scores: Any, keep: int | float) -> Tensor:
     Returns:
         bool, of the scores' shape, for `certify_mask`.
     """
-    values = torch.as_tensor(_array(scores)).detach().cpu().double()
+    values = as_tensor(scores).double()
     if not bool(torch.isfinite(values).all()):
         raise InvalidInput("scores hold NaN or infinite entries, which cannot be ordered.")
     count = keep if isinstance(keep, int) else round(keep * values.numel())
@@ -145,14 +165,14 @@ def top_mask(scores: Any, keep: int | float) -> Tensor:
     return mask.reshape(values.shape)
 
 
-def _array(values: Any) -> Any:
-    """Arrays as they are; a shap Explanation's values."""
+def as_tensor(values: Any) -> Tensor:
+    """An array of any kind, or a shap Explanation's values, as a tensor."""
     held = values if isinstance(values, Tensor) else getattr(values, "values", values)
-    return held if isinstance(held, Tensor) else np.asarray(held)
+    return torch.as_tensor(held if isinstance(held, Tensor) else np.asarray(held)).detach().cpu()
 
 
 def _booleans(mask: Any) -> Tensor:
-    values = torch.as_tensor(_array(mask)).detach().cpu()
+    values = as_tensor(mask)
     if values.dtype != torch.bool and not bool(((values == 0) | (values == 1)).all()):
         raise InvalidInput("mask must be boolean, True where a feature is kept; soundly.top_mask makes one of scores.")
     return values.bool()
@@ -161,7 +181,7 @@ def _booleans(mask: Any) -> Tensor:
 def _groups(groups: Any, x: Tensor) -> tuple[Tensor, int]:
     if groups is None:
         return torch.arange(x.numel()), x.numel()
-    labels = torch.as_tensor(_array(groups)).detach().cpu()
+    labels = as_tensor(groups)
     if labels.is_floating_point() or labels.is_complex():
         raise InvalidInput("groups must be whole numbers: the feature of every entry.")
     try:

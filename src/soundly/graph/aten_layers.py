@@ -123,7 +123,7 @@ RULES["max"], RULES["min"] = _max(1), _max(-1)
 def _softmax(leaf: Leaf, x: Node | Masked, dim: int, *args: Any, **kwargs: Any) -> Node:
     softmax = Softmax(_axis(dim, len(x.shape)))
     if isinstance(x, Node):
-        return softmax(x)
+        return softmax(x) if x.shape else Fill(1.0, ())()
     return softmax(x.scores) if bool(x.kept.all()) else softmax(x.scores, leaf(x.kept.double(), "attention mask"))
 
 

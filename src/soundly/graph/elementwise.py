@@ -139,7 +139,8 @@ class Elementwise(Op):
         unknown |= (upper < ring.lower) | (lower > ring.upper)
         if ring.pole is not None:
             unknown |= (lower <= ring.pole) & (upper >= ring.pole)
-        ends = self.apply(lower.clamp(ring.lower, ring.upper)), self.apply(upper.clamp(ring.lower, ring.upper))
+        # + 0.0: to a kernel -0.0 would lie on the other side of a domain that ends at 0.
+        ends = [self.apply(end.clamp(ring.lower, ring.upper) + 0.0) for end in (lower, upper)]
         least, greatest = torch.minimum(*ends), torch.maximum(*ends)
         for t, low, high in self.special_points:
             if ring.period:

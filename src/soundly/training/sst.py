@@ -48,21 +48,22 @@ class SelfExplaining(nn.Module):
     def __init__(
         self,
         trunk: nn.Module,
-        width: int,
-        classes: int,
+        head: nn.Module,
+        score: nn.Module,
         mask_shape: Sequence[int],
         *,
         embed: nn.Module | None = None,
     ) -> None:
         """
         Args:
-            trunk: from inputs [n, ...] to features [n, width].
+            trunk: from inputs [n, ...] to what both heads read.
+            head: from there to logits [n, classes].
+            score: from there to scores [n, ...], as many as a mask has entries; `dense_scores` makes one.
         """
         super().__init__()
         self.mask_shape = tuple(mask_shape)
-        self.classifier = nn.Sequential(trunk, nn.Linear(width, classes))
-        self.score = nn.Linear(width, math.prod(mask_shape))
-        nn.init.constant_(self.score.bias, 1.0)  # begins with all features
+        self.classifier = nn.Sequential(trunk, head)
+        self.score = score
         self.embed = nn.Identity() if embed is None else embed
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,13 +83,20 @@ class SelfExplaining(nn.Module):
         return logits.argmax(1), scores.sigmoid() >= THRESHOLD
 
 
+def dense_scores(width: int, mask_shape: Sequence[int]) -> nn.Linear:
+    """Scores from features [n, width] that keep all to begin with."""
+    score = nn.Linear(width, math.prod(mask_shape))
+    nn.init.constant_(score.bias, 1.0)
+    return score
+
+
 def mlp(shape: Sequence[int], classes: int, hidden: Sequence[int] = (128, 64)) -> SelfExplaining:
     """The paper's network for MNIST: dense layers with ReLU, and a score for each pixel."""
     sizes = [math.prod(shape), *hidden]
     layers: list[nn.Module] = [nn.Flatten()]
     for a, b in pairwise(sizes):
         layers += [nn.Linear(a, b), nn.ReLU()]
-    return SelfExplaining(nn.Sequential(*layers), sizes[-1], classes, shape)
+    return SelfExplaining(nn.Sequential(*layers), nn.Linear(sizes[-1], classes), dense_scores(sizes[-1], shape), shape)
 
 
 def straight_through(scores: Tensor) -> Tensor:
