@@ -105,3 +105,12 @@ def test_the_examples_of_the_page_on_training(capsys: pytest.CaptureFixture[str]
     assert promised and capsys.readouterr().out.splitlines() == promised
     assert names["proofs"].proved >= 12 and names["report"].accuracy > 0.75
     assert len(names["lines"]) == 2 and 0 <= names["maps"].kept <= 1
+
+
+def test_the_examples_of_the_page_on_two_networks(capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "equivalence.md").read_text(encoding="utf-8"), re.DOTALL)
+    names: dict[str, Any] = {}
+    for i, block in enumerate(blocks):
+        exec(compile(block, f"equivalence.md, example {i + 1}", "exec"), names)
+    promised = re.findall(r"^ *print\(.*\) +# (.*)$", "".join(blocks), re.MULTILINE)
+    assert promised and capsys.readouterr().out.splitlines() == promised

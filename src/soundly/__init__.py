@@ -19,6 +19,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from soundly.bounds.difference import difference as difference
     from soundly.bounds.interval import Interval as Interval
     from soundly.bounds.interval import interval_bounds as interval_bounds
     from soundly.bounds.linear import linear_bounds as linear_bounds
@@ -63,6 +64,9 @@ if TYPE_CHECKING:
     from soundly.spec.region import Union as Union
     from soundly.spec.region import join as join
     from soundly.spec.vnnlib import read_vnnlib as read_vnnlib
+    from soundly.verification.equivalence import equal as equal
+    from soundly.verification.equivalence import gap as gap
+    from soundly.verification.equivalence import same_argmax as same_argmax
     from soundly.verification.verdict import Empty as Empty
     from soundly.verification.verdict import Proved as Proved
     from soundly.verification.verdict import Refuted as Refuted
@@ -111,6 +115,11 @@ _HOME = {
     "Refuted": "verification.verdict",
     "Unknown": "verification.verdict",
     "Empty": "verification.verdict",
+    # two networks
+    "difference": "bounds.difference",
+    "equal": "verification.equivalence",
+    "same_argmax": "verification.equivalence",
+    "gap": "verification.equivalence",
     # reasons
     "certify_mask": "explanation.reason",
     "top_mask": "explanation.question",

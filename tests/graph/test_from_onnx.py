@@ -87,7 +87,29 @@ def f(*numbers: float) -> Any:
     return np.array(numbers, np.float32)
 
 
+U8, I8 = np.uint8, np.int8
+
 CASES: dict[str, Any] = {
+    # few bits
+    "QuantizeLinear": lambda: one("QuantizeLinear", (2, 3), f(0.03)[0], U8(120)),
+    "QuantizeLinear signed": lambda: one("QuantizeLinear", (2, 3), f(0.01)[0], I8(-3)),
+    "QuantizeLinear unsaid": lambda: one("QuantizeLinear", (2, 3), f(0.1)[0]),
+    "QuantizeLinear known": lambda: build(
+        [("QuantizeLinear", ["w", "s", "z"], ["q"], {"axis": 0}), ("Cast", ["q"], ["c"], {"to": TensorProto.FLOAT}),
+         ("Add", ["x", "c"], ["y"], {})],
+        {"x": (2, 3)}, {"w": w(2, 3), "s": f(0.01, 0.1), "z": np.array([3, -4], I8)}, ["y"],
+    ),
+    "DequantizeLinear": lambda: build(
+        [("QuantizeLinear", ["x", "s", "z"], ["q"], {}), ("DequantizeLinear", ["q", "s", "z"], ["d"], {}),
+         ("DequantizeLinear", ["w", "t", "n"], ["v"], {"axis": 0}), ("Gemm", ["d", "v"], ["y"], {"transB": 1})],
+        {"x": (2, 3)},
+        {"s": f(0.04)[0], "z": U8(100), "w": np.array([[1, -2, 100], [127, -128, 0]], I8), "t": f(0.1, 0.02),
+         "n": np.array([0, 5], I8)}, ["y"],
+    ),
+    "DequantizeLinear unsaid": lambda: build(
+        [("DequantizeLinear", ["w", "s"], ["v"], {}), ("Mul", ["x", "v"], ["y"], {})], {"x": (2, 3)},
+        {"s": f(0.25)[0], "w": np.array([[1, 2, 255], [7, 0, 9]], U8)}, ["y"],
+    ),
     # arithmetic and broadcasting
     "Add": lambda: one("Add", (2, 3), (3,)),
     "Add weight": lambda: one("Add", (2, 3), w(2, 1)),
@@ -178,11 +200,11 @@ CASES: dict[str, Any] = {
     "Dropout": lambda: one("Dropout", (2, 3)),
     "Dropout opset 7": lambda: one("Dropout", (2, 3), ratio=0.3, opset=7),
     "DynamicQuantizeLinear": lambda: one("DynamicQuantizeLinear", (3, 4), outputs=3),
-    "QuantizeLinear": lambda: one("QuantizeLinear", (2, 3, 4), f(0.03)),
-    "QuantizeLinear signed": lambda: one("QuantizeLinear", (2, 3), f(0.01), np.asarray(7, np.int8)),
+    "QuantizeLinear without a zero point": lambda: one("QuantizeLinear", (2, 3, 4), f(0.03)),
+    "QuantizeLinear signed, shifted": lambda: one("QuantizeLinear", (2, 3), f(0.01), np.asarray(7, np.int8)),
     "QuantizeLinear along an axis": lambda: one(
         "QuantizeLinear", (2, 3, 4), f(0.1, 0.02, 0.3), np.array([3, 200, 0], np.uint8), axis=1),
-    "DequantizeLinear": lambda: build(
+    "DequantizeLinear along an axis": lambda: build(
         [("QuantizeLinear", ["x", "s", "z"], ["q"], {"axis": -1}),
          ("DequantizeLinear", ["q", "s", "z"], ["y"], {"axis": -1})],
         {"x": (2, 3)}, {"s": f(0.1, 0.02, 0.3), "z": np.array([-3, 0, 100], np.int8)}, ["y"]),
@@ -551,3 +573,9 @@ def test_the_largest_share_of_a_softmax_is_that_of_the_largest_score():
             if not any(isinstance(node.op, Softmax) for node in topological(
                 from_onnx(CASES[f"ArgMax of Softmax, {how}"]()).outputs))}  # fmt: skip
     assert gone == {"moved", "turned"}
+
+
+def test_halves_are_rounded_to_even_and_ends_are_kept() -> None:
+    network = from_onnx(one("QuantizeLinear", (1, 6), f(0.5)[0], I8(0)), check=False)
+    x = torch.tensor([[0.25, 0.75, 1.25, -0.25, 1e6, -1e6]])
+    assert network(x).tolist() == [[0, 2, 2, 0, 127, -128]]

@@ -7,7 +7,6 @@ with a little room, and proved by `verify`. Metrics of other tools sample; these
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -24,14 +23,12 @@ from soundly.graph.node import Constant
 from soundly.graph.simplify import simplify
 from soundly.spec.claim import Claim, Property, Row, within
 from soundly.spec.region import Ball, Box
-from soundly.verification.attack import Attack
-from soundly.verification.problem import Problem, problem_of
+from soundly.verification.estimate import ROOM, Limit, furthest, narrowed, scaled, unit_of
+from soundly.verification.problem import problem_of
 from soundly.verification.root import Root, proved, root
-from soundly.verification.verdict import Proved, Refuted, Verdict
+from soundly.verification.verdict import Verdict
 from soundly.verification.verify import verify
 
-ROOM = 1e-3
-"""By how much claims are weaker than the bounds they come from, of how far the values move."""
 PAIRS = 2**16
 """The most comparisons of two cells."""
 
@@ -89,9 +86,9 @@ def certify_map(attribution: Network, region: Box | Ball, *, timeout: float | No
     shape = attribution.output.shape
     found = root(problem_of(within(attribution, _box(region), 0.0, 0.0)))
     lower, low = found.bound.chunk(2)
-    unit = _unit(-low - lower, lower)
+    unit = unit_of(-low - lower, lower)
     lower, upper = (lower - ROOM * unit).reshape(shape), (ROOM * unit - low).reshape(shape)
-    claim = _scaled(within(attribution, region, lower, upper), unit)
+    claim = scaled(within(attribution, region, lower, upper), unit)
     return MapBounds(lower, upper, _settled(claim, found, timeout), claim)
 
 
@@ -109,11 +106,11 @@ def certify_top_k(attribution: Network, x: Tensor, region: Box | Ball, k: int, *
     pairs = [(p, q) for p in cells for q in range(n) if p != q]
     found = root(problem_of(_larger(attribution, _box(region), pairs))) if pairs else None
     bound = torch.empty(0) if found is None else found.bound
-    unit = _unit(values.max() - values.min() - bound, bound)
+    unit = unit_of(values.max() - values.min() - bound, bound)
     larger = [i for i, b in enumerate(bound.tolist()) if b > ROOM * unit]
     certain = tuple(p for p in cells if sum(pairs[i][0] == p for i in larger) >= n - k)
     larger = [i for i in larger if pairs[i][0] in certain]
-    claim = _scaled(_larger(attribution, region, [pairs[i] for i in larger]), unit)
+    claim = scaled(_larger(attribution, region, [pairs[i] for i in larger]), unit)
     claim = replace(claim, name=f"cells {list(certain)} among the {k} largest")
     return TopK(tuple(cells), certain, _settled(claim, found, timeout, larger), claim)
 
@@ -150,30 +147,28 @@ def certify_change(
     problem = problem_of(within(change, _box(region), None, 0.0))
     found = root(problem)
     limit = (1 + ROOM) * float((-found.bound).max())
-    room = _unit(torch.tensor([limit]), base)
-    reached, worst = _reached(change, problem, region, limit)
-    claim = _scaled(within(change, region, None, limit), room)
+    room = unit_of(torch.tensor([limit]), base)
+    worst = furthest(problem, region, limit)
+    reached = float(_value(change.to(torch.float64), worst.reshape(change.input.shape)).max())
+
+    def at_most(value: float) -> Claim:
+        return scaled(within(change, region, None, value), room)
+
+    claim = at_most(limit)
     verdict: Verdict | None = proved(claim, found, timeout=timeout)
     if verdict is None:
         if found.jointly:
             limit = (1 + ROOM) * float((-root(problem, sums=False).bound).max())
-            claim = _scaled(within(change, region, None, limit), room)
+            claim = at_most(limit)
         verdict = verify(claim, timeout=timeout, attack=False)
-    until = time.monotonic() + tighten
-    while isinstance(verdict, Proved) and (left := until - time.monotonic()) > 0 and limit > 1.02 * reached:
-        closer = _scaled(within(change, region, None, (limit + reached) / 2), room)
-        match verify(closer, timeout=left):
-            case Proved() as outcome:
-                claim, verdict, limit = closer, outcome, (limit + reached) / 2
-            case Refuted(witness=point, outputs=values):
-                reached, worst = float(values.max()), point
-            case _:
-                break
+    final = narrowed(at_most, Limit(limit, reached, worst, verdict, claim), tighten)
 
-    def scaled(v: float) -> float:
+    def measured(v: float) -> float:
         return (math.sqrt(max(v, 0.0)) if square else v) / unit
 
-    return Change(scaled(limit), scaled(reached), worst.reshape(x.shape), verdict, claim)
+    return Change(
+        measured(final.upper), measured(final.reached), final.worst.reshape(x.shape), final.verdict, final.claim
+    )
 
 
 # -- networks and claims
@@ -211,20 +206,6 @@ def _box(region: Box | Ball) -> Box:
     return region.box
 
 
-def _unit(moves: Tensor, values: Tensor) -> float:
-    """A power of two that says how far values move, or their size where they do not."""
-    finite = moves[torch.isfinite(moves)]
-    size = max(finite.amax().item() if len(finite) else 0.0, 1e-6 * values.nan_to_num(0.0, 0.0, 0.0).abs().sum().item())
-    return math.ldexp(1.0, math.frexp(size)[1]) if size > 0 else 1.0
-
-
-def _scaled(claim: Claim, unit: float) -> Claim:
-    """The same claim with its rows in another unit, a power of two: a search stops at margins of size one."""
-    rows = claim.property
-    y = replace(rows.y, value=rows.y.value / unit)
-    return replace(claim, property=replace(rows, y=y, b=rows.b / unit, exact=None))
-
-
 # -- bounds
 
 
@@ -232,19 +213,3 @@ def _settled(claim: Claim, found: Root | None, timeout: float | None, rows: Sequ
     """By the bounds that the claim was made from; where they do not do, by a search."""
     verdict = None if found is None or not claim.property.clauses else proved(claim, found, rows, timeout=timeout)
     return verdict or verify(claim, timeout=timeout, attack=False)
-
-
-def _reached(change: Network, problem: Problem, region: Box | Ball, limit: float) -> tuple[float, Tensor]:
-    """A large change within the region, as the network itself computes it, and where."""
-    project = None
-    if isinstance(region, Ball) and region.norm != "linf":
-
-        def project(x: Tensor) -> Tensor:
-            return region.project(x.double().reshape(-1, *region.shape)).reshape(len(x), -1)
-
-    # Changes beyond the limit: as there are none, the attack goes on to its end.
-    rows = replace(problem.rows, constant=problem.rows.constant + (limit if math.isfinite(limit) else 1e9))
-    attack = Attack(problem.program.to(torch.float32), rows, problem.lower[0], problem.upper[0], 0, project)
-    attack.run(steps=40, restarts=16)
-    x = region.project(attack.best[1].reshape(region.shape), dtype=torch.float64).reshape(change.input.shape)
-    return float(_value(change.to(torch.float64), x).max()), x
