@@ -92,7 +92,7 @@ def run(
     targets = [teacher.attributions(p, ids[label], steps=steps) for p, label in wrong]
     clock("the teacher's maps")
     near = [
-        student.explanation(p, ids[label], steps=steps).normalised_near(t.own, eps=0.99 * eps)
+        student.explanation(p, ids[label], steps=steps).normalised_near(t.own, eps=0.98 * eps)
         for (p, label), t in zip(wrong, targets, strict=True)
     ]
     right = [c for p, label in wrong if answers for c in student.answers(p, ids[label], list(ids.values()))]

@@ -117,6 +117,9 @@ def least_change(
                 ends, delta = vertex.side, torch.from_numpy(vertex.point).to(rows.device)
     if bound is not None:
         delta = delta.clamp(-bound, bound)
+    # What nothing depends on stays where it is: factors leave some rounding there.
+    counts = rows.any(dim=0) if retain is None else rows.any(dim=0) | retain.any(dim=0)
+    delta = torch.where(counts, delta, 0.0)
 
     value = rows @ delta
     excess = torch.maximum(lower - value, value - upper).clamp(min=0.0)
