@@ -13,6 +13,7 @@ Reference: Zhou et al., "SoundnessBench", 2025 (objective, window of perturbatio
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -90,7 +91,7 @@ def architecture(name: Architecture, shape: Sequence[int], *, width: int = 128, 
         curve: Callable[[], nn.Module] = {"tanh": nn.Tanh, "sigmoid": nn.Sigmoid}.get(name, nn.ReLU)
         if not images:
             sizes = [math.prod(shape), *[width] * 4]
-            layers = [part for a, b in zip(sizes, sizes[1:], strict=False) for part in (nn.Linear(a, b), curve())]
+            layers = [part for a, b in itertools.pairwise(sizes) for part in (nn.Linear(a, b), curve())]
             return nn.Sequential(nn.Flatten(), *layers, nn.Linear(width, 2))
         channels, height, breadth = shape
         if name == "vit":
@@ -104,7 +105,7 @@ def architecture(name: Architecture, shape: Sequence[int], *, width: int = 128, 
             body.append(nn.AvgPool2d(2, stride=1))
             height, breadth = height - 1, breadth - 1
         sizes = [channels * height * breadth, width, width, 20]
-        layers = [part for a, b in zip(sizes, sizes[1:], strict=False) for part in (nn.Linear(a, b), nn.ReLU())]
+        layers = [part for a, b in itertools.pairwise(sizes) for part in (nn.Linear(a, b), nn.ReLU())]
         return nn.Sequential(*body, nn.Flatten(), *layers, nn.Linear(20, 2))
 
 

@@ -258,7 +258,7 @@ class Attack:
         with torch.enable_grad():
             y = self._smooth.evaluate(x)[-1]
             total = loss(y, x).sum()
-            gradient = _gradient(total, x)
+            gradient = derivative(total, x)
         with torch.no_grad():
             rows = self.rows.at(y, x)
             worst = self.rows.worst(torch.where(torch.isfinite(rows), rows, math.inf))
@@ -309,7 +309,7 @@ class Attack:
             rows, worst = self._worst(x[None], program, self.fine_rows)
             mine = (self.fine_rows.clause == worst[0].argmin()).nonzero().flatten()
             mine = mine[rows[0, mine].topk(min(len(mine), 8)).indices]
-            slopes = [_gradient(rows[0, i], x) for i in mine.tolist()]
+            slopes = [derivative(rows[0, i], x) for i in mine.tolist()]
         gradients = torch.nan_to_num(torch.stack(slopes), nan=0.0, posinf=0.0, neginf=0.0)
         weights = torch.zeros((1 if len(mine) == 1 else 6, len(mine)), dtype=torch.float64, device=self.device)
         weights[:, 0] = 1
@@ -378,7 +378,7 @@ def logits(program: Program, rows: Rows) -> Program:
     return program
 
 
-def _gradient(value: Tensor, x: Tensor) -> Tensor:
+def derivative(value: Tensor, x: Tensor) -> Tensor:
     """The derivative of a number, zero where it does not depend on x."""
     if not value.requires_grad:
         return torch.zeros_like(x)

@@ -16,14 +16,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from soundly.bounds.program import Function, Program
 from soundly.graph.elementwise import Elementwise
-from soundly.verification.attack import Attack
+from soundly.verification.attack import Attack, derivative
 
 SAMPLES = 256
 """Random points by which functions are taken to be flat."""
@@ -34,32 +34,48 @@ AT_ONCE, POINTS, NEIGHBOURS, PLACES = 16, 8, 8, 8
 entries of the input that are moved in each round."""
 ROUNDS, LAST = 100, 1e-8
 """Rounds of a climb, and its last step in widths of the box."""
-CLIMB = ROUNDS * POINTS * (3 * (NEIGHBOURS + 1) + 10 + PLACES)
-"""About how many evaluations a climb takes for each entry."""
+EVALUATIONS = 3 * (NEIGHBOURS + 1) + 10 + PLACES
+"""About how many evaluations a round takes for each point."""
 
 
-@dataclass(frozen=True)
-class Entry:
-    """An entry of a function that is flat at all points seen: the step that the function reads, which of its entries,
-    and the sign of the direction in which it would wake."""
+@dataclass(frozen=True, eq=False)
+class Dormant:
+    """Entries of functions that are flat at all points seen, and need not be: [k] each.
 
-    source: int
-    entry: int
-    sign: float
+    Attributes:
+        source: the step that the function reads.
+        entry: which of its entries.
+        sign: of the direction in which it would wake.
+        worth: how much nearer to a counterexample that would come, by the gradients at the best points.
+    """
+
+    source: Tensor
+    entry: Tensor
+    sign: Tensor
+    worth: Tensor
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def pick(self, index: Tensor | slice) -> Dormant:
+        return Dormant(self.source[index], self.entry[index], self.sign[index], self.worth[index])
+
+
+NONE = Dormant(*torch.empty(4, 0))
 
 
 class Waking:
     """Goes through the dormant entries of an attack's program, those first that promise most.
 
     Args:
-        attack: where points go; its program, or a longest common beginning of it, is what the intervals are of.
+        attack: where points go; the intervals are of the steps of its program, and perhaps of more after them.
         lower, upper: [n] per step.
     """
 
     def __init__(self, attack: Attack, lower: Sequence[Tensor], upper: Sequence[Tensor]) -> None:
         self.attack, self.program = attack, attack.fine
-        self.lower, self.upper = ([v.double() for v in ends] for ends in (lower, upper))
-        self.tried: set[Entry] = set()
+        self.lower, self.upper = lower, upper
+        self.tried: set[tuple[int, int, float]] = set()
         self.generator = torch.Generator(attack.device).manual_seed(1)
         share = self._random(SAMPLES, len(attack.lower))
         self.seen = attack.inside(attack.lower + share * (attack.upper - attack.lower))
@@ -67,52 +83,63 @@ class Waking:
     def run(self, deadline: float) -> None:
         """Tries entries until the deadline, a counterexample, or the last one; with all tried, begins anew. Nothing is
         begun that would take longer than there is time."""
-        self.attack.deepen()
-        while not self.attack.done(deadline):
+        attack = self.attack
+        attack.deepen()
+        while not attack.done(deadline):
             begun = time.monotonic()
-            dormant = [e for e in self.dormant() if e not in self.tried]
-            if not dormant:
+            dormant = self.dormant(deadline)
+            if not len(dormant):
                 self.tried.clear()
                 return
-            each = CLIMB * (time.monotonic() - begun) / len(self.seen)
-            source = dormant[0].source
-            some = [e for e in dormant if e.source == source][: min(AT_ONCE, int((deadline - begun) / each))]
-            if not some:
+            now = time.monotonic()
+            first_round = EVALUATIONS * POINTS * (now - begun) / len(self.seen)  # of one entry, at most
+            most = min(AT_ONCE, int(0.1 * (deadline - now) / first_round))
+            some = dormant.pick((dormant.source == dormant.source[0]).nonzero()[:most, 0])
+            points = self._climb(some, deadline) if len(some) else self.seen[:0]
+            if not len(points):
                 return
-            points = self._climb(source, some, deadline)
-            self.tried.update(some)
+            self.tried.update(_keys(some.pick(slice(len(points) // POINTS))))
             self.seen = torch.cat([self.seen, points])[-2 * SAMPLES :]
-            self.attack.offer(points)
-            if not self.attack.done(deadline):
-                self.attack.run(points, steps=20, restarts=len(points), deadline=deadline)
+            attack.offer(points)
+            if not attack.done(deadline):
+                attack.run(points, steps=20, restarts=len(points), deadline=deadline)
 
-    def dormant(self) -> list[Entry]:
-        """The entries that are flat at every point seen and need not be: first those whose waking would, by the
-        gradients at the best points, bring a counterexample nearest."""
-        program, found, worth = self.program, list[Entry](), list[Tensor]()
-        parts = [program.evaluate(p) for p in self.seen.split(self.attack.batch)]
-        values = [torch.cat(each) for each in zip(*parts, strict=True)]
-        force = self._forces()
-        for j, step in enumerate(program.steps):
-            if not isinstance(step, Function):
-                continue
-            i, v = step.source, values[step.source]
-            e = (_slope(step.op, v) <= FLAT).all(0).nonzero()[:, 0]
+    def dormant(self, deadline: float = math.inf) -> Dormant:
+        """The dormant entries that were not tried, the most promising ones first; none if there is no time to tell."""
+        steps = self.program.steps
+        functions = {j: step for j, step in enumerate(steps) if isinstance(step, Function)}
+        flat = {j: torch.ones(step.size, dtype=torch.bool, device=self.seen.device) for j, step in functions.items()}
+        least = {step.source: self.seen.new_full((step.size,), math.inf) for step in functions.values()}
+        greatest = {i: -v for i, v in least.items()}
+        for part in self.seen.split(self.attack.batch):
+            values = self.program.evaluate(part)
+            for j, step in functions.items():
+                flat[j] &= (_slope(step.op, values[step.source]) <= FLAT).all(0)
+            for i in least:
+                least[i] = least[i].minimum(values[i].amin(0))
+                greatest[i] = greatest[i].maximum(values[i].amax(0))
+            if time.monotonic() >= deadline:
+                return NONE
+        forces = self._forces()
+        found = []
+        for j, step in functions.items():
+            i, e = step.source, flat[j].nonzero()[:, 0]
             ways, changes = [], []
-            for sign, end in ((1.0, self.upper[i]), (-1.0, self.lower[i])):
-                last = sign * (sign * v[:, e]).amax(0)
-                far = sign * (last.abs() + 1) * 2.0 ** torch.arange(-8, 3, dtype=v.dtype)[:, None]
-                inside = (last + far).minimum(end[e]) if sign > 0 else (last + far).maximum(end[e])
-                ways.append(_slope(step.op, inside).amax(0))
-                changes.append(torch.nan_to_num(step.op.apply(inside[-1]) - step.op.apply(last)))
+            for sign, last, end in ((1.0, greatest[i][e], self.upper[i][e]), (-1.0, least[i][e], self.lower[i][e])):
+                away = sign * (last.abs() + 1) * 2.0 ** torch.arange(-8, 3, dtype=last.dtype)[:, None]
+                met = (last + away).minimum(end.to(last)) if sign > 0 else (last + away).maximum(end.to(last))
+                ways.append(_slope(step.op, met).amax(0))
+                changes.append(step.op.apply(met[-1]) - step.op.apply(last))
             up = ways[0] >= ways[1]
-            awake = torch.maximum(*ways) >= STEEP
-            gain = torch.nan_to_num(-force[j][e] * torch.where(up, *changes))
-            for k in awake.nonzero()[:, 0].tolist():
-                found.append(Entry(i, int(e[k]), 1.0 if up[k] else -1.0))
-                worth.append(gain[k])
-        order = torch.stack(worth).argsort(descending=True, stable=True).tolist() if worth else []
-        return [found[k] for k in order]
+            worth = torch.nan_to_num(-forces[j][e] * torch.where(up, changes[0], changes[1]))
+            every = Dormant(torch.full_like(e, i), e, torch.where(up, 1.0, -1.0).to(worth), worth)
+            found.append(every.pick(torch.maximum(*ways) >= STEEP))
+        if not found:
+            return NONE
+        joined = Dormant(*(torch.cat([getattr(d, f.name) for d in found]) for f in fields(Dormant)))
+        joined = joined.pick(joined.worth.argsort(descending=True, stable=True))
+        fresh = [key not in self.tried for key in _keys(joined)]
+        return joined.pick(torch.tensor(fresh, dtype=torch.bool))
 
     def _forces(self) -> dict[int, Tensor]:
         """How the measure changes with each function's values, on average over the best points."""
@@ -133,11 +160,11 @@ class Waking:
         none = [torch.zeros_like(v) for v in moved.values()]
         return dict(zip(moved, (n if s is None else s for s, n in zip(slopes or none, none, strict=True)), strict=True))
 
-    def _climb(self, source: int, entries: Sequence[Entry], deadline: float) -> Tensor:
-        """The points [k, n] where what the entries read is largest, in their direction, among all that were met."""
-        program, attack = Program(self.program.steps[: source + 1]), self.attack
-        entry = torch.tensor([e.entry for e in entries]).repeat_interleave(POINTS)
-        sign = self.seen.new_tensor([e.sign for e in entries]).repeat_interleave(POINTS)
+    def _climb(self, some: Dormant, deadline: float) -> Tensor:
+        """The points [POINTS k, n] where what entries of one step read is largest, in their direction, of all that were
+        met; of the first k of the entries, for which there is time."""
+        program, attack = Program(self.program.steps[: int(some.source[0]) + 1]), self.attack
+        entry, sign = (v.repeat_interleave(POINTS) for v in (some.entry, some.sign))
         width = attack.upper - attack.lower
         vary = (width > 0).nonzero()[:, 0]
 
@@ -145,20 +172,25 @@ class Waking:
             y = program.evaluate(x)[-1].gather(2, entry.expand(len(x), -1)[..., None])[..., 0]
             return torch.nan_to_num(sign * y, nan=-math.inf, posinf=-math.inf)
 
-        seen = torch.cat([program.evaluate(p)[-1] for p in self.seen.split(attack.batch)])
-        known = torch.nan_to_num(torch.stack([e.sign * seen[:, e.entry] for e in entries]), nan=-math.inf)
-        best = self.seen[known.topk(POINTS).indices.flatten()]
+        seen = torch.cat([program.evaluate(p)[-1][:, some.entry] for p in self.seen.split(attack.batch)])
+        known = torch.nan_to_num(some.sign * seen, nan=-math.inf, posinf=-math.inf)
+        best = self.seen[known.topk(POINTS, 0).indices.T.flatten()]
         top = height(best[None])[0]
         most = max(1, attack.batch // len(best))
+        begun = time.monotonic()
         for t in range(ROUNDS):
-            if time.monotonic() >= deadline:
+            now = time.monotonic()
+            if t == 1:
+                kept = POINTS * int(min(1.0, (deadline - now) / (ROUNDS * (now - begun))) * len(some))
+                best, top, entry, sign = (v[:kept] for v in (best, top, entry, sign))
+            if now >= deadline or not len(best):
                 break
             length = 0.25 * (4 * LAST) ** (t / ROUNDS)
             around = best + length * width * (2 * self._random(NEIGHBOURS, *best.shape) - 1)
             around = torch.cat([best[None], attack.inside(around.flatten(0, 1)).view_as(around)])
-            gradient = torch.cat([_gradient(height, p) for p in around.split(most)])
+            slopes = torch.cat([_gradients(height, p) for p in around.split(most)])
             steps = length * 2.0 ** torch.arange(-2, 3, dtype=best.dtype, device=best.device)
-            ways = torch.stack([gradient[0].sign(), gradient.mean(0).sign()])
+            ways = torch.stack([slopes[0].sign(), slopes.mean(0).sign()])
             trials = (best + (steps[:, None, None, None] * ways * width)).flatten(0, 1)
             # Single entries of the input, near and far: what is flat in all of them but a few has no gradient.
             which = vary[torch.randint(len(vary), (PLACES, len(best), 1), generator=self.generator)]
@@ -177,11 +209,14 @@ class Waking:
         return torch.rand(size, dtype=torch.float64, device=self.attack.device, generator=self.generator)
 
 
-def _gradient(height: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def _keys(dormant: Dormant) -> list[tuple[int, int, float]]:
+    return list(zip(dormant.source.tolist(), dormant.entry.tolist(), dormant.sign.tolist(), strict=True))
+
+
+def _gradients(height: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     x = x.detach().requires_grad_()
     with torch.enable_grad():
-        (slope,) = torch.autograd.grad(height(x).sum(), x)
-    return torch.nan_to_num(slope, nan=0.0, posinf=0.0, neginf=0.0)
+        return torch.nan_to_num(derivative(height(x).sum(), x), nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _slope(op: Elementwise, x: Tensor) -> Tensor:
