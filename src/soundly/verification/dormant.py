@@ -77,8 +77,7 @@ class Waking:
         self.lower, self.upper = lower, upper
         self.tried: set[tuple[int, int, float]] = set()
         self.generator = torch.Generator(attack.device).manual_seed(1)
-        share = self._random(SAMPLES, len(attack.lower))
-        self.seen = attack.inside(attack.lower + share * (attack.upper - attack.lower))
+        self.seen = self._samples()
 
     def run(self, deadline: float) -> None:
         """Tries entries until the deadline, a counterexample, or the last one; with all tried, begins anew. Nothing is
@@ -89,17 +88,21 @@ class Waking:
             begun = time.monotonic()
             dormant = self.dormant(deadline)
             if not len(dormant):
+                if not self.tried:
+                    return
                 self.tried.clear()
-                return
+                self.seen = self._samples()
+                continue
             now = time.monotonic()
             first_round = EVALUATIONS * POINTS * (now - begun) / len(self.seen)  # of one entry, at most
-            most = min(AT_ONCE, int(0.1 * (deadline - now) / first_round))
+            most = min(AT_ONCE, int(0.2 * (deadline - now) / first_round))
             some = dormant.pick((dormant.source == dormant.source[0]).nonzero()[:most, 0])
             points = self._climb(some, deadline) if len(some) else self.seen[:0]
             if not len(points):
                 return
-            self.tried.update(_keys(some.pick(slice(len(points) // POINTS))))
-            self.seen = torch.cat([self.seen, points])[-2 * SAMPLES :]
+            if time.monotonic() < deadline:  # they are at the top
+                self.tried.update(_keys(some.pick(slice(len(points) // POINTS))))
+                self.seen = torch.cat([self.seen, points])[-2 * SAMPLES :]
             attack.offer(points)
             if not attack.done(deadline):
                 attack.run(points, steps=20, restarts=len(points), deadline=deadline)
@@ -204,6 +207,10 @@ class Waking:
             better = (value > top).nonzero()[:, 0]
             best[better], top[better] = trials[k[better], better], value[better]
         return best
+
+    def _samples(self) -> Tensor:
+        low, high = self.attack.lower, self.attack.upper
+        return self.attack.inside(low + self._random(SAMPLES, len(low)) * (high - low))
 
     def _random(self, *size: int) -> Tensor:
         return torch.rand(size, dtype=torch.float64, device=self.attack.device, generator=self.generator)

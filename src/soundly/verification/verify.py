@@ -491,7 +491,7 @@ class _Run:
             self.bound = (told or search).bound
             if len(points):
                 self._offer(search.case, points)
-            self._interleave(search.case if len(search.waiting) else None, search)
+            self._interleave(search.case if len(search.waiting) else None, told or search)
             self._tell()
 
     # ---------------------------------------------------------------- the proof
