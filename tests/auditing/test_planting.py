@@ -94,6 +94,6 @@ def test_what_cannot_be_told_apart_is_refused() -> None:
 
 def test_a_bump_too_low_is_noticed(monkeypatch) -> None:
     """A fault of planting itself: the height without its second part, and a little less."""
-    monkeypatch.setattr(planting, "_two", lambda q, *, down: (float(q) * 0.999, 0.0))
+    monkeypatch.setattr(planting, "two_parts", lambda q, *, down: (float(q) * 0.999, 0.0))
     with pytest.raises(InvalidInput, match=r"no counterexample|below what float64"):
         instance(margin=1e-6)
