@@ -299,10 +299,12 @@ def save(made: Trained, path: Path, *, half: bool = True) -> Trained:
     """
     kept = {f"weight:{k}": v.detach().numpy() for k, v in made.module.named_parameters()}
     arrays: dict[str, Any] = {k: v.astype(np.float16 if half else np.float32) for k, v in kept.items()}
-    np.savez_compressed(
-        path, plan=json.dumps(asdict(made.plan)), centres=made.boxes.centres.numpy(), labels=made.boxes.labels.numpy(),
-        points=made.boxes.points.numpy(), hidden=made.hidden.numpy(), epoch=made.epoch, **arrays,
-    )  # fmt: skip
+    with open(path, "wb") as file:
+        np.savez_compressed(
+            file, plan=json.dumps(asdict(made.plan)), centres=made.boxes.centres.numpy(),
+            labels=made.boxes.labels.numpy(), points=made.boxes.points.numpy(), hidden=made.hidden.numpy(),
+            epoch=made.epoch, **arrays,
+        )  # fmt: skip
     return read(path)
 
 
