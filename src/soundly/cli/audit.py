@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from soundly.auditing.fuzzing import Tally
     from soundly.auditing.judging import Judgement
+    from soundly.auditing.mutation import Mutant
 
 
 def add(verbs: Verbs) -> None:
@@ -196,10 +197,17 @@ def _mutate(arguments: argparse.Namespace) -> int:
     from soundly.auditing.mutation import line, mutate, score
 
     chosen = [f for f in FAULTS if arguments.only in f"{f.part} {f.name}"]
-    done = []
-    for made in mutate(chosen, seconds=arguments.seconds):
-        done.append(made)
-        print(line(made), flush=True)
+    done: list[Mutant] = []
+
+    shown = sys.stderr.isatty()
+    made = mutate(chosen, seconds=arguments.seconds)
+    for fault in chosen:
+        if shown:
+            status(f"{len(done) + 1} of {len(chosen)}  {fault.name}")
+        done.append(next(made))
+        if shown:
+            status("")
+        print(line(done[-1]), flush=True)
     print(score(done))
     return NO if not all(m.found for m in done) else YES if done else UNKNOWN
 
