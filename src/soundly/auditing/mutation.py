@@ -98,4 +98,5 @@ def score(mutants: Sequence[Mutant]) -> str:
     found, spent = sum(m.found for m in mutants), sum(m.seconds for m in mutants)
     most = max((m.seconds for m in mutants), default=0.0)
     share = 100 * found / max(1, len(mutants))
-    return f"mutation score {found} of {len(mutants)}, {share:.0f} %; {spent:.0f} CPU seconds, {most:.0f} at most for one"
+    cost = f"{spent:.0f} CPU seconds, {most:.0f} at most for one"
+    return f"mutation score {found} of {len(mutants)}, {share:.0f} %; {cost}"
