@@ -99,6 +99,9 @@ def test_a_point_and_time_that_is_over() -> None:
     fixed = waking(late.program, x, x)
     fixed.run(soon(1))
     assert fixed.attack.best[0] > 0
+    empty = waking(late.program, made.upper.flatten() + 1, made.lower.flatten())
+    empty.run(soon(1))
+    assert len(empty.attack.kept) == 0
 
 
 def test_a_dear_network_takes_no_longer_than_it_may() -> None:

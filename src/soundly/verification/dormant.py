@@ -83,6 +83,8 @@ class Waking:
         """Tries entries until the deadline, a counterexample, or the last one; with all tried, begins anew. Nothing is
         begun that would take longer than there is time."""
         attack = self.attack
+        if not len(attack.kept) or not bool((attack.upper > attack.lower).any()):
+            return
         attack.deepen()
         while not attack.done(deadline):
             begun = time.monotonic()
