@@ -24,7 +24,6 @@ from soundly.graph.elementwise import RELU, Elementwise
 from soundly.graph.network import Network
 from soundly.graph.node import Node
 from soundly.spec.claim import Claim, Property, Region, Row, Terms
-
 from soundly.verification.verdict import Empty, Proved, Refuted, Unknown, Verdict
 from soundly.verification.verify import verify
 
