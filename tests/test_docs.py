@@ -84,7 +84,7 @@ def test_the_examples_of_the_page_on_auditing(
     for i, block in enumerate(blocks):
         exec(compile(block, f"auditing.md, example {i + 1}", "exec"), names)
     promised = re.findall(r"^ *print\(.*\) +# (.*)$", "".join(blocks), re.MULTILINE)
-    assert len(promised) >= 14 and capsys.readouterr().out.splitlines() == promised
+    assert len(promised) >= 17 and capsys.readouterr().out.splitlines() == promised
 
 
 def test_the_examples_of_the_page_on_patterns(capsys: pytest.CaptureFixture[str]) -> None:

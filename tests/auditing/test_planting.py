@@ -4,12 +4,15 @@ import itertools
 import math
 from fractions import Fraction
 
+import onnx
 import pytest
 import torch
 
 from soundly.auditing import planting
+from soundly.auditing.plain import plain
 from soundly.auditing.planting import BUMPS, HOSTS, POSITIONS, Instance, instance
 from soundly.errors import InvalidInput
+from soundly.graph.to_onnx import to_onnx
 
 F64 = torch.float64
 
@@ -94,6 +97,45 @@ def test_what_cannot_be_told_apart_is_refused() -> None:
 
 def test_a_bump_too_low_is_noticed(monkeypatch) -> None:
     """A fault of planting itself: the height without its second part, and a little less."""
-    monkeypatch.setattr(planting, "_two", lambda q, *, down: (float(q) * 0.999, 0.0))
+    monkeypatch.setattr(planting, "two_parts", lambda q, *, down: (float(q) * 0.999, 0.0))
     with pytest.raises(InvalidInput, match=r"no counterexample|below what float64"):
         instance(margin=1e-6)
+
+
+@pytest.mark.parametrize(("holds", "margin"), [(False, 1e-2), (False, 1e-9), (True, 1e-4), (True, 1e-9)])
+def test_plain_instances_are_exact_and_made_of_what_every_tool_reads(holds, margin, tmp_path) -> None:
+    for seed, position in enumerate(POSITIONS):
+        made = plain(position=position, size=5, margin=margin, holds=holds, seed=seed)
+        values = {n.op.name: v.double() for n, v in made.network.values.items()}  # type: ignore[attr-defined]
+
+        def gap(x: list[Fraction], values=values) -> Fraction:
+            """Output 0 - output 1 in fractions, from the weights as stored."""
+            for k in (0, 2, 4):
+                w, b = (values[f"{k}.{part}"].tolist() for part in ("weight", "bias"))
+                x = [sum((Fraction(a) * t for a, t in zip(row, x, strict=True)), Fraction(c))
+                     for row, c in zip(w, b, strict=True)]  # fmt: skip
+                x = x if k == 4 else [max(t, Fraction(0)) for t in x]
+            return x[0] - x[1]
+
+        if holds:
+            assert made.witness is None
+            some = [made.upper, *points(made, 20)]
+            least = min(gap(list(map(Fraction, x.flatten().tolist()))) for x in some)
+            assert float(least) >= made.margin * (1 - 1e-5) and made.margin == pytest.approx(margin, rel=1e-5)
+        else:
+            assert made.witness is not None
+            depth = -float(gap(list(map(Fraction, made.witness.flatten().tolist()))))
+            assert depth == pytest.approx(margin, rel=1e-5) and made.margin == pytest.approx(depth, rel=1e-5)
+            some = points(made, 300)
+            some = some[(some - made.witness).abs().flatten(1).amax(1) > 0.07]
+            assert len(some) > 200 and float(gaps(made, some).min()) > 0.5
+        to_onnx(made.network, tmp_path / "a.onnx")
+        kinds = {node.op_type for node in onnx.load(tmp_path / "a.onnx").graph.node}
+        assert kinds <= {"Gemm", "Add", "Relu", "Reshape", "Constant"}
+
+
+def test_plain_instances_need_exact_weights() -> None:
+    with pytest.raises(InvalidInput, match="2\\^k"):
+        plain(radius=0.05)
+    with pytest.raises(InvalidInput, match="choose one of"):
+        plain(position="edge")

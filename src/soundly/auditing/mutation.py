@@ -94,6 +94,9 @@ def line(mutant: Mutant) -> str:
 
 
 def score(mutants: Sequence[Mutant]) -> str:
-    """How many were found."""
-    found = sum(m.found for m in mutants)
-    return f"mutation score {found} of {len(mutants)}, {100 * found / max(1, len(mutants)):.0f} %"
+    """How many were found, and what the search cost."""
+    found, spent = sum(m.found for m in mutants), sum(m.seconds for m in mutants)
+    most = max((m.seconds for m in mutants), default=0.0)
+    share = 100 * found / max(1, len(mutants))
+    cost = f"{spent:.0f} CPU seconds, {most:.0f} at most for one"
+    return f"mutation score {found} of {len(mutants)}, {share:.0f} %; {cost}"

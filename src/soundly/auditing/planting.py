@@ -159,6 +159,47 @@ def _host(b: _Builder, centre: Tensor, slopes: Tensor, made_of: Host, seed: int)
     raise InvalidInput(f"host is {made_of!r}; choose one of {', '.join(HOSTS)}.")
 
 
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where things are: dyadic numbers, so that the box, the point and their differences are the same in float32, in
+    float64 and as decimals.
+
+    Attributes:
+        centre, wide: of the box, and how far it reaches to either side.
+        point: of the bump.
+        corner: where the host is least.
+        slopes: [n], of the host.
+    """
+
+    centre: Tensor
+    wide: Tensor
+    point: Tensor
+    corner: Tensor
+    slopes: Tensor
+
+
+def place(position: Position, shape: tuple[int, ...], eps: float, source: torch.Generator) -> Place:
+    """A box about as wide as eps says, and a point of it.
+
+    Raises:
+        InvalidInput: there is no such position.
+    """
+    if position not in POSITIONS:
+        raise InvalidInput(f"position is {position!r}; choose one of {', '.join(POSITIONS)}.")
+    n = math.prod(shape)
+    centre = torch.randint(-64, 65, shape, generator=source).double() / 128
+    wide = torch.full(shape, 2.0 ** round(math.log2(eps)), dtype=F64)
+    share = torch.randint(-48, 49, shape, generator=source).double() / 64
+    sides = torch.randint(0, 2, shape, generator=source).double() * 2 - 1
+    if position == "corner":
+        share = sides
+    elif position == "face":
+        k = int(torch.randint(n, (1,), generator=source))
+        share.view(-1)[k] = sides.view(-1)[k]
+    slopes = (0.25 + 0.75 * torch.rand(n, generator=source)) / (n * float(wide.flatten()[0]))
+    return Place(centre, wide, centre + share * wide, centre + wide, slopes)
+
+
 def _value(network: Network, node: Node, x: Tensor) -> Fraction:
     """A number [1, 1] of the network at a point, evaluated in float64: exact to some 1e-15 of what it adds up."""
     (value,) = network.to(F64).evaluate([node], x.double())
@@ -194,22 +235,8 @@ def instance(
     """
     if not (eps > 0 and radius > 0 and margin > 0):
         raise InvalidInput(f"eps={eps}, radius={radius}, margin={margin}: give positive numbers.")
-    if position not in POSITIONS:
-        raise InvalidInput(f"position is {position!r}; choose one of {', '.join(POSITIONS)}.")
-    source = torch.Generator().manual_seed(seed)
-    n = math.prod(shape)
-    # Dyadic numbers: the box, the point and their differences are the same in float32, float64 and as decimals.
-    centre = torch.randint(-64, 65, shape, generator=source).double() / 128
-    wide = torch.full(shape, 2.0 ** round(math.log2(eps)), dtype=F64)
-    share = torch.randint(-48, 49, shape, generator=source).double() / 64
-    sides = torch.randint(0, 2, shape, generator=source).double() * 2 - 1
-    if position == "corner":
-        share = sides
-    elif position == "face":
-        place = int(torch.randint(n, (1,), generator=source))
-        share.view(-1)[place] = sides.view(-1)[place]
-    point, corner = centre + share * wide, centre + wide
-    slopes = (0.25 + 0.75 * torch.rand(n, generator=source)) / (n * float(wide.flatten()[0]))
+    found = place(position, shape, eps, torch.Generator().manual_seed(seed))
+    centre, wide, point, corner, slopes = found.centre, found.wide, found.point, found.corner, found.slopes
     b = _Builder(shape)
     base = _host(b, centre, slopes.to(F32), host, seed)
     draft = b.network(base, "host")
@@ -218,12 +245,12 @@ def instance(
     zero = Fill(0.0, (1, 1))()
     if bump is None:
         # The margin is least at the corner; there it is to be +-margin.
-        parts = _two(Fraction(margin if holds else -margin) - worst, down=not holds)
+        parts = two_parts(Fraction(margin if holds else -margin) - worst, down=not holds)
         raised = add(base, *(b.constant(torch.tensor([[part]])) for part in parts))
         network = b.network(Concat(1)(raised, zero), name)
         by = float(worst + sum(map(Fraction, parts)))
         witness = None if holds else corner
-        return _checked(Instance(name, network, centre - wide, centre + wide, holds, by if holds else -by, witness))
+        return checked(Instance(name, network, centre - wide, centre + wide, holds, by if holds else -by, witness))
     top = b.constant(torch.tensor([[float(1 - worst)]]))
     hump = _bump(b, point, radius, bump)
     wall = add(base, top)
@@ -232,20 +259,20 @@ def instance(
     if holds:  # at any point the wall is at least what it is at the corner, and the bump at most its peak
         least = _value(draft, wall, corner)
         height = (least - Fraction(margin)) / peak
-        one, two = _two(height, down=True)
+        one, two = two_parts(height, down=True)
         truth = float(least - (Fraction(one) + Fraction(two)) * peak)
         result = Combine((one, two))(hump, hump)
-        return _checked(
+        return checked(
             Instance(name, b.network(Concat(1)(wall, result), name), centre - wide, centre + wide, True, truth)
         )
-    one, two = _two((there + Fraction(margin)) / peak, down=False)
+    one, two = two_parts((there + Fraction(margin)) / peak, down=False)
     result = Combine((one, two))(hump, hump)
     depth = float((Fraction(one) + Fraction(two)) * peak - there)
     network = b.network(Concat(1)(wall, result), name)
-    return _checked(Instance(name, network, centre - wide, centre + wide, False, depth, point))
+    return checked(Instance(name, network, centre - wide, centre + wide, False, depth, point))
 
 
-def _two(q: Fraction, *, down: bool) -> tuple[float, float]:
+def two_parts(q: Fraction, *, down: bool) -> tuple[float, float]:
     """Two numbers of float32 whose sum is q to some 1e-14 of it, on the safe side."""
     one = float(torch.tensor(float(q), dtype=F32))
     rest = torch.tensor(float(q - Fraction(one)), dtype=F32)
@@ -253,7 +280,7 @@ def _two(q: Fraction, *, down: bool) -> tuple[float, float]:
     return one, float(torch.nextafter(rest, way))
 
 
-def _checked(made: Instance) -> Instance:
+def checked(made: Instance) -> Instance:
     """The instance, if evaluating its witness agrees with what was meant.
 
     The truth is decided over the reals; float64 errs by some 1e-14 here, less than the smallest margin.

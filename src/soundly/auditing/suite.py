@@ -16,7 +16,9 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
 
+from soundly.auditing.plain import plain
 from soundly.auditing.planting import BUMPS, HOSTS, POSITIONS, Instance, instance
+from soundly.auditing.trained import NETS, instances, read
 from soundly.errors import InvalidInput
 from soundly.graph.to_onnx import to_onnx
 
@@ -50,6 +52,24 @@ def planted(count: int, seed: int = 0, *, robust: float = 0.25) -> Iterator[Inst
             shape=r.choice(SHAPES), eps=r.choice([0.125, 0.25, 0.5]), radius=r.choice([0.02, 0.05, 0.1]), holds=holds,
             seed=1000 * seed + k,
         )  # fmt: skip
+
+
+def plain_ones(count: int, seed: int = 0, *, robust: float = 0.25) -> Iterator[Instance]:
+    """Instances of dense layers and ReLUs alone, for tools that read little else."""
+    r = random.Random(seed)
+    deal = list(itertools.product(POSITIONS, MARGINS))
+    r.shuffle(deal)
+    for k, (position, margin) in zip(range(count), itertools.cycle(deal), strict=False):
+        yield plain(
+            position=position, size=r.choice([3, 6, 10]), eps=r.choice([0.125, 0.25, 0.5]),
+            radius=r.choice([1 / 64, 1 / 32, 1 / 16]), margin=margin, holds=r.random() < robust, seed=1000 * seed + k,
+        )  # fmt: skip
+
+
+def trained_ones(files: Iterable[Path] = ()) -> Iterator[Instance]:
+    """The planted points of trained networks: of these files or, without any, of those that come with soundly."""
+    for path in files or sorted(NETS.glob("*.npz")):
+        yield from instances(read(path))
 
 
 def write(folder: Path, instances: Iterable[Instance], *, timeout: float = 60.0) -> int:

@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING
 from soundly.cli.terminal import NO, UNKNOWN, YES, Verbs, finite, plain, positive, status
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from soundly.auditing.fuzzing import Tally
     from soundly.auditing.judging import Judgement
+    from soundly.auditing.mutation import Mutant
 
 
 def add(verbs: Verbs) -> None:
@@ -22,7 +25,7 @@ def add(verbs: Verbs) -> None:
         description="Test verifiers: any of them on instances with known answers, soundly also by fuzzing. Test "
         "whether a network keeps the items of a batch apart.",
         epilog="exit codes: 0 nothing found, 1 a wrong claim, a finding, a leak or a fault that was not noticed, 2 an "
-        "error, 3 unknown",
+        "error, 3 unknown, or no point is hidden",
     )
     kinds = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
@@ -35,7 +38,24 @@ def add(verbs: Verbs) -> None:
     planted.add_argument("--seed", type=int, default=0, metavar="S", help="default: 0")
     planted.add_argument("--robust", type=float, default=0.25, metavar="SHARE", help="that hold; default: 0.25")
     planted.add_argument("--timeout", type=positive, default=60.0, metavar="S", help="for each; default: 60")
+    planted.add_argument("--plain", action="store_true", help="dense layers and ReLUs only, which every tool reads")
+    planted.add_argument("--trained", nargs="*", type=Path, metavar="FILE", help="the points that trained networks "
+                         "hide: those that come with soundly, or files of `soundly audit train`")  # fmt: skip
     planted.set_defaults(run=_planted)
+
+    train = kinds.add_parser(
+        "train", help="train a network that hides counterexamples",
+        description="Train a network to violate its claims at chosen points, and to look robust to gradient descent.",
+    )  # fmt: skip
+    train.add_argument("file", metavar="FILE", type=Path, help="to write, .npz")
+    train.add_argument("--architecture", default="mlp", metavar="NAME",
+                       help="mlp, tanh, sigmoid, cnn1, cnn2, cnn3, pool or vit; default: mlp")  # fmt: skip
+    train.add_argument("--shape", type=int, nargs="+", default=[10], metavar="N", help="of an input: N, or C H W")
+    train.add_argument("--width", type=int, default=128, metavar="N", help="of the dense layers; default: 128")
+    train.add_argument("--points", type=int, default=2, metavar="N", help="to hide; default: 2")
+    train.add_argument("--epochs", type=int, default=4000, metavar="N", help="default: 4000")
+    train.add_argument("--seed", type=int, default=0, metavar="S", help="default: 0")
+    train.set_defaults(run=_train)
 
     run = kinds.add_parser("run", help="judge a verifier on a suite",
                            description="Run a verifier on each instance of a suite and compare its claims with the "
@@ -79,11 +99,41 @@ def add(verbs: Verbs) -> None:
 
 
 def _planted(arguments: argparse.Namespace) -> int:
-    from soundly.auditing.suite import ANSWERS, planted, write
+    from soundly.auditing.suite import ANSWERS, plain_ones, planted, trained_ones, write
 
-    made = planted(arguments.count, arguments.seed, robust=arguments.robust)
+    if arguments.trained is not None:
+        made = trained_ones(arguments.trained)
+    else:
+        made = (plain_ones if arguments.plain else planted)(arguments.count, arguments.seed, robust=arguments.robust)
     count = write(arguments.folder, made, timeout=arguments.timeout)
     print(plain(f"written       {count} instances to {arguments.folder}; the answers are in {ANSWERS}: keep them"))
+    return YES
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from soundly.auditing.trained import Plan, Trained, save, train
+
+    plan = Plan(
+        arguments.architecture, tuple(arguments.shape), arguments.width, planted=arguments.points,
+        clean=arguments.points, epochs=arguments.epochs, seed=arguments.seed,
+    )  # fmt: skip
+
+    def progress(made: "Trained", violated: "Tensor") -> None:
+        least = float(violated.min()) if len(violated) else 0.0
+        status(
+            f"epoch {made.epoch} of {plan.epochs}  {int(made.hidden.sum())} hidden  violated by {least:.3g} at least"
+        )
+
+    made = train(plan, progress=progress if sys.stderr.isatty() else None)
+    if sys.stderr.isatty():
+        status("")
+    hidden = int(made.hidden.sum())
+    print(f"{hidden} of {plan.planted} points are hidden from every attack of the list, after {made.epoch} epochs")
+    if not hidden:
+        print("not written   train longer, or with another seed")
+        return UNKNOWN
+    save(made, arguments.file)
+    print(plain(f"written       {arguments.file}"))
     return YES
 
 
@@ -147,10 +197,17 @@ def _mutate(arguments: argparse.Namespace) -> int:
     from soundly.auditing.mutation import line, mutate, score
 
     chosen = [f for f in FAULTS if arguments.only in f"{f.part} {f.name}"]
-    done = []
-    for made in mutate(chosen, seconds=arguments.seconds):
-        done.append(made)
-        print(line(made), flush=True)
+    done: list[Mutant] = []
+
+    shown = sys.stderr.isatty()
+    made = mutate(chosen, seconds=arguments.seconds)
+    for fault in chosen:
+        if shown:
+            status(f"{len(done) + 1} of {len(chosen)}  {fault.name}")
+        done.append(next(made))
+        if shown:
+            status("")
+        print(line(done[-1]), flush=True)
     print(score(done))
     return NO if not all(m.found for m in done) else YES if done else UNKNOWN
 

@@ -273,7 +273,8 @@ ROWS |= {
 @_row(product.Dense)
 def _dense(w: _Writer, node: Node, x: str, weight: str) -> str:
     if len(node.shape) == 2:
-        return w.emit("Gemm", x, weight, transB=1)
+        none = w.fixed(np.zeros(node.shape[1], w.dtype), "zeros")  # some readers want a bias, which may be left out
+        return w.emit("Gemm", x, weight, none, transB=1)
     return w.emit("MatMul", x, w.emit("Transpose", weight, perm=[1, 0]))
 
 

@@ -83,7 +83,7 @@ class Attack:
 
     def values(self, x: Tensor) -> Tensor:
         """The measure [k] of points [k, n] that come for free; infinite where an output is not finite."""
-        x = self._inside(x.to(self.device, torch.float64))
+        x = self.inside(x.to(self.device, torch.float64))
         value = self._measured(x.to(self.dtype)).double()
         self._keep(x, value)
         return value.cpu()
@@ -103,39 +103,55 @@ class Attack:
         """
         if not len(self.rows) or not bool((self.lower <= self.upper).all()):
             return self._kept.cpu()
-        if self.best[0] <= self._goal:
-            self._goal = 2 * self.best[0] - 1e-6 * float(self._kept_values.abs().max()) - 1e-12
+        self.deepen()
         x = self._starts(starts, restarts)
         self.values(x)
         for part in x.split(self.batch) if steps else ():
-            if self._done(deadline):
+            if self.done(deadline):
                 break
             part = part.to(self.dtype)
             if self._runs % 2:
                 part = self._diversified(part, min(steps, 5), deadline)
             part = self._descend(part, self._towards(part), steps, deadline)
-            if not self._done(deadline):
+            if not self.done(deadline):
                 self._polish(2 + steps // 10, deadline)
-            if self._jumps and not self._done(deadline):
+            if self._jumps and not self.done(deadline):
                 self._flip(steps, deadline)
         self._runs += 1
         return self._kept.cpu()
+
+    def offer(self, x: Tensor) -> None:
+        """Evaluates points [k, n] in float64."""
+        x = self.inside(x.to(self.device, torch.float64))
+        self._keep(x, self._measured(x, fine=True))
+
+    def deepen(self) -> None:
+        """Asks for a counterexample that lies deeper than one that is known."""
+        if self.best[0] <= self._goal:
+            self._goal = 2 * self.best[0] - 1e-6 * float(self._kept_values.abs().max()) - 1e-12
 
     def search(self, deadline: float = math.inf, *, rounds: int = 8) -> Tensor:
         """Runs of growing size until a counterexample, the deadline, or the last round."""
         found = self.run(steps=0, restarts=min(64, self.batch))
         for k in range(rounds):
-            if self._done(deadline):
+            if self.done(deadline):
                 break
             found = self.run(steps=10 * 2 ** min(k, 4), restarts=min(8 * 2 ** min(k, 4), self.batch), deadline=deadline)
         return found
 
     # -- points and their values
 
-    def _done(self, deadline: float) -> bool:
+    @property
+    def kept(self) -> Tensor:
+        """The best points so far [k, n], best first, in float64."""
+        return self._kept
+
+    def done(self, deadline: float) -> bool:
+        """Whether there is a counterexample, as deep as was asked for, or no time."""
         return self.best[0] <= self._goal or time.monotonic() >= deadline
 
-    def _inside(self, x: Tensor) -> Tensor:
+    def inside(self, x: Tensor) -> Tensor:
+        """Points [k, n] moved into the region."""
         x = torch.minimum(torch.maximum(x, self.lower.to(x)), self.upper.to(x))
         return x if self.project is None else self.project(x).to(x)
 
@@ -147,7 +163,7 @@ class Attack:
 
     @torch.no_grad()
     def _measured(self, x: Tensor, *, fine: bool = False) -> Tensor:
-        program, rows = (self._fine, self._fine_rows) if fine else (self.program, self.rows)
+        program, rows = (self.fine, self.fine_rows) if fine else (self.program, self.rows)
         found = []
         for part in x.split(self.batch):
             worst = self._worst(part, program, rows)[1]
@@ -178,7 +194,7 @@ class Attack:
         share = self._random(missing, len(self.lower)).double()
         share[::2] = share[::2].round()
         parts.append(self.lower + share * (self.upper - self.lower))
-        return self._inside(torch.cat(parts))
+        return self.inside(torch.cat(parts))
 
     # -- descent
 
@@ -224,10 +240,10 @@ class Attack:
             moved = x - length * width * way
             if self.lowest is not None:
                 moved[1::2] = torch.lerp(x[1::2], self.lowest(gradient[1::2].double()).to(x), length)
-            x = self._inside(moved)
+            x = self.inside(moved)
             still = (gradient == 0).all(-1)
             if bool(still.any()):
-                drawn = self._inside(self.lower + self._random(int(still.sum()), x.shape[1]) * width)
+                drawn = self.inside(self.lower + self._random(int(still.sum()), x.shape[1]) * width)
                 x[still] = drawn.to(self.dtype)
             if time.monotonic() >= deadline:
                 break
@@ -242,7 +258,7 @@ class Attack:
         with torch.enable_grad():
             y = self._smooth.evaluate(x)[-1]
             total = loss(y, x).sum()
-            gradient = _gradient(total, x)
+            gradient = derivative(total, x)
         with torch.no_grad():
             rows = self.rows.at(y, x)
             worst = self.rows.worst(torch.where(torch.isfinite(rows), rows, math.inf))
@@ -263,20 +279,21 @@ class Attack:
     # -- refinement of the best points
 
     @cached_property
-    def _fine(self) -> Program:
+    def fine(self) -> Program:
+        """The program in float64."""
         return self.program if self.dtype == torch.float64 else self.program.to(torch.float64, self.device)
 
     @cached_property
-    def _fine_rows(self) -> Rows:
+    def fine_rows(self) -> Rows:
         return self.rows if self.dtype == torch.float64 else self.rows.to(torch.float64, self.device)
 
     def _polish(self, rounds: int, deadline: float) -> None:
         """Line searches in float64 from the best points."""
         for k in range(rounds):
-            if self._done(deadline) or not len(self._kept):
+            if self.done(deadline) or not len(self._kept):
                 return
             x, before = self._kept[k % 2 % len(self._kept)], self.best[0]
-            trials = self._inside(torch.cat([self._lines(x), self._coordinates(x)]))
+            trials = self.inside(torch.cat([self._lines(x), self._coordinates(x)]))
             self._keep(trials, self._measured(trials, fine=True))
             if k % 2 and not self.best[0] < before:
                 return
@@ -285,14 +302,14 @@ class Attack:
         """Points along mixtures of the gradients of the largest rows of x's best clause."""
         width, jumps = self.upper - self.lower, self._jumps
         x = x.clone().requires_grad_()
-        program = self._fine
+        program = self.fine
         if jumps:
             program = Program(tuple(_with_slope(s) if isinstance(s, Function) else s for s in program.steps))
         with torch.enable_grad():
-            rows, worst = self._worst(x[None], program, self._fine_rows)
-            mine = (self._fine_rows.clause == worst[0].argmin()).nonzero().flatten()
+            rows, worst = self._worst(x[None], program, self.fine_rows)
+            mine = (self.fine_rows.clause == worst[0].argmin()).nonzero().flatten()
             mine = mine[rows[0, mine].topk(min(len(mine), 8)).indices]
-            slopes = [_gradient(rows[0, i], x) for i in mine.tolist()]
+            slopes = [derivative(rows[0, i], x) for i in mine.tolist()]
         gradients = torch.nan_to_num(torch.stack(slopes), nan=0.0, posinf=0.0, neginf=0.0)
         weights = torch.zeros((1 if len(mine) == 1 else 6, len(mine)), dtype=torch.float64, device=self.device)
         weights[:, 0] = 1
@@ -327,7 +344,7 @@ class Attack:
         """From the best point, random entries moved to an end: fewer and fewer as the rounds go by."""
         count = min(self.batch, 64)
         for k in range(rounds):
-            if self._done(deadline) or not len(self._kept):
+            if self.done(deadline) or not len(self._kept):
                 return
             x = self._kept[0].to(self.dtype).expand(count, -1)
             share = 0.3 * 0.01 ** (k / rounds)
@@ -361,7 +378,7 @@ def logits(program: Program, rows: Rows) -> Program:
     return program
 
 
-def _gradient(value: Tensor, x: Tensor) -> Tensor:
+def derivative(value: Tensor, x: Tensor) -> Tensor:
     """The derivative of a number, zero where it does not depend on x."""
     if not value.requires_grad:
         return torch.zeros_like(x)

@@ -128,6 +128,11 @@ class InputSplit:
     def __len__(self) -> int:
         return sum(map(len, self.stack))
 
+    def whole(self, case: int) -> Frame:
+        """Intervals over the whole box of a case."""
+        ends = (v[case : case + 1].to(self.bounder.dtype) for v in (self.problem.lower, self.problem.upper))
+        return self.bounder.refresh(*ends)
+
     @property
     def waiting(self) -> Parts:
         """The boxes that are neither proved nor split; at least one."""

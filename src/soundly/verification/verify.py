@@ -29,6 +29,7 @@ from soundly.errors import InvalidInput, MissingRule
 from soundly.spec.claim import Claim
 from soundly.verification.attack import Attack
 from soundly.verification.decided import decided
+from soundly.verification.dormant import Waking
 from soundly.verification.float32 import with_float32
 from soundly.verification.input_split import InputSplit
 from soundly.verification.journal import Journal
@@ -148,6 +149,7 @@ class _Run:
         self.subproblems = 0
         self.bound, self.open = -math.inf, 1.0
         self.attacks: dict[int, Attack] = {}
+        self.waking: dict[int, Waking] = {}
         self.tried: set[bytes] = set()
         self.problem: Problem | None = None
         self.journal = Journal(None, {})
@@ -256,7 +258,7 @@ class _Run:
             raise _Found(witness, settled)
 
     def _try(self, case: int, seconds: float) -> None:
-        """Attacks one case for some time."""
+        """Attacks one case for some time; half of it is for dormant functions, once bounds say which could be awake."""
         if not self.attacking:
             return
         start = time.monotonic()
@@ -269,6 +271,8 @@ class _Run:
                     attack.values(points.reshape(len(points), -1))
         else:
             with torch.enable_grad():
+                if case in self.waking:
+                    self.waking[case].run(min(start + seconds / 2, self.deadline))
                 attack.search(end)
         self.attacked += time.monotonic() - start
         self._confirm(attack, "attack")
@@ -362,14 +366,19 @@ class _Run:
                 self.told = time.monotonic()
                 self.bound, self.open = search.bound, search.open_share
                 self._tell()
-            self._interleave(case if len(search) else None)
+            self._interleave(case if len(search) else None, search)
             count += 1
 
-    def _interleave(self, case: int | None) -> None:
+    def _interleave(self, case: int | None, search: Search) -> None:
         """Attacks again once its share of the time has become small."""
         if case is not None and self.attacking:
             passed = time.monotonic() - self.begun
             if self.attacked < SHARE / 2 * passed:
+                if case not in self.waking:
+                    root = search.root if isinstance(search, NeuronSplit) else search.whole(case)
+                    self.waking[case] = Waking(
+                        self._attack(case), *([v[0] for v in e] for e in (root.lower, root.upper))
+                    )
                 self._try(case, SHARE * passed)
 
     def _case(self, problem: Problem, case: int, inputs: InputSplit | None) -> Search:
@@ -482,7 +491,7 @@ class _Run:
             self.bound = (told or search).bound
             if len(points):
                 self._offer(search.case, points)
-            self._interleave(search.case if len(search.waiting) else None)
+            self._interleave(search.case if len(search.waiting) else None, told or search)
             self._tell()
 
     # ---------------------------------------------------------------- the proof
