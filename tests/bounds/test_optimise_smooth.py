@@ -129,7 +129,7 @@ def test_gradients_are_differences(monkeypatch, name):
 
 @pytest.mark.parametrize("wrong", ["touching", "sides", "planes"])
 def test_wrong_gradients_are_caught(monkeypatch, wrong):
-    right = module._Freedom.gradient
+    right = module.Freedom.gradient
 
     def faulty(self, key, found, values):
         if wrong == "touching" and key in self.touching:
@@ -140,7 +140,7 @@ def test_wrong_gradients_are_caught(monkeypatch, wrong):
             values = self.bounder.program.evaluate(values[0])
         return right(self, key, found, values)
 
-    monkeypatch.setattr(module._Freedom, "gradient", faulty)
+    monkeypatch.setattr(module.Freedom, "gradient", faulty)
     assert any(disagreement(monkeypatch, name)[0] > 1e-2 for name in ("smooth", "lstm"))
 
 

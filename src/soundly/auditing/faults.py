@@ -177,8 +177,8 @@ FAULTS: tuple[Fault, ...] = (
           "owned(some.below[j]), owned(some.above[j])", "owned(some.above[j]), owned(some.below[j])"),
     Fault("the checker forgets biases", _CHECK, "certificate.bounding:View.carry", "bound.add(a @ step.bias)", "pass"),
     Fault("the checker's boxes have one end", _CHECK, "certificate.bounding:View.backward",
-          "bound.add(-_product(np.abs(rest), _owned(radius, owner)))",
-          "bound.add(_product(rest, _owned(radius, owner)))"),
+          "bound.add(-_product(np.abs(rest), _owned(radius + widened, owner)))",
+          "bound.add(_product(rest, _owned(radius + widened, owner)))"),
     Fault("the checker shifts what is to be shown", _CHECK, "certificate.verification:_Replayer._bound",
           "best > proof.slack[rows]", "best > proof.slack[rows] - 1e-2 * (1 + np.abs(best))"),
 )  # fmt: skip

@@ -91,7 +91,7 @@ def _window(m: Convolution, area: Area) -> Area:
             first * s - p, (last - 1) * s - p + reach)  # fmt: skip
         a, b = max(a, 0), min(b + 1, n)
         low.append(min(a, n))
-        high.append(max(a, b))
+        high.append(max(min(a, n), b))
     if len(area) == 0 or any(a >= b for a, b in zip(low, high, strict=True)):
         return Area(there, (0,) * len(low), (0,) * len(low))
     return Area(there, tuple(low), tuple(high))

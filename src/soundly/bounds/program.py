@@ -8,6 +8,7 @@ expanded. `soundly.bounds.lower` makes one from a network; certificates contain 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeAlias
@@ -116,7 +117,7 @@ class Convolution:
         args = (list(self.stride), list(self.padding) if self._even else zeros, list(self.dilation), False, zeros)
         image = x.reshape(-1, *self.wide)
         if not self._even:
-            image = pad(image, _both_ends(self.padding, self._after))
+            image = _padded(image, self.padding, self._after)
         y = torch.convolution(image, self.weight, None, *args, self.groups)
         return y.reshape(*x.shape[:-1], -1)
 
@@ -126,7 +127,7 @@ class Convolution:
         args = (list(self.stride), list(self.padding) if self._even else zeros, list(self.dilation), True, extra)
         x = torch.convolution(a.reshape(-1, *self.narrow), self.weight, None, *args, self.groups)
         if not self._even:
-            x = pad(x, [-p for p in _both_ends(self.padding, self._after)])
+            x = _padded(x, [-p for p in self.padding], [-p for p in self._after])
         return x.reshape(*a.shape[:-1], -1)
 
     @cached_property
@@ -137,9 +138,10 @@ class Convolution:
         return replace(self, weight=self.weight.to(device=device, dtype=dtype))
 
 
-def _both_ends(before: Shape, after: Shape) -> list[int]:
-    """As `pad` wants them: the last axis first."""
-    return [n for p, q in zip(reversed(before), reversed(after), strict=True) for n in (p, q)]
+def _padded(x: Tensor, before: Sequence[int], after: Sequence[int]) -> Tensor:
+    """With zeros before and after the entries of the last axes, or, where they are negative, without some entries."""
+    ends = [n for p, q in zip(reversed(before), reversed(after), strict=True) for n in (p, q)]  # the last axis first
+    return pad(pad(x, [max(n, 0) for n in ends]), [min(n, 0) for n in ends])
 
 
 @dataclass(frozen=True, eq=False)

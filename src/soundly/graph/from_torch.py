@@ -227,6 +227,7 @@ def compare(network: Network, module: nn.Module, examples: Sequence[Tensor], *, 
 
     Raises:
         CaptureMismatch: they differ by more than `tolerance`, relative to the largest entry.
+        InvalidInput: the module's own values are not finite there.
     """
     with evaluation(module):
         reference = copy.deepcopy(module).double()
@@ -264,6 +265,8 @@ def compare(network: Network, module: nn.Module, examples: Sequence[Tensor], *, 
 def _agree(got: Tensor, want: Tensor, what: str, tolerance: float) -> None:
     if tuple(got.shape) != tuple(want.shape):
         raise CaptureMismatch(f"{what}: the graph gives shape {tuple(got.shape)}, the model {tuple(want.shape)}.")
+    if not bool(torch.isfinite(want).all()):
+        raise InvalidInput(f"{what}: the model's own is not finite near the example; give one inside its domain.")
     scale = float(want.abs().max()) if want.numel() else 0.0
     error = float((got - want).abs().max()) if want.numel() else 0.0
     if not error <= tolerance * max(scale, 1.0):

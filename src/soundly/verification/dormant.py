@@ -161,7 +161,7 @@ class Waking:
             rows = self.attack.fine_rows
             worst = rows.worst(rows.at(free.evaluate(best)[-1], best)).amin(-1)
             total = worst[torch.isfinite(worst)].sum() / len(best)
-            slopes = torch.autograd.grad(total, list(moved.values()), allow_unused=True) if len(best) else ()
+            slopes = torch.autograd.grad(total, list(moved.values()), allow_unused=True) if len(best) and moved else ()
         none = [torch.zeros_like(v) for v in moved.values()]
         return dict(zip(moved, (n if s is None else s for s, n in zip(slopes or none, none, strict=True)), strict=True))
 
