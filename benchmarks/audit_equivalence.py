@@ -24,7 +24,7 @@ from soundly.graph.simplify import rebuild
 from soundly.spec.claim import within
 from soundly.training.data import read
 from soundly.training.fit import fit
-from soundly.verification.estimate import least
+from soundly.verification.root import root
 from soundly.verification.problem import problem_of
 
 EPS = 0.02
@@ -41,7 +41,7 @@ def plain(net: soundly.Network, other: soundly.Network, box: soundly.Box) -> flo
     values = {**net.values, **{leaves[n]: v for n, v in other.values.items()}}
     size = net.output.shape
     both = soundly.Network(net.inputs, (reshape(subtract(net.output, output), size),), values)
-    return float((-least(problem_of(within(both, box, 0.0, 0.0)))).max())
+    return float((-root(problem_of(within(both, box, 0.0, 0.0)), sums=False).bound).max())
 
 
 def equivalence(images: int) -> dict[str, Any]:
