@@ -24,8 +24,8 @@ from soundly.graph.simplify import rebuild
 from soundly.spec.claim import within
 from soundly.training.data import read
 from soundly.training.fit import fit
-from soundly.verification.root import root
 from soundly.verification.problem import problem_of
+from soundly.verification.root import root
 
 EPS = 0.02
 KINDS: tuple[dict[str, Any], ...] = (
