@@ -43,7 +43,7 @@ def broken(old: str, new: str) -> Any:
     """The checker with one piece of its source exchanged."""
     folder = Path(checker.__file__).parent
     names = ("rings", "absolute", "ball", "grid", "functions", "products", "program", "bounding", "crop", "forms",
-             "intervals", "conditional", "reading", "lemmas", "verification")  # fmt: skip
+             "intervals", "conditional", "reading", "rows", "lemmas", "verification")  # fmt: skip
     sources = {name: (folder / f"{name}.py").read_text(encoding="utf-8") for name in names}
     assert sum(s.count(old) for s in sources.values()) == 1, f"{old!r} is not in the checker exactly once: adapt this"
     for name in names:
