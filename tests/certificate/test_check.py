@@ -535,8 +535,8 @@ def test_the_checker_depends_on_nothing_it_checks():
     """Errors and the file format are all it takes from soundly; numpy is all it takes from others."""
     folder, found = Path(checker.__file__).parent, set()
     parts = (
-        "verification", "conditional", "lemmas", "reading", "rows", "intervals", "crop", "forms", "bounding", "products",
-        "program", "functions", "rings", "ball", "grid", "absolute", "float32",
+        "verification", "conditional", "lemmas", "reading", "rows", "intervals", "crop", "forms", "bounding",
+        "products", "program", "functions", "rings", "ball", "grid", "absolute", "float32",
     )  # fmt: skip
     for name in (f"{part}.py" for part in ("check", "format", *parts)):
         for node in ast.walk(ast.parse((folder / name).read_text(encoding="utf-8"))):
