@@ -14,6 +14,14 @@ import soundly
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 
+def shown(page: str, names: dict[str, Any]) -> list[str]:
+    """Runs all examples of a page, in order, and says what the comments behind their prints promise."""
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / f"{page}.md").read_text(encoding="utf-8"), re.DOTALL)
+    for i, block in enumerate(blocks):
+        exec(compile(block, f"{page}.md, example {i + 1}", "exec"), names)
+    return re.findall(r"^ *print\(.*\) +# (.*)$", "".join(blocks), re.MULTILINE)
+
+
 def test_the_page_of_operations_is_what_the_code_says() -> None:
     """Otherwise: python docs/operations.py"""
     generated = runpy.run_path(str(DOCS / "operations.py"))["page"]()
@@ -38,11 +46,8 @@ def test_the_examples_of_the_page_on_verification(
 
 
 def test_the_examples_of_the_page_on_grids(capsys: pytest.CaptureFixture[str]) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "grids.md").read_text(encoding="utf-8"), re.DOTALL)
     names: dict[str, Any] = {}
-    for i, block in enumerate(blocks):
-        exec(compile(block, f"grids.md, example {i + 1}", "exec"), names)
-    promised = re.findall(r"^ *print\(.*\) +# (.*)$", "".join(blocks), re.MULTILINE)
+    promised = shown("grids", names)
     assert promised and capsys.readouterr().out.splitlines() == promised
 
 
@@ -79,38 +84,26 @@ def test_the_examples_of_the_page_on_auditing(
 ) -> None:
     torch.manual_seed(0)
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "auditing.md").read_text(encoding="utf-8"), re.DOTALL)
     names: dict[str, Any] = {}
-    for i, block in enumerate(blocks):
-        exec(compile(block, f"auditing.md, example {i + 1}", "exec"), names)
-    promised = re.findall(r"^ *print\(.*\) +# (.*)$", "".join(blocks), re.MULTILINE)
+    promised = shown("auditing", names)
     assert len(promised) >= 17 and capsys.readouterr().out.splitlines() == promised
 
 
 def test_the_examples_of_the_page_on_patterns(capsys: pytest.CaptureFixture[str]) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "patterns.md").read_text(encoding="utf-8"), re.DOTALL)
     names: dict[str, Any] = {}
-    for i, block in enumerate(blocks):
-        exec(compile(block, f"patterns.md, example {i + 1}", "exec"), names)
-    promised = re.findall(r"^ *print\(.*\) +# (.*)$", "".join(blocks), re.MULTILINE)
+    promised = shown("patterns", names)
     assert len(promised) == 5 and capsys.readouterr().out.splitlines() == promised
 
 
 def test_the_examples_of_the_page_on_training(capsys: pytest.CaptureFixture[str]) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "training.md").read_text(encoding="utf-8"), re.DOTALL)
     names: dict[str, Any] = {}
-    for i, block in enumerate(blocks):
-        exec(compile(block, f"training.md, example {i + 1}", "exec"), names)
-    promised = re.findall(r"^ *print\(.*\) +# (.*)$", "".join(blocks), re.MULTILINE)
+    promised = shown("training", names)
     assert promised and capsys.readouterr().out.splitlines() == promised
     assert names["proofs"].proved >= 12 and names["report"].accuracy > 0.75
     assert len(names["lines"]) == 2 and 0 <= names["maps"].kept <= 1
 
 
 def test_the_examples_of_the_page_on_two_networks(capsys: pytest.CaptureFixture[str]) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "equivalence.md").read_text(encoding="utf-8"), re.DOTALL)
     names: dict[str, Any] = {}
-    for i, block in enumerate(blocks):
-        exec(compile(block, f"equivalence.md, example {i + 1}", "exec"), names)
-    promised = re.findall(r"^ *print\(.*\) +# (.*)$", "".join(blocks), re.MULTILINE)
+    promised = shown("equivalence", names)
     assert promised and capsys.readouterr().out.splitlines() == promised

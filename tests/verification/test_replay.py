@@ -280,10 +280,10 @@ def test_witness_text_keeps_every_bit():
 def test_without_onnxruntime_the_network_answers(tmp_path, monkeypatch):
     path = onnx_file(tmp_path / "m.onnx")
     claim = within(load(path), box((-1, 1), (-1, 1)), None, 2.0)
-    module.runtime.cache_clear()
+    module._session.cache_clear()
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     assert replay(claim, f64(1, -1), model=path).by == "network"
-    module.runtime.cache_clear()
+    module._session.cache_clear()
 
 
 def test_l1_balls_and_flat_regions_of_several_inputs():

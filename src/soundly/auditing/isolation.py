@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from soundly.auditing.crossing import crossings
 from soundly.auditing.dependence import dependence, meetings, through
 from soundly.bounds.interval import interval_bounds
-from soundly.errors import CaptureMismatch, InvalidInput, ModelFileError
+from soundly.errors import CaptureMismatch, InvalidInput
 from soundly.graph.elementwise import Elementwise
 from soundly.graph.from_torch import evaluation
 from soundly.graph.network import Network
@@ -265,14 +265,9 @@ def _place(network: Network, node: Node) -> str:
 def _original(network: Network, model: Model) -> tuple[Answer, str]:
     """What runs the original model, on inputs in float64: its flat outputs, in float64."""
     if isinstance(model, (str, os.PathLike)):
-        path = Path(model)
-        try:
-            stamp = path.stat()
-        except OSError as error:
-            raise ModelFileError(f"{path} cannot be read: {error}.") from error
-        session = runtime(path, stamp.st_mtime_ns, stamp.st_size)
-        if session is not None:
-            kinds = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(float16)": np.float16}
+        session = runtime(Path(model))
+        kinds = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(float16)": np.float16}
+        if session is not None and all(port.type in kinds for port in session.get_inputs()):
             ports = [(port.name, kinds[port.type]) for port in session.get_inputs()]
 
             def run(x: Sequence[Tensor]) -> Tensor:

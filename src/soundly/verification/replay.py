@@ -189,11 +189,7 @@ _TYPES = {"tensor(float)": np.float32, "tensor(double)": np.float64}
 def _judge(claim: Claim, model: str | os.PathLike[str] | None) -> _Judge:
     if model is not None:
         path = Path(model)
-        try:
-            stamp = path.stat()
-        except OSError as error:
-            raise ModelFileError(f"{path} cannot be read: {error}.") from error
-        session = runtime(path, stamp.st_mtime_ns, stamp.st_size)
+        session = runtime(path)
         if session is not None and all(port.type in _TYPES for port in session.get_inputs()):
             return _ByRuntime(claim, session, path.name)
     if not isinstance(claim.network, Network):
@@ -203,9 +199,21 @@ def _judge(claim: Claim, model: str | os.PathLike[str] | None) -> _Judge:
     return _ByNetwork(claim, claim.network)
 
 
+def runtime(path: Path) -> Any:
+    """An onnxruntime session of the file as it is, on one thread; None without onnxruntime.
+
+    Raises:
+        ModelFileError: the file cannot be read, or onnxruntime refuses it.
+    """
+    try:
+        stamp = path.stat()
+    except OSError as error:
+        raise ModelFileError(f"{path} cannot be read: {error}.") from error
+    return _session(path, stamp.st_mtime_ns, stamp.st_size)
+
+
 @lru_cache(maxsize=2)
-def runtime(path: Path, modified: int, size: int) -> Any:
-    """An onnxruntime session of the file as it is, on one thread; None without onnxruntime."""
+def _session(path: Path, modified: int, size: int) -> Any:
     try:
         import onnxruntime
     except ModuleNotFoundError:
